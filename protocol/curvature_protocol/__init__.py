@@ -1,0 +1,45 @@
+"""The wire schema that client, service and worker share: requests, jobs, results, catalogue, errors, names."""
+
+from curvature_protocol.artefacts import Artefact, ArtefactKind
+from curvature_protocol.catalogue import Catalogue, ExtensionEntry
+from curvature_protocol.errors import FAMILIES, ErrorFamily, Problem, family_of
+from curvature_protocol.events import JobEvent
+from curvature_protocol.health import Health, Readiness, WorkerView
+from curvature_protocol.jobs import FINAL, Job, JobPage, JobStatus, Progress
+from curvature_protocol.requests import (
+    BatchReference,
+    ExtensionRequest,
+    InlineBatch,
+    JobRequest,
+    LossRequest,
+)
+from curvature_protocol.results import Manifest, Provenance, ResultGroup, TensorEntry
+
+__all__ = [
+    "FAMILIES",
+    "FINAL",
+    "Artefact",
+    "ArtefactKind",
+    "BatchReference",
+    "Catalogue",
+    "ErrorFamily",
+    "ExtensionEntry",
+    "ExtensionRequest",
+    "Health",
+    "InlineBatch",
+    "Job",
+    "JobEvent",
+    "JobPage",
+    "JobRequest",
+    "JobStatus",
+    "LossRequest",
+    "Manifest",
+    "Problem",
+    "Progress",
+    "Provenance",
+    "Readiness",
+    "ResultGroup",
+    "TensorEntry",
+    "WorkerView",
+    "family_of",
+]

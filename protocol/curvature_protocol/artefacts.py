@@ -1,0 +1,21 @@
+"""Uploaded bytes, known by their SHA-256: model files and batch files."""
+
+from datetime import datetime
+from typing import Literal
+
+from pydantic import Field
+
+from curvature_protocol.base import Reply
+
+ArtefactKind = Literal["models", "batches"]
+
+SHA256_PATTERN = r"^[0-9a-f]{64}$"
+
+
+class Artefact(Reply):
+    """Metadata of one stored upload (its bytes are at `…/{sha256}/content`)."""
+
+    sha256: str = Field(pattern=SHA256_PATTERN)
+    kind: ArtefactKind
+    size_bytes: int = Field(ge=0)
+    created_at: datetime

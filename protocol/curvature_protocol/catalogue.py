@@ -1,0 +1,28 @@
+"""The list of extensions, as workers publish it."""
+
+from typing import Any
+
+from pydantic import Field
+
+from curvature_protocol.base import Reply
+from curvature_protocol.results import GroupKind
+
+
+class ExtensionEntry(Reply):
+    """One extension: what it is, what it takes, what it returns."""
+
+    name: str
+    summary: str
+    kind: GroupKind
+    shape: str = Field(description='e.g. "[N, *p]"')
+    formula: str
+    source: str = Field(description="paper and equation, or the definition's place")
+    options: dict[str, Any] = Field(description="JSON schema of the options (an object)")
+
+
+class Catalogue(Reply):
+    """`GET /v1/extensions`."""
+
+    engine_version: str
+    extensions: tuple[ExtensionEntry, ...]
+    losses: tuple[str, ...]

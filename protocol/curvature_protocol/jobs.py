@@ -1,0 +1,74 @@
+"""The life of a job.
+
+queued ──► running ──► succeeded
+  │           │  └───► failed
+  │           ▼
+  │       cancelling ─► cancelled     (or succeeded / failed, if that came first)
+  └──────────────────► cancelled
+"""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from pydantic import Field
+
+from curvature_protocol.base import Reply
+from curvature_protocol.errors import Problem
+from curvature_protocol.results import Manifest
+
+
+class JobStatus(StrEnum):
+    """Where a job stands."""
+
+    QUEUED = "queued"  # waits for a worker
+    RUNNING = "running"  # a worker holds its lease
+    CANCELLING = "cancelling"  # asked to stop; the worker has not confirmed yet
+    SUCCEEDED = "succeeded"  # its result can be read
+    FAILED = "failed"  # `error` says why and what to do
+    CANCELLED = "cancelled"  # stopped before it had a result
+
+
+FINAL = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED})
+
+
+class Progress(Reply):
+    """How far a running job is."""
+
+    phase: str = Field(description="fetching, admitting, loading, computing, storing")
+    done: int = 0
+    total: int = 0
+
+
+class InlineResult(Reply):
+    """A small result inside the job: the manifest, and each group's safetensors file in base64."""
+
+    manifest: Manifest
+    files: dict[str, str] = Field(default_factory=dict, description="label → base64 of its safetensors file")
+
+
+class Job(Reply):
+    """A job as the API shows it."""
+
+    id: str
+    status: JobStatus
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    attempt: int = 0
+    priority: int = 5
+    progress: Progress | None = None
+    error: Problem | None = None
+    warnings: tuple[str, ...] = ()
+    metadata: dict[str, str] = Field(default_factory=dict)
+    request: dict[str, Any] = Field(description="the request, an inline batch replaced by its hash")
+    result: InlineResult | None = Field(
+        default=None, description="only in the reply to a waiting POST, when small"
+    )
+
+
+class JobPage(Reply):
+    """One page of `GET /v1/jobs`, newest first."""
+
+    items: tuple[Job, ...]
+    next_cursor: str | None = None

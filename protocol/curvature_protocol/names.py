@@ -1,0 +1,32 @@
+"""Names that two parts must agree on: tasks, queues, streams, stored keys, tensors in a batch file."""
+
+RUN_JOB_TASK = "curvature.run_job"
+"""Celery task; its only argument is the job's id."""
+
+QUEUE = "curvature"
+
+INPUTS = "inputs"
+"""A batch file holds `inputs` (one tensor), or `inputs.0`, `inputs.1`, … (positional), or `inputs.{name}` (by
+name), and `targets`."""
+
+TARGETS = "targets"
+
+
+def event_stream(job_id: str) -> str:
+    """Redis stream of a job's events; each entry has one field `event`, a `JobEvent` as JSON."""
+    return f"curvature:events:{job_id}"
+
+
+def artefact_key(kind: str, sha256: str) -> str:
+    """Object-store key of an upload."""
+    return f"{kind}/{sha256}"
+
+
+def admitted_key(sha256: str, admission_version: str) -> str:
+    """Object-store key of a model that admission accepted and repacked."""
+    return f"admitted/{sha256}/{admission_version}"
+
+
+def result_key(job_id: str, attempt: int, file_name: str) -> str:
+    """Object-store key of one file of a result (`manifest.json` or `{label}.safetensors`)."""
+    return f"results/{job_id}/{attempt}/{file_name}"

@@ -1,0 +1,94 @@
+"""What a client asks for: a model, a batch, extensions and a loss."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Base64Bytes, Field, JsonValue, model_validator
+
+from curvature_protocol.artefacts import SHA256_PATTERN
+from curvature_protocol.base import Message
+
+LABEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+RESERVED_LABELS = frozenset({"loss", "manifest"})
+PRIORITIES = range(10)
+
+Label = Annotated[str, Field(pattern=LABEL_PATTERN)]
+Sha256 = Annotated[str, Field(pattern=SHA256_PATTERN)]
+
+
+class ExtensionRequest(Message):
+    """One quantity to compute. `label` names its result; it defaults to the extension's name."""
+
+    name: str = Field(min_length=1, max_length=64)
+    label: Label | None = None
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """The label under which results, URLs and stored keys know this request."""
+        return self.label if self.label is not None else self.name
+
+
+class LossRequest(Message):
+    """A loss by name with its options, e.g. `{"name": "cross_entropy"}`."""
+
+    name: str = Field(min_length=1, max_length=64)
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+class BatchReference(Message):
+    """A batch uploaded before, by hash."""
+
+    sha256: Sha256
+
+
+class InlineBatch(Message):
+    """A small batch riding inside the request: the bytes of a safetensors file, base64 on the wire."""
+
+    data: Base64Bytes
+
+
+class JobRequest(Message):
+    """The body of `POST /v1/jobs`.
+
+    Bare strings are accepted for `extensions` entries and for `loss`.
+    """
+
+    model: Sha256
+    batch: BatchReference | InlineBatch
+    extensions: tuple[ExtensionRequest, ...] = Field(min_length=1, max_length=64)
+    loss: LossRequest | None = None
+    reduction: Literal["mean", "sum"] = "mean"
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    parameters: Literal["trainable", "all"] = "trainable"
+    eval: bool = True
+    priority: int = Field(default=5, ge=0, le=9, description="0 (last) to 9 (first)")
+    timeout_seconds: float | None = Field(default=None, gt=0, description="limit on the computation itself")
+    metadata: dict[str, str] = Field(default_factory=dict, max_length=32)
+    warnings: tuple[str, ...] = Field(
+        default=(), max_length=32, description="what the client already noticed; repeated with the result"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_bare_names(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        if isinstance(data.get("loss"), str):
+            data["loss"] = {"name": data["loss"]}
+        if isinstance(data.get("extensions"), list | tuple):
+            data["extensions"] = [{"name": e} if isinstance(e, str) else e for e in data["extensions"]]
+        return data
+
+    @model_validator(mode="after")
+    def _labels_are_distinct(self) -> "JobRequest":
+        keys = [extension.key for extension in self.extensions]
+        repeated = sorted({key for key in keys if keys.count(key) > 1})
+        if repeated:
+            raise ValueError(
+                f"labels must be distinct; repeated: {', '.join(repeated)}; "
+                'give each request of one extension its own "label"'
+            )
+        if reserved := sorted(RESERVED_LABELS.intersection(e.label for e in self.extensions if e.label)):
+            raise ValueError(f"labels {', '.join(reserved)} are reserved; choose another")
+        return self

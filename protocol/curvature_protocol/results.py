@@ -1,0 +1,73 @@
+"""What a finished job returned: a manifest that describes every stored tensor."""
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import Field
+
+from curvature_protocol.base import Reply
+
+GroupKind = Literal["tensor", "parameters", "factors"]
+
+
+class Provenance(Reply):
+    """How one tensor came to be."""
+
+    method: str = Field(description='"closed form", "fallback" or "autograd"')
+    reduction: str
+    Z: float = Field(description="what the loss was divided by")
+    scale: str = "loss"
+    approximation: str | None = None
+    seed: int | None = Field(default=None, description="where draws entered")
+    mc_samples: int | None = None
+    dtype: str
+    device: str
+    engine_version: str
+    verified: bool = Field(description="whether the run-time checks (probe, summed contributions) held")
+
+
+class TensorEntry(Reply):
+    """One tensor inside `{label}.safetensors`. `byte_start`/`byte_end` count from the file's first byte."""
+
+    name: str = Field(description="key in the file: {parameter}, {parameter}/{factor}, or the label")
+    parameter: str | None = None
+    factor: str | None = Field(default=None, description='"B" or "A"')
+    dtype: str = Field(description='safetensors name: "F32", "F64", …')
+    shape: tuple[int, ...]
+    byte_start: int
+    byte_end: int
+    provenance: Provenance
+
+
+class ResultGroup(Reply):
+    """Everything one requested extension returned, in one safetensors file."""
+
+    label: str
+    extension: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    kind: GroupKind
+    convention: str = Field(description="what the numbers mean, to the factor 1/N")
+    file_bytes: int
+    missing: dict[str, str] = Field(default_factory=dict, description="parameter → why it has no entry")
+    tensors: tuple[TensorEntry, ...]
+
+
+class Manifest(Reply):
+    """The description of a result."""
+
+    job_id: str
+    attempt: int
+    created_at: datetime
+    engine_version: str
+    loss: float | None = Field(description="L; null when it is not finite (see `warnings`)")
+    loss_name: str
+    reduction: str
+    Z: float
+    seed: int
+    dtype: str
+    device: str
+    isolation: str = Field(description="which confinement was in force while the model ran")
+    aliases: dict[str, str] = Field(default_factory=dict, description="shared parameter's other name → its name")
+    groups: tuple[ResultGroup, ...]
+    warnings: tuple[str, ...] = ()
+    timings_ms: dict[str, float] = Field(default_factory=dict)
