@@ -1,0 +1,61 @@
+# The two commands most people need are `make demo` and `make test`. Everything happens inside .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+# The environment is up to date when the stamp named after these files' contents exists: a fresh checkout with other
+# times, or a second `make test`, installs nothing and needs no network.
+ENV_FILES := pyproject.toml constraints.txt requirements-peers.txt
+STAMP := $(VENV)/installed-$(shell cat $(ENV_FILES) | cksum | tr ' ' '-')
+
+PACKAGES := client/curvature_client protocol/curvature_protocol service/curvature_service state/curvature_state \
+            worker/curvature_worker worker/curvature_engine
+
+.PHONY: help env demo test lint format catalogue constraints clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+env: $(STAMP) ## Make the environment (.venv), everything pinned by constraints.txt
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Python 3.11 or newer is needed, $$($(PYTHON) --version) was found; name one: make PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group build
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[all]' \
+	    --group dev --group demo
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-peers.txt
+	@rm -f $(VENV)/installed-*
+	@touch $@
+
+demo: env ## Start an embedded server, run the main job on real digits, show the result, stop
+	$(BIN)/python examples/demo.py
+
+test: env ## Run all tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: env ## Linters, type checker, import rules, container files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: env ## Format the code, repair what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+catalogue: env ## Write the catalogue of extensions that the service knows before a worker connects
+	$(BIN)/python -m curvature_engine.catalogue > service/curvature_service/catalogue.json
+
+constraints: ## Write constraints.txt from what .venv holds (after a deliberate upgrade)
+	$(BIN)/python -m pip freeze --all --exclude-editable \
+	    | grep -viE "^($$(sed -n 's/^\([A-Za-z0-9_.-]*\)==.*/\1/p' requirements-peers.txt | paste -sd '|' -)|setuptools|wheel)==" \
+	    | sed 's/+cpu$$//' > constraints.txt
+
+clean: ## Remove the environment, caches and the demo's output
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist build demo-output
+	find $(PACKAGES) tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

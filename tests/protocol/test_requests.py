@@ -1,0 +1,38 @@
+import pytest
+from curvature_protocol import FAMILIES, JobRequest, family_of
+from curvature_protocol.errors import STATUS, status_of
+from pydantic import ValidationError
+
+MODEL, BATCH = "a" * 64, {"sha256": "b" * 64}
+
+
+def test_bare_names_stand_for_extensions_and_loss():
+    request = JobRequest.model_validate(
+        {"model": MODEL, "batch": BATCH, "extensions": ["variance"], "loss": "mse"}
+    )
+    assert request.extensions[0].key == "variance"
+    assert request.loss is not None
+    assert request.loss.name == "mse"
+
+
+def test_two_requests_of_one_extension_need_distinct_labels():
+    with pytest.raises(ValidationError, match="labels must be distinct; repeated: kfac"):
+        JobRequest.model_validate({"model": MODEL, "batch": BATCH, "extensions": ["kfac", "kfac"]})
+
+
+def test_reserved_labels_are_refused():
+    with pytest.raises(ValidationError, match="reserved"):
+        JobRequest.model_validate(
+            {"model": MODEL, "batch": BATCH, "extensions": [{"name": "kfac", "label": "loss"}]}
+        )
+
+
+def test_unknown_fields_are_refused():
+    with pytest.raises(ValidationError, match="sead"):
+        JobRequest.model_validate({"model": MODEL, "batch": BATCH, "extensions": ["kfac"], "sead": 1})
+
+
+def test_every_code_has_a_status():
+    assert {status_of(code) for code in FAMILIES} <= set(STATUS.values())
+    assert status_of("job_not_found") == 404
+    assert family_of("a code of the future").value == "internal"
