@@ -1,0 +1,19 @@
+"""The engine's one exception. Its codes are those of the wire protocol."""
+
+
+class EngineError(Exception):
+    """Something about the model, the batch or the request keeps the engine from giving exact numbers.
+
+    Attributes:
+        code: machine-readable reason, e.g. `"invalid_targets"`.
+        message: what was expected and what came.
+        param: the field, file or parameter at fault.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, code: str, message: str, *, param: str | None = None, remedy: str | None = None) -> None:
+        super().__init__(message if remedy is None else f"{message}; {remedy}")
+        self.code = code
+        self.message = message
+        self.param = param
+        self.remedy = remedy

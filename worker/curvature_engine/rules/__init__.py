@@ -1,0 +1,48 @@
+"""The registry of rules: aten operator → matchers, tried in order.
+
+A new rule is one file here and one line below.
+"""
+
+from curvature_engine.rules.base import Match, Matcher, Rule
+from curvature_engine.rules.convolution import match_convolution
+from curvature_engine.rules.elementwise import match_elementwise
+from curvature_engine.rules.embedding import match_embedding
+from curvature_engine.rules.linear import match_addmm, match_linear, match_matmul
+from curvature_engine.rules.normalization import (
+    match_batch_norm,
+    match_group_norm,
+    match_instance_norm,
+    match_layer_norm,
+    match_rms_norm,
+)
+
+RULES: dict[str, tuple[Matcher, ...]] = {
+    "linear": (match_linear,),
+    "addmm": (match_addmm,),
+    "matmul": (match_matmul,),
+    "mm": (match_matmul,),
+    **dict.fromkeys(
+        (
+            "conv1d",
+            "conv2d",
+            "conv3d",
+            "conv_transpose1d",
+            "conv_transpose2d",
+            "conv_transpose3d",
+            "convolution",
+            "_convolution",
+        ),
+        (match_convolution,),
+    ),
+    "batch_norm": (match_batch_norm,),
+    "instance_norm": (match_instance_norm,),
+    "layer_norm": (match_layer_norm,),
+    "rms_norm": (match_rms_norm,),
+    "group_norm": (match_group_norm,),
+    "embedding": (match_embedding,),
+    "add": (match_elementwise,),
+    "sub": (match_elementwise,),
+    "mul": (match_elementwise,),
+}
+
+__all__ = ["RULES", "Match", "Matcher", "Rule"]

@@ -1,0 +1,66 @@
+"""What a rule is: the closed form of one kind of parameter consumption.
+
+A rule sees its operator's saved inputs and the gradient of its output, both arranged sample-major: `[n, T, …]`, the T
+rows of each of n samples. (Rows are the leading axes along which the operator treats everything alike: tokens of a
+linear layer, images of a convolution.) From them it makes the samples' gradients of each parameter it consumed.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Rule(ABC):
+    """Closed forms of one operator call.
+
+    Attributes:
+        row_axes: how many leading axes of `canonical(g)` are rows.
+    """
+
+    row_axes: int
+
+    def canonical(self, g: Tensor) -> Tensor:
+        """The output's gradient with the row axes first."""
+        return g
+
+    def rows(self, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What the rule needs of the saved inputs, each with the same row axes as `canonical(g)`."""
+        return tuple(saved)
+
+    @abstractmethod
+    def per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor:
+        """Gradients of the consumed tensor: saved and g `[n, T, …]` → `[n, *shape]`."""
+
+    def sum_squared(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor | None:
+        """Σ_n (gradient_n)² without writing the gradients out, where that is possible: `[*shape]`."""
+        return None
+
+    def squared_norms(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor | None:
+        """‖gradient_n‖² without writing the gradients out, where that is cheaper: `[n]`."""
+        return None
+
+    def factor_inputs(self, saved: Sequence[Tensor]) -> Tensor | None:
+        """Inputs x of the Kronecker factor A: `[groups, n, positions, in]`; None where there is no such form."""
+        return None
+
+    def factor_outputs(self, role: str, g: Tensor) -> Tensor | None:
+        """Back-propagated columns s of the Kronecker factor B: `[groups, n, positions, out]`, or None."""
+        return None
+
+
+class Match(NamedTuple):
+    """A rule that applies: the role of each watched argument position, and the tensors to keep."""
+
+    rule: Rule
+    roles: Mapping[int, str]
+    saved: tuple[Tensor, ...]
+
+
+class Matcher(Protocol):
+    """Finds the rule of an operator call, or None where no closed form applies."""
+
+    def __call__(self, name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
+        """Match a call of aten operator `name` whose argument positions `watched` hold parameters."""
+        ...

@@ -1,0 +1,161 @@
+"""Convolutions of one to three spatial axes and their transposes, with stride, padding, dilation and groups.
+
+A convolution is a linear layer on patches: with the input unfolded to [in·k, positions], everything that holds for
+shared linear layers holds here (Grosse & Martens 2016, section 3).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from curvature_engine.rules.base import Match, Rule
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Stride, padding (before and after), dilation, groups, kernel."""
+
+    stride: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    kernel: tuple[int, ...]
+
+    def patches(self, x: Tensor, positions: Sequence[int]) -> Tensor:
+        """Unfold x [u, c, *space] at `positions` windows per axis: [u, c·k, Π positions]."""
+        pads = [p for pair in zip(reversed(self.before), reversed(self.after), strict=True) for p in pair]
+        x = F.pad(x, pads) if any(pads) else x
+        x = x.contiguous()
+        u, c, *_ = x.shape
+        step = x.stride()
+        windows = x.as_strided(
+            (u, c, *self.kernel, *positions),
+            (
+                *step[:2],
+                *(s * d for s, d in zip(step[2:], self.dilation, strict=True)),
+                *(s * d for s, d in zip(step[2:], self.stride, strict=True)),
+            ),
+        )
+        return windows.reshape(u, c * prod(self.kernel), prod(positions))
+
+
+class ConvolutionRule(Rule):
+    """Closed forms of one convolution; the weight is [out, in/groups, *k], or [in, out/groups, *k] if transposed."""
+
+    row_axes = 1
+
+    def __init__(self, geometry: Geometry, *, transposed: bool) -> None:
+        self._geometry = geometry
+        self._transposed = transposed
+
+    def per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor:
+        n, T = g.shape[:2]
+        if role == "bias":
+            return g.flatten(3).sum((1, 3))
+        x, g = saved[0].flatten(0, 1), g.flatten(0, 1)
+        # The transposed convolution is the adjoint: input and output gradient change places.
+        here, unfolded = (x, g) if self._transposed else (g, x)
+        groups, kernel = self._geometry.groups, self._geometry.kernel
+        patches = self._geometry.patches(unfolded, here.shape[2:])
+        left = here.flatten(2).unflatten(1, (groups, -1)).flatten(0, 1)  # [u·groups, a, L]
+        right = patches.unflatten(1, (groups, -1)).flatten(0, 1)  # [u·groups, b·k, L]
+        product = torch.bmm(left, right.transpose(1, 2))
+        product = product.view(n, T, groups * left.shape[1], right.shape[1] // prod(kernel), *kernel)
+        return product[:, 0] if T == 1 else product.sum(1)
+
+    def factor_outputs(self, role: str, g: Tensor) -> Tensor | None:
+        n, T, out = g.shape[:3]
+        groups = self._geometry.groups
+        return g.reshape(n, T, groups, out // groups, -1).permute(2, 0, 1, 4, 3).flatten(2, 3)
+
+    def _grouped(self, patches: Tensor, n: int) -> Tensor:
+        """[n·T, in·k, L] → [groups, n, T·L, in/groups·k]."""
+        groups = self._geometry.groups
+        return patches.unflatten(1, (groups, -1)).unflatten(0, (n, -1)).permute(2, 0, 1, 4, 3).flatten(2, 3)
+
+
+class DirectConvolutionRule(ConvolutionRule):
+    """The ordinary convolution."""
+
+    def __init__(self, geometry: Geometry, positions: Sequence[int]) -> None:
+        super().__init__(geometry, transposed=False)
+        self._positions = tuple(positions)
+
+    def factor_inputs(self, saved: Sequence[Tensor]) -> Tensor | None:
+        if not saved:
+            return None
+        x = saved[0]
+        return self._grouped(self._geometry.patches(x.flatten(0, 1), self._positions), x.shape[0])
+
+
+class TransposedConvolutionRule(ConvolutionRule):
+    """The transposed convolution; its patches are what each output position receives from the input."""
+
+    def __init__(self, geometry: Geometry, output_padding: Sequence[int]) -> None:
+        super().__init__(geometry, transposed=True)
+        self._output_padding = tuple(output_padding)
+
+    def factor_inputs(self, saved: Sequence[Tensor]) -> Tensor | None:
+        if not saved:
+            return None
+        x, geometry = saved[0], self._geometry
+        channels, taps = x.shape[2], prod(geometry.kernel)
+        one_hot = torch.eye(taps, dtype=x.dtype, device=x.device).view(1, taps, *geometry.kernel)
+        transpose = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(geometry.kernel) - 1]
+        patches = transpose(
+            x.flatten(0, 1),
+            one_hot.repeat(channels, *[1] * (one_hot.dim() - 1)),
+            None,
+            geometry.stride,
+            geometry.before,
+            self._output_padding,
+            channels,
+            geometry.dilation,
+        )
+        return self._grouped(patches.flatten(2), x.shape[0])
+
+
+def match_convolution(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
+    """`conv1d` … `conv3d`, their transposes, and the general `convolution`."""
+    x, weight = arguments[:2]
+    space = weight.dim() - 2
+    if not watched.keys() <= {1, 2} or x.dim() != weight.dim():
+        return None
+    output_padding: Any = 0
+    if name in ("convolution", "_convolution"):
+        stride, padding, dilation, transposed, output_padding, groups = arguments[3:9]
+    elif name.startswith("conv_transpose"):
+        stride, padding, output_padding, groups, dilation = arguments[3:8]
+        transposed = True
+    else:
+        stride, padding, dilation, groups = arguments[3:7]
+        transposed = False
+    kernel, dilation = tuple(weight.shape[2:]), _spread(dilation, space)
+    before, after = _padding(padding, kernel, dilation)
+    geometry = Geometry(_spread(stride, space), before, after, dilation, groups, kernel)
+    rule: Rule
+    if transposed:
+        rule = TransposedConvolutionRule(geometry, _spread(output_padding, space))
+    else:
+        rule = DirectConvolutionRule(geometry, output.shape[2:])
+    roles = {p: "weight" if p == 1 else "bias" for p in watched}
+    return Match(rule, roles, (x,) if 1 in watched else ())
+
+
+def _spread(value: Any, axes: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * axes if len(values) == 1 else values
+
+
+def _padding(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return tuple(t // 2 for t in totals), tuple(t - t // 2 for t in totals)
+    even = (0,) * len(kernel) if padding == "valid" else _spread(padding, len(kernel))
+    return even, even

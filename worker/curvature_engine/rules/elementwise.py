@@ -1,0 +1,57 @@
+"""Parameters added to, subtracted from, or multiplied with a batch: biases, scales, positional tables."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from curvature_engine.rules.base import Match, Rule
+
+
+class ElementwiseRule(Rule):
+    """y = factor · p ⊙ x (or factor · p + x), with p broadcast against the rows.
+
+    The parameter's axes after its leading ones align with the output's last axes; axes of size one are summed over.
+    """
+
+    def __init__(self, row_axes: int, shape: Sequence[int], kept: Sequence[int], factor: float, *, product: bool) -> None:
+        self.row_axes = row_axes
+        self._shape, self._kept = tuple(shape), tuple(kept)
+        self._factor, self._product = factor, product
+
+    def per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor:
+        value = (g * saved[0] if saved else g).sum(1)
+        summed = [1 + axis for axis, size in enumerate(self._kept) if size == 1]
+        value = value.sum(summed, keepdim=True) if summed else value
+        value = value if self._factor == 1 else value * self._factor
+        return value.reshape(g.shape[0], *self._shape)
+
+    def factor_outputs(self, role: str, g: Tensor) -> Tensor | None:
+        wide = [axis for axis, size in enumerate(self._kept) if size != 1]
+        if self._product or len(wide) != 1:
+            return None
+        columns = g.movedim(2 + wide[0], -1).flatten(1, -2)
+        return (columns if self._factor == 1 else columns * self._factor)[None]
+
+
+def match_elementwise(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
+    """`add`, `sub`, `mul` of a parameter and something of the batch."""
+    if len(watched) != 1 or not watched.keys() <= {0, 1}:
+        return None
+    position = next(iter(watched))
+    parameter, other = arguments[position], arguments[1 - position]
+    shape = tuple(parameter.shape)
+    kept = shape
+    while kept and kept[0] == 1:
+        kept = kept[1:]
+    row_axes = output.dim() - len(kept)
+    if row_axes < 1:
+        return None
+    product = name == "mul"
+    alpha = arguments[2] if not product and len(arguments) > 2 else 1
+    factor = (1 if position == 0 else alpha) * (-1 if name == "sub" and position == 1 else 1)
+    if product and not isinstance(other, Tensor):
+        factor, saved = other, ()
+    else:
+        saved = (other.expand(output.shape),) if product else ()
+    return Match(ElementwiseRule(row_axes, shape, kept, factor, product=product), {position: "bias"}, saved)

@@ -1,0 +1,94 @@
+"""Products with a weight matrix: linear, addmm, matmul, mm."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature_engine.rules.base import Match, Rule
+
+
+class LinearRule(Rule):
+    """y = α x Wᵀ + β b on rows x [in] → y [out]; the weight is stored as [out, in], or transposed as [in, out]."""
+
+    def __init__(self, row_axes: int, *, transposed: bool, swapped: bool = False, alpha: float = 1, beta: float = 1) -> None:
+        self.row_axes = row_axes
+        self._transposed = transposed
+        self._swapped = swapped  # y = W x: rows stand along the last axis
+        self._alpha, self._beta = alpha, beta
+
+    def canonical(self, g: Tensor) -> Tensor:
+        return g.transpose(-1, -2) if self._swapped else g
+
+    def rows(self, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(x.transpose(-1, -2) for x in saved) if self._swapped else tuple(saved)
+
+    def per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor:
+        if role == "bias":
+            return self._scaled(g.sum(1), self._beta)
+        x = saved[0]
+        product = torch.bmm(x.transpose(1, 2), g) if self._transposed else torch.bmm(g.transpose(1, 2), x)
+        return self._scaled(product, self._alpha)
+
+    def sum_squared(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor | None:
+        if role == "bias":
+            return self._scaled(g.sum(1), self._beta).square().sum(0)
+        x = saved[0]
+        if x.shape[1] != 1:
+            return None
+        x, g = x[:, 0].square(), g[:, 0].square()
+        return self._scaled(x.T @ g if self._transposed else g.T @ x, self._alpha**2)
+
+    def squared_norms(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor | None:
+        if role == "bias":
+            return self._scaled(g.sum(1), self._beta).square().sum(1)
+        x = saved[0]
+        T, n_in, n_out = x.shape[1], x.shape[2], g.shape[2]
+        if T == 1:
+            return self._scaled(x.square().sum((1, 2)) * g.square().sum((1, 2)), self._alpha**2)
+        if T * (n_in + n_out) >= n_in * n_out:
+            return None
+        # ‖Σ_t g_t x_tᵀ‖² = Σ_{t,u} ⟨g_t, g_u⟩⟨x_t, x_u⟩ (Goodfellow 2015, extended to rows)
+        gram = torch.bmm(x, x.transpose(1, 2)) * torch.bmm(g, g.transpose(1, 2))
+        return self._scaled(gram.sum((1, 2)), self._alpha**2)
+
+    def factor_inputs(self, saved: Sequence[Tensor]) -> Tensor | None:
+        return self._scaled(saved[0], self._alpha)[None] if saved else None
+
+    def factor_outputs(self, role: str, g: Tensor) -> Tensor | None:
+        return (self._scaled(g, self._beta) if role == "bias" else g)[None]
+
+    @staticmethod
+    def _scaled(value: Tensor, factor: float) -> Tensor:
+        return value if factor == 1 else value * factor
+
+
+def match_linear(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
+    """`linear(x, W, b)`."""
+    if not watched.keys() <= {1, 2} or arguments[1].dim() != 2 or output.dim() < 2:
+        return None
+    return _match(LinearRule(output.dim() - 1, transposed=False), watched, arguments[0], weight=1, bias=2)
+
+
+def match_addmm(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
+    """`addmm(b, x, W, beta, alpha)` with W [in, out], as in `Conv1D` of language models."""
+    if not watched.keys() <= {0, 2} or (0 in watched and tuple(arguments[0].shape) != tuple(output.shape[1:])):
+        return None
+    beta, alpha = (*arguments[3:], 1, 1)[:2]
+    return _match(LinearRule(1, transposed=True, alpha=alpha, beta=beta), watched, arguments[1], weight=2, bias=0)
+
+
+def match_matmul(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
+    """`matmul(x, W)` and `matmul(W, x)` with a two-dimensional W."""
+    a, b = arguments[:2]
+    if watched.keys() == {1} and b.dim() == 2 and a.dim() >= 2:
+        return _match(LinearRule(output.dim() - 1, transposed=True), watched, a, weight=1)
+    if watched.keys() == {0} and a.dim() == 2 and b.dim() >= 2:
+        return _match(LinearRule(output.dim() - 1, transposed=False, swapped=True), watched, b, weight=0)
+    return None
+
+
+def _match(rule: Rule, watched: Mapping[int, Any], x: Tensor, *, weight: int, bias: int = -1) -> Match:
+    roles = {p: "weight" if p == weight else "bias" for p in watched if p in (weight, bias)}
+    return Match(rule, roles, (x,) if weight in watched else ())

@@ -1,0 +1,93 @@
+"""Affine parts of normalisation layers: y = x̂ w + b, with x̂ the normalised input.
+
+Batch normalisation only with its running statistics: in training mode it couples the samples.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from curvature_engine.losses import accumulation_dtype
+from curvature_engine.rules.base import Match, Rule
+
+
+class AffineRule(Rule):
+    """Gradients x̂ g and g, summed over everything that shares a weight.
+
+    Args:
+        row_axes: leading axes of the output that are rows.
+        weight_axes: how many axes right after the rows the weight spans; further ones are summed over.
+        normalize: saved inputs → x̂, of the output's shape.
+    """
+
+    def __init__(self, row_axes: int, weight_axes: int, normalize: Callable[..., Tensor]) -> None:
+        self.row_axes = row_axes
+        self._weight_axes = weight_axes
+        self._normalize = normalize
+
+    def rows(self, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (self._normalize(*(t.to(accumulation_dtype(t.dtype)) for t in saved)),) if saved else ()
+
+    def per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor:
+        product = g if role == "bias" else g * saved[0]
+        summed = (1, *range(2 + self._weight_axes, product.dim()))
+        return product.sum(summed)
+
+
+def match_batch_norm(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
+    """`batch_norm(x, w, b, mean, variance, training, momentum, eps)` in eval mode."""
+    x, _, _, mean, variance, training, _, eps = arguments[:8]
+    if not watched.keys() <= {1, 2} or training or x.dim() < 2:
+        return None
+    shape = (1, -1, *[1] * (x.dim() - 2))
+
+    def normalize(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        return (x - mean.view(shape)) * torch.rsqrt(variance.view(shape) + eps)
+
+    return _match(AffineRule(1, 1, normalize), watched, (x, mean, variance), weight=1)
+
+
+def match_instance_norm(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
+    """`instance_norm(x, w, b, mean, variance, use_input_statistics, momentum, eps)`."""
+    x, _, _, _, _, use_input, _, eps = arguments[:8]
+    if not use_input:
+        return match_batch_norm(name, arguments, watched, output)
+    if not watched.keys() <= {1, 2} or x.dim() < 3:
+        return None
+    return _match(AffineRule(1, 1, lambda x: F.instance_norm(x, eps=eps)), watched, (x,), weight=1)
+
+
+def match_layer_norm(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
+    """`layer_norm(x, shape, w, b, eps)`."""
+    x, shape, _, _, eps = (*arguments[:5], 1e-5)[:5]
+    if not watched.keys() <= {2, 3}:
+        return None
+    axes = len(shape)
+    rule = AffineRule(x.dim() - axes, axes, lambda x: F.layer_norm(x, shape, None, None, eps))
+    return _match(rule, watched, (x,), weight=2)
+
+
+def match_rms_norm(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
+    """`rms_norm(x, shape, w, eps)`; eps None means the input dtype's machine epsilon."""
+    x, shape, _, eps = (*arguments[:4], None)[:4]
+    if watched.keys() != {2}:
+        return None
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    rule = AffineRule(x.dim() - len(shape), len(shape), lambda x: F.rms_norm(x, shape, None, eps))
+    return _match(rule, watched, (x,), weight=2)
+
+
+def match_group_norm(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
+    """`group_norm(x, groups, w, b, eps)`."""
+    x, groups, _, _, eps = (*arguments[:5], 1e-5)[:5]
+    if not watched.keys() <= {2, 3}:
+        return None
+    return _match(AffineRule(1, 1, lambda x: F.group_norm(x, groups, None, None, eps)), watched, (x,), weight=2)
+
+
+def _match(rule: Rule, watched: Mapping[int, Any], saved: tuple[Tensor, ...], *, weight: int) -> Match:
+    roles = {p: "weight" if p == weight else "bias" for p in watched}
+    return Match(rule, roles, saved if weight in watched else ())

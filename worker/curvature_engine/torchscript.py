@@ -1,0 +1,519 @@
+"""The TorchScript front end: the inlined graph of a module's forward, compiled to a list of steps.
+
+Each node becomes one Python closure over slots of a value table, compiled once per program; nothing is looked up by
+name while it runs. Tensor operators resolve, through their schema, to the dispatcher's overload, so that the kernels
+are those TorchScript itself would call.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from curvature_engine import operators, scalars
+from curvature_engine.contexts import make_context
+from curvature_engine.errors import EngineError
+from curvature_engine.execution import OperatorCall, Run
+
+
+Step = Callable[[Run], None]
+
+_FOREIGN_ACCELERATED = ("mkldnn", "quantized", "prepacked", "cudnn", "tensorexpr", "mps", "xnnpack")
+
+
+def compile_graph(graph: Any, device: torch.device) -> "Compiled":
+    """Compile an inlined TorchScript graph for `device`.
+
+    Constants that a trace baked in for another device are remapped.
+
+    Raises:
+        EngineError: `unsupported_operator` for nodes that no run could pass.
+    """
+    return Compiled(graph, device)
+
+
+class Compiled:
+    """A compiled graph: call `run` with the module's object and the forward's arguments."""
+
+    def __init__(self, graph: Any, device: torch.device) -> None:
+        self._device = device
+        self._slots: dict[str, int] = {}
+        self._constants: list[tuple[int, Any]] = []
+        self.edits_tensors = False
+        """Whether an in-place operator appears anywhere: then buffers are cloned for each run."""
+        self.call_kinds: set[str] = set()
+        inputs = list(graph.inputs())
+        self._inputs = [self._slot(value) for value in inputs]
+        self._steps = self._block(graph)
+        self._output = self._slot(next(iter(graph.outputs())))
+
+    def run(self, run: Run, arguments: list[Any]) -> Any:
+        """Execute on `arguments` (the module's object first); returns what forward returns."""
+        run.values = [None] * len(self._slots)
+        run.tainted = [False] * len(self._slots)
+        for slot, value in self._constants:
+            run.values[slot] = value
+        for slot, value in zip(self._inputs, arguments, strict=True):
+            run.values[slot] = value
+            run.tainted[slot] = slot != self._inputs[0]
+        for step in self._steps:
+            step(run)
+        return run.values[self._output]
+
+    def _slot(self, value: Any) -> int:
+        return self._slots.setdefault(value.debugName(), len(self._slots))
+
+    def _block(self, block: Any) -> list[Step]:
+        steps = []
+        for node in block.nodes():
+            step = self._node(node)
+            if step is not None:
+                steps.append(step)
+        return steps
+
+    def _node(self, node: Any) -> Step | None:
+        kind: str = node.kind()
+        self.call_kinds.add(kind)
+        handler = _HANDLERS.get(kind)
+        if handler is not None:
+            return handler(self, node)
+        if kind.startswith("aten::"):
+            return self._operator(node)
+        if kind in scalars.OPERATORS:
+            return self._scalar(node)
+        return self._refuse(node)
+
+    # Values
+
+    def _constant(self, node: Any) -> Step | None:
+        output = node.output()
+        value = output.toIValue()
+        if isinstance(value, torch.device):
+            value = self._device
+        elif isinstance(value, torch.Tensor):
+            value = value.to(self._device)
+        self._constants.append((self._slot(output), value))
+        return None
+
+    def _get_attribute(self, node: Any) -> Step:
+        owner, name, out = self._slot(node.input()), node.s("name"), self._slot(node.output())
+
+        def step(run: Run) -> None:
+            run.values[out] = run.attribute(run.values[owner], name)
+            run.tainted[out] = False
+
+        return step
+
+    def _set_attribute(self, node: Any) -> Step:
+        owner, value = (self._slot(v) for v in node.inputs())
+        name = node.s("name")
+
+        def step(run: Run) -> None:
+            run.set_attribute(run.values[owner], name, run.values[value])
+
+        return step
+
+    def _construct(self, node: Any, make: Callable[[list[Any]], Any]) -> Step:
+        ins, out = [self._slot(v) for v in node.inputs()], self._slot(node.output())
+
+        def step(run: Run) -> None:
+            run.values[out] = make([run.values[i] for i in ins])
+            run.tainted[out] = any(run.tainted[i] for i in ins)
+
+        return step
+
+    def _list(self, node: Any) -> Step:
+        return self._construct(node, list)
+
+    def _tuple(self, node: Any) -> Step:
+        return self._construct(node, tuple)
+
+    def _dict(self, node: Any) -> Step:
+        return self._construct(node, lambda values: dict(zip(values[::2], values[1::2], strict=True)))
+
+    def _unpack(self, node: Any) -> Step:
+        source, outs = self._slot(node.input()), [self._slot(v) for v in node.outputs()]
+
+        def step(run: Run) -> None:
+            values = run.values[source]
+            if len(values) != len(outs):
+                raise EngineError("invalid_inputs", f"the model expected {len(outs)} values to unpack, got {len(values)}")
+            for out, value in zip(outs, values, strict=True):
+                run.values[out] = value
+                run.tainted[out] = run.tainted[source]
+
+        return step
+
+    def _tuple_slice(self, node: Any) -> Step:
+        begin, end = node.i("beg"), node.i("end")
+        return self._construct(node, lambda values: values[0][begin:end])
+
+    def _uninitialized(self, node: Any) -> Step:
+        return self._construct(node, lambda values: None)
+
+    # Control flow
+
+    def _if(self, node: Any) -> Step:
+        condition = self._slot(node.input())
+        outs = [self._slot(v) for v in node.outputs()]
+        branches = []
+        for block in node.blocks():
+            branches.append((self._block(block), [self._slot(v) for v in block.outputs()]))
+        (then_steps, then_outs), (else_steps, else_outs) = branches
+
+        def step(run: Run) -> None:
+            taken = bool(run.values[condition])
+            run.decide(taken)
+            for inner in then_steps if taken else else_steps:
+                inner(run)
+            run.move(then_outs if taken else else_outs, outs)
+
+        return step
+
+    def _loop(self, node: Any) -> Step:
+        ins = [self._slot(v) for v in node.inputs()]
+        outs = [self._slot(v) for v in node.outputs()]
+        block = next(iter(node.blocks()))
+        block_ins = [self._slot(v) for v in block.inputs()]
+        steps = self._block(block)
+        block_outs = [self._slot(v) for v in block.outputs()]
+
+        def step(run: Run) -> None:
+            limit, going = run.values[ins[0]], bool(run.values[ins[1]])
+            run.move(ins[2:], block_ins[1:])
+            count = 0
+            while going and count < limit:
+                run.values[block_ins[0]] = count
+                run.tainted[block_ins[0]] = False
+                for inner in steps:
+                    inner(run)
+                going = bool(run.values[block_outs[0]])
+                run.move(block_outs[1:], block_ins[1:])
+                count += 1
+            run.decide(count)
+            run.move(block_ins[1:], outs)
+
+        return step
+
+    def _raise(self, node: Any) -> Step:
+        message, place = self._slot(next(iter(node.inputs()))), _place(node)
+
+        def step(run: Run) -> None:
+            raise EngineError(
+                "invalid_inputs",
+                f"the model rejected its inputs: {run.values[message]} ({place})",
+                param="inputs",
+                remedy="give inputs of the shapes and types that the model was written for",
+            )
+
+        return step
+
+    # Context managers
+
+    def _create_object(self, node: Any) -> Step:
+        name, place = str(node.output().type()), _place(node)
+        out = self._slot(node.output())
+
+        def step(run: Run) -> None:
+            run.values[out] = make_context(name, place)
+
+        return step
+
+    def _enter(self, node: Any) -> Step:
+        source, outs = self._slot(node.input()), [self._slot(v) for v in node.outputs()]
+
+        def step(run: Run) -> None:
+            run.enter(run.values[source])
+            for out in outs:
+                run.values[out] = run.values[source]
+
+        return step
+
+    def _exit(self, node: Any) -> Step:
+        source = self._slot(next(iter(node.inputs())))
+
+        def step(run: Run) -> None:
+            run.exit(run.values[source])
+
+        return step
+
+    # Operators
+
+    def _scalar(self, node: Any) -> Step:
+        function = scalars.OPERATORS[node.kind()]
+        ins, outs = [self._slot(v) for v in node.inputs()], [self._slot(v) for v in node.outputs()]
+        # Containers keep their slot: appending a batch-dependent tensor makes the whole list so.
+        place = _place(node)
+
+        def step(run: Run) -> None:
+            try:
+                result = function(*[run.values[i] for i in ins])
+            except EngineError:
+                raise
+            except Exception as error:  # noqa: BLE001 (whatever the model's own code raises is the model's refusal)
+                raise EngineError(
+                    "invalid_inputs", f"the model failed at {place}: {error or type(error).__name__}", param="inputs"
+                ) from error
+            tainted = any(run.tainted[i] for i in ins)
+            if tainted and ins:
+                run.tainted[ins[0]] = True
+            for out in outs[:1]:
+                run.values[out] = result
+                run.tainted[out] = tainted
+
+        return step
+
+    def _operator(self, node: Any) -> Step:
+        kind: str = node.kind()
+        name = kind.removeprefix("aten::")
+        takes_tensor = any(_holds_tensor(v.type()) for v in node.inputs())
+        makes_tensor = any(_holds_tensor(v.type()) for v in node.outputs())
+        containers = any(v.type().kind() in ("ListType", "DictType", "StringType", "TupleType") for v in node.inputs())
+        first = next(iter(node.inputs()), None)
+        on_container = first is not None and first.type().kind() in ("ListType", "DictType", "StringType")
+        if kind in scalars.OPERATORS and (
+            (on_container and name in _CONTAINER_OPERATORS) or not (takes_tensor or makes_tensor)
+        ):
+            return self._scalar(node)
+        if name in ("__is__", "__isnot__", "warn", "format", "percentFormat", "dict", "__contains__") or (
+            containers and name in ("list",)
+        ):
+            return self._scalar(node)
+        special = _TENSOR_QUESTIONS.get(name)
+        if special is not None and not makes_tensor:
+            return self._question(node, special)
+        if name in operators.REFUSED or name.removesuffix("_") in operators.REFUSED:
+            return self._refuse(node)
+        if not operators.is_allowed(name):
+            return self._refuse(node)
+        if name.endswith("_") and not name.endswith("__"):
+            self.edits_tensors = True
+        return self._call(node, name)
+
+    def _question(self, node: Any, function: Callable[..., Any]) -> Step:
+        ins, out = [self._slot(v) for v in node.inputs()], self._slot(node.output())
+
+        def step(run: Run) -> None:
+            run.values[out] = function(*[run.values[i] for i in ins])
+            run.tainted[out] = False
+
+        return step
+
+    def _call(self, node: Any, name: str) -> Step:
+        schema = torch._C.parse_schema(node.schema())
+        ins, outs = [self._slot(v) for v in node.inputs()], [self._slot(v) for v in node.outputs()]
+        if name == "tensor" or name == "as_tensor":
+            return self._make_tensor(node)
+        packet = getattr(torch.ops.aten, name, None)
+        overload = None if packet is None else getattr(packet, schema.overload_name or "default", None)
+        if overload is None:
+            return self._method(node, name)
+        positional = sum(not argument.kwarg_only for argument in schema.arguments)
+        keywords = tuple(argument.name for argument in schema.arguments[positional:])
+        call = OperatorCall(name, overload, positional, keywords, tuple(ins), tuple(outs), _place(node))
+
+        def step(run: Run) -> None:
+            run.call(call)
+
+        return step
+
+    def _method(self, node: Any, name: str) -> Step:
+        """Operators that TorchScript has as a method only: casts, and `to` in its older forms."""
+        if name not in _METHODS:
+            return self._refuse(node)
+        ins, out = [self._slot(v) for v in node.inputs()], self._slot(node.output())
+        function = _METHODS[name]
+
+        def step(run: Run) -> None:
+            values = [run.values[i] for i in ins]
+            run.values[out] = function(*values)
+            run.tainted[out] = any(run.tainted[i] for i in ins)
+            run.note_cast(values[0], run.values[out])
+
+        return step
+
+    def _make_tensor(self, node: Any) -> Step:
+        ins, out = [self._slot(v) for v in node.inputs()], self._slot(node.output())
+
+        def step(run: Run) -> None:
+            data, dtype, *_ = (run.values[i] for i in ins)
+            run.values[out] = torch.tensor(data, dtype=_dtype(dtype), device=run.device)
+            run.tainted[out] = False
+
+        return step
+
+    def _refuse(self, node: Any) -> Step:
+        kind, place = node.kind(), _place(node)
+        plain = kind.removeprefix("aten::")
+        reason, remedy = operators.REFUSED.get(plain.removesuffix("_"), ("", ""))
+        if any(mark in kind for mark in _FOREIGN_ACCELERATED):
+            reason, remedy = "the file was optimised for inference", "save the module before optimising it"
+        message = f"operator {kind} is not supported" + (f": {reason}" if reason else "") + f" ({place})"
+        remedy = remedy or "express it with other operators, or compute it outside the model"
+
+        def step(run: Run) -> None:
+            raise EngineError("unsupported_operator", message, param=kind, remedy=remedy)
+
+        return step
+
+
+_CONTAINER_OPERATORS = frozenset(
+    """append extend insert remove pop clear reverse sort copy list index count keys values items get setdefault update
+    __getitem__ _set_item Delete len slice __contains__ add mul eq ne join startswith endswith lower upper format
+    """.split()
+)
+
+
+def _holds_tensor(type_: Any) -> bool:
+    return type_.isSubtypeOf(torch._C.TensorType.get()) or (
+        type_.kind() in ("ListType", "OptionalType") and _holds_tensor(type_.getElementType())
+    )
+
+
+def _place(node: Any) -> str:
+    """The line of the model's code that a node came from, in one line."""
+    lines = [line for line in str(node.sourceRange()).splitlines() if line.strip()]
+    where = ""
+    code = ""
+    for number, line in enumerate(lines):
+        if line.lstrip().startswith("File "):
+            where = line.strip().removeprefix("File ").replace('"', "")
+        if "<--- HERE" in line and number > 0:
+            code = lines[number - 1].strip()
+    if not where and not code:
+        return f"node {node.kind()}"
+    file, _, rest = where.partition(", ")
+    return f"{file.rsplit('/', 1)[-1]}, {rest}: {code}" if code else f"{file.rsplit('/', 1)[-1]}, {rest}"
+
+
+
+
+def _dtype(value: Any) -> torch.dtype | None:
+    """TorchScript's integer for a dtype, as a dtype."""
+    if value is None or isinstance(value, torch.dtype):
+        return value
+    return _DTYPE_OF[value]
+
+
+_DTYPE_OF: dict[int, torch.dtype] = {
+    0: torch.uint8, 1: torch.int8, 2: torch.int16, 3: torch.int32, 4: torch.int64, 5: torch.float16, 6: torch.float32,
+    7: torch.float64, 8: torch.complex32, 9: torch.complex64, 10: torch.complex128, 11: torch.bool, 15: torch.bfloat16,
+}  # fmt: skip
+_NUMBER_OF = {dtype: number for number, dtype in _DTYPE_OF.items()}
+
+
+def _size(tensor: torch.Tensor, dim: int | None = None) -> Any:
+    return list(tensor.shape) if dim is None else tensor.shape[dim]
+
+
+_TENSOR_QUESTIONS: dict[str, Callable[..., Any]] = {
+    "size": _size,
+    "dim": lambda t: t.dim(),
+    "numel": lambda t: t.numel(),
+    "len": len,
+    "item": lambda t: t.item(),
+    "Int": int,
+    "Float": float,
+    "Bool": bool,
+    "IntImplicit": int,
+    "FloatImplicit": float,
+    "ScalarImplicit": lambda t: t.item(),
+    "is_floating_point": lambda t: t.is_floating_point(),
+    "is_complex": lambda t: t.is_complex(),
+    "is_nonzero": bool,
+    "stride": lambda t, d=None: list(t.stride()) if d is None else t.stride(d),
+    "storage_offset": lambda t: t.storage_offset(),
+    "is_contiguous": lambda t, *r: t.is_contiguous(),
+    "element_size": lambda t: t.element_size(),
+    "is_same_size": lambda a, b: a.shape == b.shape,
+    "equal": torch.equal,
+    "allclose": torch.allclose,
+    "is_autocast_enabled": lambda *a: torch.is_autocast_enabled(*a),
+    "get_autocast_dtype": lambda d: _NUMBER_OF[torch.get_autocast_dtype(d)],
+    "is_grad_enabled": torch.is_grad_enabled,
+    "__contains__": lambda values, value: value in values,
+}
+
+
+def _to(tensor: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """`to` in the forms that take None for device or dtype."""
+    for argument in arguments:
+        if isinstance(argument, torch.device):
+            tensor = tensor.to(argument)
+        elif isinstance(argument, torch.Tensor):
+            tensor = tensor.to(argument.device, argument.dtype)
+        elif isinstance(argument, int) and not isinstance(argument, bool):
+            tensor = tensor.to(_DTYPE_OF[argument])
+    return tensor
+
+
+_METHODS: dict[str, Callable[..., Any]] = {
+    "to": _to,
+    "cpu": lambda t, *r: t,  # everything lives on the one device that the caller chose
+    "cuda": lambda t, *r: t,
+    "float": lambda t: t.float(),
+    "double": lambda t: t.double(),
+    "half": lambda t: t.half(),
+    "bfloat16": lambda t: t.bfloat16(),
+    "int": lambda t: t.int(),
+    "long": lambda t: t.long(),
+    "bool": lambda t: t.bool(),
+}
+
+
+def _property(read: Callable[[Any], Any]) -> Callable[[Compiled, Any], Step]:
+    def handler(compiled: Compiled, node: Any) -> Step:
+        return compiled._question(node, read)
+
+    return handler
+
+
+def _as_scalar(compiled: Compiled, node: Any) -> Step:
+    return compiled._scalar(node)
+
+
+def _number_to_tensor(compiled: Compiled, node: Any) -> Step:
+    return compiled._construct(node, lambda values: torch.tensor(values[0]))
+
+
+_HANDLERS: dict[str, Callable[[Compiled, Any], Step | None]] = {
+    "prim::Constant": Compiled._constant,
+    "prim::GetAttr": Compiled._get_attribute,
+    "prim::SetAttr": Compiled._set_attribute,
+    "prim::ListConstruct": Compiled._list,
+    "prim::TupleConstruct": Compiled._tuple,
+    "prim::DictConstruct": Compiled._dict,
+    "prim::ListUnpack": Compiled._unpack,
+    "prim::TupleUnpack": Compiled._unpack,
+    "prim::TupleIndex": lambda c, n: c._construct(n, lambda v: v[0][v[1]]),
+    "prim::TupleSlice": Compiled._tuple_slice,
+    "prim::Uninitialized": Compiled._uninitialized,
+    "prim::If": Compiled._if,
+    "prim::Loop": Compiled._loop,
+    "prim::RaiseException": Compiled._raise,
+    "prim::CreateObject": Compiled._create_object,
+    "prim::Enter": Compiled._enter,
+    "prim::Exit": Compiled._exit,
+    "prim::NumToTensor": _number_to_tensor,
+    "prim::dtype": _property(lambda t: _NUMBER_OF[t.dtype]),
+    "prim::device": _property(lambda t: t.device),
+    "prim::layout": _property(lambda t: 0),
+    "prim::is_cuda": _property(lambda t: t.is_cuda),
+    "prim::is_cpu": _property(lambda t: t.device.type == "cpu"),
+    "prim::is_mps": _property(lambda t: False),
+    "prim::is_xpu": _property(lambda t: False),
+    "prim::is_nested": _property(lambda t: t.is_nested),
+    "prim::is_sparse": _property(lambda t: t.is_sparse),
+    "prim::is_quantized": _property(lambda t: False),
+    "prim::is_mkldnn": _property(lambda t: False),
+    "prim::requires_grad": _property(lambda t: t.requires_grad),
+    "prim::ndim": _property(lambda t: t.dim()),
+    "prim::itemsize": _property(lambda t: t.element_size()),
+    "prim::type": _property(lambda d: d.type),
+    "prim::tolist": _property(lambda t, *r: t.tolist()),
+    "prim::T": lambda c, n: c._construct(n, lambda v: v[0].T),
+    "prim::data": lambda c, n: c._construct(n, lambda v: v[0].detach()),
+    "prim::min": _as_scalar,
+    "prim::max": _as_scalar,
+    "prim::abs": _as_scalar,
+}
