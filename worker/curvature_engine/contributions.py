@@ -1,0 +1,191 @@
+"""One parameter's per-sample gradients for one cotangent, in the form that is cheapest to reduce.
+
+A *contribution* is Σ over the parameter's uses of what each tap's rule gives. It is never written out whole unless
+asked for: reductions go over blocks of samples that fit the budget, or use a rule's own shorter form.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvature_engine.losses import accumulation_dtype
+from curvature_engine.probe import Attribution
+from curvature_engine.tape import Tap, Use
+
+
+class Contribution(ABC):
+    """Per-sample gradients of one parameter under one cotangent."""
+
+    shape: tuple[int, ...]
+
+    @abstractmethod
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """(first sample, gradients [n, *shape]), block after block."""
+
+    def sum_squared(self, center: Tensor | None = None) -> Tensor:
+        """Σ_n (g_n − center)², [*shape]."""
+        total: Tensor | None = None
+        for _, block in self.blocks():
+            block = block if center is None else block - center
+            part = torch.einsum("n...,n...->...", block, block)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
+
+    def squared_norms(self) -> Tensor:
+        """‖g_n‖², [N]."""
+        return torch.cat([b.flatten(1).square().sum(1) if b.dim() > 1 else b.square() for _, b in self.blocks()])
+
+    def total(self) -> Tensor:
+        """Σ_n g_n, [*shape]."""
+        total: Tensor | None = None
+        for _, block in self.blocks():
+            total = block.sum(0) if total is None else total.add_(block.sum(0))
+        assert total is not None
+        return total
+
+    def materialised(self) -> Tensor:
+        """All of it, [N, *shape]."""
+        blocks = [block for _, block in self.blocks()]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+class Materialised(Contribution):
+    """Gradients that exist already (the universal fallback's)."""
+
+    def __init__(self, gradients: Tensor) -> None:
+        self._gradients = gradients
+        self.shape = tuple(gradients.shape[1:])
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        yield 0, self._gradients
+
+
+class Absent(Contribution):
+    """Zero: the parameter does not reach the outputs on this path."""
+
+    def __init__(self, like: Tensor, N: int) -> None:
+        self._like, self._N = like, N
+        self.shape = tuple(like.shape)
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        dtype = accumulation_dtype(self._like.dtype)
+        for n in range(self._N):
+            yield n, torch.zeros((1, *self.shape), dtype=dtype, device=self._like.device)
+
+
+@dataclass(frozen=True)
+class PreparedUse:
+    """One use of a parameter, its saved inputs arranged sample-major: [N, T, …] each."""
+
+    tap: Tap
+    tap_index: int
+    use: Use
+    attribution: Attribution
+    saved: tuple[Tensor, ...]
+
+    def arranged_gradient(self, g: Tensor) -> Tensor:
+        """The output's gradient as [N, T, …], at least in float32."""
+        rule = self.tap.rule
+        assert rule is not None
+        g = g.to(accumulation_dtype(g.dtype))
+        return self.attribution.arrange(rule.canonical(g), rule.row_axes)
+
+
+def prepare_use(tap: Tap, tap_index: int, use: Use, attribution: Attribution) -> PreparedUse:
+    """Arrange a tap's saved inputs once; every column uses them again."""
+    rule = tap.rule
+    assert rule is not None
+    saved = tuple(
+        attribution.arrange(t if not t.is_floating_point() else t.to(accumulation_dtype(t.dtype)), rule.row_axes)
+        for t in rule.rows(tap.saved)
+    )
+    return PreparedUse(tap, tap_index, use, attribution, saved)
+
+
+class ClosedForm(Contribution):
+    """Gradients by rules, from the taps' inputs and output gradients."""
+
+    def __init__(self, uses: list[tuple[PreparedUse, Tensor]], like: Tensor, N: int, budget_bytes: int) -> None:
+        self._uses = uses
+        self._N = N
+        self.shape = tuple(like.shape)
+        element = torch.empty(0, dtype=accumulation_dtype(like.dtype)).element_size()
+        per_sample = max(1, like.numel()) * element
+        self._block = max(1, min(N, budget_bytes // max(per_sample, self._working_bytes(element))))
+
+    def _working_bytes(self, element: int) -> int:
+        """What one sample's intermediates take: a convolution's patches are its input times the kernel's size."""
+        worst = 1
+        for prepared, g in self._uses:
+            kernel = math.prod(self.shape[2:]) if len(self.shape) > 2 else 1
+            sizes = [g[:1].numel(), *(s[:1].numel() for s in prepared.saved)]
+            worst = max(worst, max(sizes) * kernel * element)
+        return worst
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        for first in range(0, self._N, self._block):
+            yield first, self._gradients(slice(first, first + self._block))
+
+    def sum_squared(self, center: Tensor | None = None) -> Tensor:
+        if center is None and (single := self._single()) is not None:
+            prepared, g, rule = single
+            total: Tensor | None = None
+            for block in self._slices():
+                part = rule.sum_squared(prepared.use.role, tuple(s[block] for s in prepared.saved), g[block])
+                if part is None:
+                    return super().sum_squared()
+                total = part if total is None else total.add_(part)
+            assert total is not None
+            return total
+        return super().sum_squared(center)
+
+    def squared_norms(self) -> Tensor:
+        if (single := self._single()) is not None:
+            prepared, g, rule = single
+            parts = []
+            for block in self._slices():
+                part = rule.squared_norms(prepared.use.role, tuple(s[block] for s in prepared.saved), g[block])
+                if part is None:
+                    return super().squared_norms()
+                parts.append(part)
+            return torch.cat(parts)
+        return super().squared_norms()
+
+    def _slices(self) -> Iterator[slice]:
+        # A shorter form's intermediates do not grow with the parameter; keep blocks large.
+        size = max(self._block, min(self._N, 1024))
+        return (slice(first, first + size) for first in range(0, self._N, size))
+
+    def _single(self):  # type: ignore[no-untyped-def]
+        """The one use of the parameter as it is, which a rule's own reductions may serve."""
+        if len(self._uses) != 1:
+            return None
+        prepared, g = self._uses[0]
+        if prepared.use.watched.index is not None or prepared.tap.rule is None:
+            return None
+        return prepared, g, prepared.tap.rule
+
+    def _gradients(self, block: slice) -> Tensor:
+        total: Tensor | None = None
+        for prepared, g in self._uses:
+            rule = prepared.tap.rule
+            assert rule is not None
+            part = rule.per_sample(prepared.use.role, tuple(s[block] for s in prepared.saved), g[block])
+            part = self._pull_back(prepared.use, part)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def _pull_back(self, use: Use, part: Tensor) -> Tensor:
+        """From the consumed tensor to the parameter that it was gathered from."""
+        index = use.watched.index
+        if index is None:
+            return part.reshape(part.shape[0], *self.shape)
+        flat = part.new_zeros(part.shape[0], math.prod(self.shape))
+        flat.index_add_(1, index.reshape(-1), part.reshape(part.shape[0], -1))
+        return flat.view(part.shape[0], *self.shape)
