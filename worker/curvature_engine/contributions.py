@@ -14,6 +14,7 @@ from torch import Tensor
 
 from curvature_engine.losses import accumulation_dtype
 from curvature_engine.probe import Attribution
+from curvature_engine.rules import Rule
 from curvature_engine.tape import Tap, Use
 
 
@@ -111,7 +112,7 @@ class ClosedForm(Contribution):
     """Gradients by rules, from the taps' inputs and output gradients."""
 
     def __init__(self, uses: list[tuple[PreparedUse, Tensor]], like: Tensor, N: int, budget_bytes: int) -> None:
-        self._uses = uses
+        self.uses = uses
         self._N = N
         self.shape = tuple(like.shape)
         element = torch.empty(0, dtype=accumulation_dtype(like.dtype)).element_size()
@@ -121,7 +122,7 @@ class ClosedForm(Contribution):
     def _working_bytes(self, element: int) -> int:
         """What one sample's intermediates take: a convolution's patches are its input times the kernel's size."""
         worst = 1
-        for prepared, g in self._uses:
+        for prepared, g in self.uses:
             kernel = math.prod(self.shape[2:]) if len(self.shape) > 2 else 1
             sizes = [g[:1].numel(), *(s[:1].numel() for s in prepared.saved)]
             worst = max(worst, max(sizes) * kernel * element)
@@ -161,18 +162,18 @@ class ClosedForm(Contribution):
         size = max(self._block, min(self._N, 1024))
         return (slice(first, first + size) for first in range(0, self._N, size))
 
-    def _single(self):  # type: ignore[no-untyped-def]
+    def _single(self) -> tuple[PreparedUse, Tensor, Rule] | None:
         """The one use of the parameter as it is, which a rule's own reductions may serve."""
-        if len(self._uses) != 1:
+        if len(self.uses) != 1:
             return None
-        prepared, g = self._uses[0]
+        prepared, g = self.uses[0]
         if prepared.use.watched.index is not None or prepared.tap.rule is None:
             return None
         return prepared, g, prepared.tap.rule
 
     def _gradients(self, block: slice) -> Tensor:
         total: Tensor | None = None
-        for prepared, g in self._uses:
+        for prepared, g in self.uses:
             rule = prepared.tap.rule
             assert rule is not None
             part = rule.per_sample(prepared.use.role, tuple(s[block] for s in prepared.saved), g[block])

@@ -125,7 +125,7 @@ class Run:
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
             raise _rejection(call, error) from error
         if self.tape is not None:
-            self.tape.observe(call.name, call.overload, arguments, result, static=not tainted)
+            self.tape.observe(call.name, call.overload, arguments, result, static=not tainted, place=call.place)
         if call.name.endswith("_") and tainted:
             self.tainted[call.inputs[0]] = True
         if len(call.outputs) == 1:

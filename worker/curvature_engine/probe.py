@@ -83,7 +83,7 @@ def samples_of_elements(base: Tensor, scaled: Sequence[Tensor], N: int, dtype: t
     """The sample that each element belongs to, `UNKNOWN` where nothing arrives, `MIXED` where several samples meet."""
     levels, _ = digits_of(N, dtype)
     tiny = torch.finfo(base.dtype).tiny * 2**24
-    silent = base.abs() <= tiny
+    silent = (base.abs() <= tiny) | ~torch.isfinite(base)  # nothing can be read off NaN
     sample = torch.zeros(base.shape, dtype=torch.int64, device=base.device)
     mixed = torch.zeros_like(silent)
     for d, other in enumerate(scaled):

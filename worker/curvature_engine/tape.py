@@ -58,6 +58,7 @@ class Tap:
     saved: tuple[Tensor, ...]
     versions: tuple[int, ...]
     static: bool
+    place: str = ""
 
     @property
     def intact(self) -> bool:
@@ -71,12 +72,15 @@ class Tape:
 
     watched: dict[int, Watched] = field(default_factory=dict)
     taps: list[Tap] = field(default_factory=list)
+    _place: str = ""
 
     def watch(self, name: str, tensor: Tensor) -> None:
         """Watch a parameter's tensor (several tensors may be one parameter)."""
         self.watched[id(tensor)] = Watched(name, tensor, None)
 
-    def observe(self, name: str, overload: Any, arguments: Sequence[Any], result: Any, *, static: bool) -> None:
+    def observe(
+        self, name: str, overload: Any, arguments: Sequence[Any], result: Any, *, static: bool, place: str
+    ) -> None:
         """See one operator call; most touch no parameter."""
         watched = self.watched
         touched = False
@@ -89,6 +93,7 @@ class Tape:
                 touched = True
                 break
         if touched:
+            self._place = place
             self._record(name, overload, arguments, result, static)
 
     def record_generic(self, arguments: Sequence[Any], result: Any, *, static: bool) -> None:
@@ -98,7 +103,8 @@ class Tape:
             self._add("cast", None, tuple(Use(w, "generic") for w in found), result, (), static)
 
     def _record(self, name: str, overload: Any, arguments: Sequence[Any], result: Any, static: bool) -> None:
-        outputs = [r for r in _flat([result]) if r.requires_grad]
+        # An operator that returned a parameter itself (dropout in eval mode) consumed nothing.
+        outputs = [r for r in _flat([result]) if r.requires_grad and id(r) not in self.watched]
         if not outputs:
             return
         plain = name.removesuffix("_")
@@ -153,6 +159,7 @@ class Tape:
                 tuple(t.detach() for t in saved),
                 tuple(t._version for t in saved),
                 static,
+                self._place,
             )
         )
 

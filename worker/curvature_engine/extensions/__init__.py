@@ -1,0 +1,40 @@
+"""The registry of extensions: the only list of them.
+
+A new extension is one file here and one line below.
+"""
+
+from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting
+from curvature_engine.extensions.first_order import BATCH_GRAD, BATCH_L2, SUM_GRAD_SQUARED, VARIANCE
+from curvature_engine.extensions.ggn_diagonal import DIAG_GGN_EXACT, DIAG_GGN_MC
+from curvature_engine.extensions.kronecker import KFAC, KFLR
+
+BATCH_LOSS = Extension(
+    "batch_loss",
+    "each sample's contribution to the loss",
+    "tensor",
+    "[N]",
+    "a sample's terms divided by Z; they sum to L",
+    "definition",
+    "outputs",
+)
+OUTPUTS = Extension("outputs", "the model's outputs", "tensor", "[N, …]", "f(θ, x)", "definition", "outputs")
+GRAD = Extension("grad", "gradient of the loss", "parameters", "[*p]", "∇L = Σ_n g_n", "definition", "gradient")
+
+EXTENSIONS: dict[str, Extension] = {
+    extension.name: extension
+    for extension in (
+        BATCH_LOSS,
+        OUTPUTS,
+        GRAD,
+        BATCH_GRAD,
+        BATCH_L2,
+        SUM_GRAD_SQUARED,
+        VARIANCE,
+        DIAG_GGN_EXACT,
+        DIAG_GGN_MC,
+        KFAC,
+        KFLR,
+    )
+}
+
+__all__ = ["EXTENSIONS", "Accumulator", "Extension", "KroneckerFactors", "Setting"]

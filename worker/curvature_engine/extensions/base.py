@@ -1,0 +1,109 @@
+"""What an extension is: its declaration, and the accumulator that makes its result."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from curvature_engine.contributions import Contribution
+from curvature_engine.errors import EngineError
+
+Columns = Literal["outputs", "gradient", "exact", "sampled"]
+Kind = Literal["tensor", "parameters", "factors"]
+
+
+class KroneckerFactors(NamedTuple):
+    """A parameter's curvature block as B ⊗ A (A is None for biases: the block is B)."""
+
+    B: Tensor
+    A: Tensor | None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is the same for all extensions of one request."""
+
+    N: int
+    shapes: Mapping[str, torch.Size]
+    options: Mapping[str, Any]
+
+
+class Accumulator(ABC):
+    """Takes one parameter's contribution per column, and gives the result at the end."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.missing: dict[str, str] = {}
+
+    @abstractmethod
+    def add(self, parameter: str, contribution: Contribution) -> None:
+        """Take one column's contribution of one parameter."""
+
+    @abstractmethod
+    def finish(self, columns: int) -> dict[str, Tensor | KroneckerFactors]:
+        """The result by parameter; `columns` is M for sampled columns, else 1."""
+
+
+@dataclass(frozen=True)
+class Extension:
+    """An entry of the registry.
+
+    Attributes:
+        columns: what is propagated back: nothing ("outputs"), the loss's gradient, or columns of the square root of
+            the loss's Hessian.
+        accumulator: makes the result; None for quantities of the outputs and for `grad`.
+    """
+
+    name: str
+    summary: str
+    kind: Kind
+    shape: str
+    formula: str
+    source: str
+    columns: Columns
+    accumulator: type[Accumulator] | None = None
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Option name → JSON schema (with a default)."""
+
+    def schema(self) -> dict[str, Any]:
+        """JSON schema of the options."""
+        properties = {name: dict(schema) for name, schema in self.options.items()}
+        return {"type": "object", "properties": properties, "additionalProperties": False}
+
+    def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The options with defaults filled in.
+
+        Raises:
+            EngineError: `invalid_option`, naming the known ones.
+        """
+        for option in given:
+            if option not in self.options:
+                raise EngineError(
+                    "invalid_option",
+                    f"{self.name} has no option {option!r}",
+                    param=f"{self.name}.{option}",
+                    remedy=f"it takes: {', '.join(self.options) or 'none'}",
+                )
+        complete = {name: given.get(name, schema["default"]) for name, schema in self.options.items()}
+        for option, value in complete.items():
+            self._check(option, value)
+        return complete
+
+    def _check(self, option: str, value: Any) -> None:
+        schema = self.options[option]
+        if "enum" in schema:
+            fits, expected = value in schema["enum"], f"one of {', '.join(map(repr, schema['enum']))}"
+        else:
+            least = schema.get("minimum", 0)
+            fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            fits = fits and value <= schema.get("maximum", value)
+            expected = f"a whole number from {least} to {schema.get('maximum')}"
+        if not fits:
+            raise EngineError(
+                "invalid_option",
+                f"{self.name}'s {option} must be {expected}; got {value!r}",
+                param=f"{self.name}.{option}",
+            )

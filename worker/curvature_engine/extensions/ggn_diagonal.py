@@ -1,0 +1,55 @@
+"""The diagonal of the generalized Gauss-Newton matrix, exact and by Monte Carlo."""
+
+from torch import Tensor
+
+from curvature_engine.contributions import Contribution
+from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting
+
+MC_SAMPLES = {
+    "type": "integer",
+    "minimum": 1,
+    "maximum": 100_000,
+    "default": 1,
+    "description": "number of draws M from the model's likelihood",
+}
+
+
+class _Diagonal(Accumulator):
+    """Σ over columns and samples of the squared back-propagated column."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, parameter: str, contribution: Contribution) -> None:
+        part = contribution.sum_squared()
+        if parameter in self._sums:
+            self._sums[parameter].add_(part)
+        else:
+            self._sums[parameter] = part
+
+    def finish(self, columns: int) -> dict[str, Tensor | KroneckerFactors]:
+        return {name: total / columns if columns > 1 else total for name, total in self._sums.items()}
+
+
+DIAG_GGN_EXACT = Extension(
+    "diag_ggn_exact",
+    "diagonal of the generalized Gauss-Newton matrix",
+    "parameters",
+    "[*p]",
+    "diag Σ_n J_nᵀ H_n J_n",
+    "Dangel, Kunstner & Hennig 2020, eq. 19",
+    "exact",
+    _Diagonal,
+)
+DIAG_GGN_MC = Extension(
+    "diag_ggn_mc",
+    "Monte-Carlo estimate of the diagonal of the generalized Gauss-Newton matrix",
+    "parameters",
+    "[*p]",
+    "diag Σ_n J_nᵀ (1/M Σ_m s_nm s_nmᵀ) J_n, s from targets drawn from the model's likelihood",
+    "Dangel, Kunstner & Hennig 2020, eq. 20",
+    "sampled",
+    _Diagonal,
+    {"mc_samples": MC_SAMPLES},
+)
