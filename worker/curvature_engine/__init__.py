@@ -1,1 +1,27 @@
-"""."""
+"""The maths engine: a model file becomes a program, a program and a batch become curvature tensors.
+
+    import curvature_engine as engine
+
+    analysis = engine.analyze("model.pt", inputs, targets, ["variance", "diag_ggn_exact"])
+    analysis["variance"]["0.weight"]
+"""
+
+from curvature_engine.analysis import analyze
+from curvature_engine.catalogue import catalogue
+from curvature_engine.errors import EngineError
+from curvature_engine.extensions import KroneckerFactors
+from curvature_engine.program import Program, load
+from curvature_engine.results import Analysis, Group
+from curvature_engine.version import __version__
+
+__all__ = [
+    "Analysis",
+    "EngineError",
+    "Group",
+    "KroneckerFactors",
+    "Program",
+    "__version__",
+    "analyze",
+    "catalogue",
+    "load",
+]

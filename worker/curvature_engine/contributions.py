@@ -6,7 +6,7 @@ asked for: reductions go over blocks of samples that fit the budget, or use a ru
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,8 +55,34 @@ class Contribution(ABC):
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
+class Fallback(Contribution):
+    """The universal fallback: one backward per sample, with the cotangent restricted to that sample.
+
+    Slow, and right wherever samples are not coupled: it is ordinary autograd on the recorded graph.
+    """
+
+    def __init__(self, outputs: Tensor, tensors: Sequence[Tensor], cotangent: Tensor) -> None:
+        self._outputs, self._tensors, self._cotangent = outputs, list(tensors), cotangent
+        self.shape = tuple(tensors[0].shape)
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        dtype = accumulation_dtype(self._tensors[0].dtype)
+        restricted = torch.zeros_like(self._cotangent)
+        for n in range(len(self._cotangent)):
+            restricted[n] = self._cotangent[n]
+            gradients = torch.autograd.grad(
+                self._outputs, self._tensors, restricted, retain_graph=True, allow_unused=True
+            )
+            restricted[n] = 0
+            total = torch.zeros(self.shape, dtype=dtype, device=self._tensors[0].device)
+            for gradient in gradients:
+                if gradient is not None:
+                    total += gradient.to_dense() if gradient.is_sparse else gradient
+            yield n, total[None]
+
+
 class Materialised(Contribution):
-    """Gradients that exist already (the universal fallback's)."""
+    """Gradients that were written out."""
 
     def __init__(self, gradients: Tensor) -> None:
         self._gradients = gradients
@@ -177,16 +203,16 @@ class ClosedForm(Contribution):
             rule = prepared.tap.rule
             assert rule is not None
             part = rule.per_sample(prepared.use.role, tuple(s[block] for s in prepared.saved), g[block])
-            part = self._pull_back(prepared.use, part)
+            part = pull_back(part, prepared.use.watched.index, self.shape)
             total = part if total is None else total + part
         assert total is not None
         return total
 
-    def _pull_back(self, use: Use, part: Tensor) -> Tensor:
-        """From the consumed tensor to the parameter that it was gathered from."""
-        index = use.watched.index
-        if index is None:
-            return part.reshape(part.shape[0], *self.shape)
-        flat = part.new_zeros(part.shape[0], math.prod(self.shape))
-        flat.index_add_(1, index.reshape(-1), part.reshape(part.shape[0], -1))
-        return flat.view(part.shape[0], *self.shape)
+
+def pull_back(part: Tensor, index: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """From gradients of a consumed tensor [n, …] to those of the parameter it was gathered from, [n, *shape]."""
+    if index is None:
+        return part.reshape(part.shape[0], *shape)
+    flat = part.new_zeros(part.shape[0], math.prod(shape))
+    flat.index_add_(1, index.reshape(-1), part.reshape(part.shape[0], -1))
+    return flat.view(part.shape[0], *shape)

@@ -1,0 +1,58 @@
+"""What is asked for: extensions with labels and options."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from curvature_engine.errors import EngineError
+from curvature_engine.extensions import EXTENSIONS, Extension
+
+
+@dataclass(frozen=True)
+class Request:
+    """One extension asked for, its options complete."""
+
+    extension: Extension
+    label: str
+    options: dict[str, Any]
+
+
+def parse_requests(given: Sequence[Any]) -> list[Request]:
+    """Read extensions given as names or mappings.
+
+    Raises:
+        EngineError: `unknown_extension`, `invalid_option`, `invalid_request`.
+    """
+    if isinstance(given, str):
+        given = [given]
+    requests = [_parse(item) for item in given]
+    labels = [r.label for r in requests]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise EngineError(
+                "invalid_request",
+                f"two results are labelled {label!r}",
+                param="extensions",
+                remedy="give each request of one extension its own label",
+            )
+    return requests
+
+
+def _parse(item: Any) -> Request:
+    if isinstance(item, str):
+        item = {"name": item}
+    if not isinstance(item, Mapping) or not isinstance(item.get("name"), str):
+        raise EngineError(
+            "invalid_request",
+            f"an extension is a name or a mapping with a name; got {item!r}",
+            param="extensions",
+        )
+    extension = EXTENSIONS.get(item["name"])
+    if extension is None:
+        raise EngineError(
+            "unknown_extension",
+            f"there is no extension {item['name']!r}",
+            param="extensions",
+            remedy=f"known extensions: {', '.join(EXTENSIONS)}",
+        )
+    return Request(extension, item.get("label") or extension.name, extension.complete(item.get("options") or {}))

@@ -1,0 +1,70 @@
+"""What `analyze` returns."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from curvature_engine.extensions import KroneckerFactors
+
+
+@dataclass
+class Group(Mapping[str, "Tensor | KroneckerFactors"]):
+    """Everything one requested extension returned; a mapping from parameter to result.
+
+    Attributes:
+        tensors: key in the stored file → tensor: `{parameter}`, `{parameter}/{factor}`, or the label.
+        missing: parameter → why it has no entry.
+        provenance: key → how the tensor came to be.
+        convention: what the numbers mean, to the factor 1/N.
+    """
+
+    label: str
+    extension: str
+    options: dict[str, Any]
+    kind: str
+    convention: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    by_parameter: dict[str, "Tensor | KroneckerFactors"] = field(default_factory=dict)
+
+    def __getitem__(self, parameter: str) -> "Tensor | KroneckerFactors":
+        parameter = self.aliases.get(parameter, parameter)
+        if parameter in self.by_parameter:
+            return self.by_parameter[parameter]
+        if parameter in self.missing:
+            raise KeyError(f"{self.label} has no entry for {parameter}: {self.missing[parameter]}")
+        raise KeyError(f"{self.label} has no parameter {parameter!r}; it has {', '.join(self.by_parameter)}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.by_parameter)
+
+    def __len__(self) -> int:
+        return len(self.by_parameter)
+
+
+@dataclass
+class Analysis:
+    """The result of one request.
+
+    Attributes:
+        loss: L, zero-dimensional.
+        groups: label → group.
+        warnings: what the caller should know.
+        info: loss_name, reduction, Z, seed, dtype, device, engine_version, aliases.
+    """
+
+    loss: Tensor
+    groups: dict[str, Group]
+    warnings: list[str]
+    info: dict[str, Any]
+
+    def __getitem__(self, label: str) -> "Group | Tensor":
+        """The group of a label; for quantities that are one tensor, that tensor."""
+        if label == "loss":
+            return self.loss
+        group = self.groups[label]
+        return group.tensors[label] if group.kind == "tensor" else group
