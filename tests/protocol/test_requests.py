@@ -1,15 +1,14 @@
 import pytest
+from pydantic import ValidationError
+
 from curvature_protocol import FAMILIES, JobRequest, family_of
 from curvature_protocol.errors import STATUS, status_of
-from pydantic import ValidationError
 
 MODEL, BATCH = "a" * 64, {"sha256": "b" * 64}
 
 
 def test_bare_names_stand_for_extensions_and_loss():
-    request = JobRequest.model_validate(
-        {"model": MODEL, "batch": BATCH, "extensions": ["variance"], "loss": "mse"}
-    )
+    request = JobRequest.model_validate({"model": MODEL, "batch": BATCH, "extensions": ["variance"], "loss": "mse"})
     assert request.extensions[0].key == "variance"
     assert request.loss is not None
     assert request.loss.name == "mse"
@@ -22,9 +21,7 @@ def test_two_requests_of_one_extension_need_distinct_labels():
 
 def test_reserved_labels_are_refused():
     with pytest.raises(ValidationError, match="reserved"):
-        JobRequest.model_validate(
-            {"model": MODEL, "batch": BATCH, "extensions": [{"name": "kfac", "label": "loss"}]}
-        )
+        JobRequest.model_validate({"model": MODEL, "batch": BATCH, "extensions": [{"name": "kfac", "label": "loss"}]})
 
 
 def test_unknown_fields_are_refused():

@@ -1,9 +1,9 @@
 """The maths engine: a model file becomes a program, a program and a batch become curvature tensors.
 
-    import curvature_engine as engine
+import curvature_engine as engine
 
-    analysis = engine.analyze("model.pt", inputs, targets, ["variance", "diag_ggn_exact"])
-    analysis["variance"]["0.weight"]
+analysis = engine.analyze("model.pt", inputs, targets, ["variance", "diag_ggn_exact"])
+analysis["variance"]["0.weight"]
 """
 
 from curvature_engine.analysis import analyze

@@ -146,7 +146,9 @@ class _Analyzer:
     def _select(self) -> dict[str, Parameter]:
         if self.parameters not in ("trainable", "all"):
             raise EngineError(
-                "invalid_option", f'parameters must be "trainable" or "all"; got {self.parameters!r}', param="parameters"
+                "invalid_option",
+                f'parameters must be "trainable" or "all"; got {self.parameters!r}',
+                param="parameters",
             )
         found = {
             name: p
@@ -381,9 +383,7 @@ class _Work:
         if size > self._analyzer.budget_bytes:
             return {n: Fallback(self._outputs, tensors[n], cotangent) for n in names}
         flat = [t for n in names for t in tensors[n]]
-        stacks = [
-            torch.zeros((N, *t.shape), dtype=accumulation_dtype(t.dtype), device=t.device) for t in flat
-        ]
+        stacks = [torch.zeros((N, *t.shape), dtype=accumulation_dtype(t.dtype), device=t.device) for t in flat]
         restricted = torch.zeros_like(cotangent)
         for n in range(N):
             restricted[n] = cotangent[n]
@@ -404,12 +404,21 @@ def _check_not_empty(inputs: Any, targets: Any) -> None:
         raise EngineError(
             "invalid_targets", f"targets must be one tensor; got {type(targets).__name__}", param="targets"
         )
-    values = list(inputs.values()) if isinstance(inputs, dict) else list(inputs) if isinstance(inputs, tuple | list) else [inputs]
+    values = (
+        list(inputs.values())
+        if isinstance(inputs, dict)
+        else list(inputs)
+        if isinstance(inputs, tuple | list)
+        else [inputs]
+    )
     if not values:
         raise EngineError("invalid_inputs", "there are no inputs", param="inputs")
     if targets.numel() == 0 or any(isinstance(v, Tensor) and v.numel() == 0 for v in values):
         raise EngineError(
-            "empty_batch", "the batch is empty: a tensor without elements came", param="batch", remedy="give at least one sample"
+            "empty_batch",
+            "the batch is empty: a tensor without elements came",
+            param="batch",
+            remedy="give at least one sample",
         )
 
 

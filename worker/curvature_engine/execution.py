@@ -162,7 +162,7 @@ class Run:
         if name == "embedding" and len(arguments) > 3 and arguments[3]:
             raise EngineError(
                 "unsupported_operator",
-                f"embedding with scale_grad_by_freq ({call.place}): its backward is not the derivative, and couples samples",
+                f"embedding with scale_grad_by_freq ({call.place}): its backward is no derivative, and couples samples",
                 param="aten::embedding",
                 remedy="use an embedding without scale_grad_by_freq",
             )

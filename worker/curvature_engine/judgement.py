@@ -5,6 +5,7 @@ closed forms are compared with ordinary autograd under the same random cotangent
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,11 +54,11 @@ def judge(outputs: Tensor, tape: Tape, parameters: Mapping[str, Parameter]) -> V
     return Verdict(tuple(verdicts), mismatched)
 
 
-def _backward(outputs: Tensor, targets: Sequence[object], cotangent: Tensor) -> list[Tensor | None]:
+def _backward(outputs: Tensor, targets: Sequence[Any], cotangent: Tensor) -> list[Tensor | None]:
     if not targets:
         return []
     gradients = torch.autograd.grad(
-        outputs, targets, cotangent.to(outputs.dtype), retain_graph=True, allow_unused=True  # type: ignore[arg-type]
+        outputs, list(targets), cotangent.to(outputs.dtype), retain_graph=True, allow_unused=True
     )
     return [g if g is None or not g.is_sparse else g.to_dense() for g in gradients]
 

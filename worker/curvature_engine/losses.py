@@ -5,7 +5,7 @@ A new loss is one class here or in a file of its own, and one line in `LOSSES`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -150,13 +150,14 @@ class SquaredError(BoundLoss):
     def sampled_column(self, seed: int, draw: int) -> Tensor:
         positions = torch.arange(self.columns, device=self.outputs.device)
         z = draws.normal(seed, self._samples(), positions, draw).to(self.outputs.dtype)
-        return z.reshape(self.outputs.shape) * (2.0 / self.Z) ** 0.5
+        column: Tensor = z.reshape(self.outputs.shape) * (2.0 / self.Z) ** 0.5
+        return column
 
 
 class LossKind:
     """What a request may say of one loss."""
 
-    def __init__(self, bind: type[BoundLoss], options: dict[str, type]) -> None:
+    def __init__(self, bind: Callable[..., BoundLoss], options: dict[str, type]) -> None:
         self.bind = bind
         self.options = options
 

@@ -41,7 +41,8 @@ swapaxes swapdims expand expand_as view_as reshape_as contiguous clone alias det
 split_with_sizes tensor_split unsafe_chunk unsafe_split unsafe_split_with_sizes unbind index index_select index_put
 index_add index_copy index_fill gather scatter scatter_add take take_along_dim masked_select nonzero nonzero_numpy
 cat concat concatenate stack hstack vstack dstack column_stack repeat repeat_interleave tile roll flip fliplr flipud
-rot90 diagonal diag diag_embed tril triu tril_indices triu_indices meshgrid broadcast_to broadcast_tensors pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
+rot90 diagonal diag diag_embed tril triu tril_indices triu_indices meshgrid broadcast_to broadcast_tensors
+pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
 replication_pad2d replication_pad3d pixel_shuffle pixel_unshuffle channel_shuffle unfold im2col col2im as_strided
 embedding embedding_bag one_hot lift_fresh lift_fresh_copy _unsafe_view to type_as copy fill zero
 slice_scatter select_scatter

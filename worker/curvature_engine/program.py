@@ -162,7 +162,7 @@ def load(model: Any, *, device: str | torch.device = "cpu", eval: bool = True) -
     if isinstance(model, nn.Module):
         try:
             scripted = torch.jit.script(model)
-        except Exception as error:  # noqa: BLE001 (scripting raises whatever the model's code makes it raise)
+        except Exception as error:
             raise EngineError(
                 "unsupported_model",
                 f"{type(model).__name__} cannot be scripted: {_first_line(error)}",
@@ -181,7 +181,7 @@ def _copy(module: torch.jit.ScriptModule, device: torch.device) -> torch.jit.Scr
     buffer = io.BytesIO()
     torch.jit.save(module, buffer)
     buffer.seek(0)
-    loaded: torch.jit.ScriptModule = torch.jit.load(buffer, map_location=device)
+    loaded: torch.jit.ScriptModule = torch.jit.load(buffer, map_location=device)  # type: ignore[no-untyped-call]
     return loaded
 
 
@@ -197,7 +197,7 @@ def _load_file(path: Path, device: torch.device) -> torch.jit.ScriptModule:
             remedy=remedy,
         )
     try:
-        loaded: torch.jit.ScriptModule = torch.jit.load(str(path), map_location=device)
+        loaded: torch.jit.ScriptModule = torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError, OSError) as error:
         raise EngineError(
             "invalid_model",

@@ -15,7 +15,6 @@ from curvature_engine.contexts import make_context
 from curvature_engine.errors import EngineError
 from curvature_engine.execution import OperatorCall, Run
 
-
 Step = Callable[[Run], None]
 
 _FOREIGN_ACCELERATED = ("mkldnn", "quantized", "prepacked", "cudnn", "tensorexpr", "mps", "xnnpack")
@@ -137,7 +136,9 @@ class Compiled:
         def step(run: Run) -> None:
             values = run.values[source]
             if len(values) != len(outs):
-                raise EngineError("invalid_inputs", f"the model expected {len(outs)} values to unpack, got {len(values)}")
+                raise EngineError(
+                    "invalid_inputs", f"the model expected {len(outs)} values to unpack, got {len(values)}"
+                )
             for out, value in zip(outs, values, strict=True):
                 run.values[out] = value
                 run.tainted[out] = run.tainted[source]
@@ -156,9 +157,7 @@ class Compiled:
     def _if(self, node: Any) -> Step:
         condition = self._slot(node.input())
         outs = [self._slot(v) for v in node.outputs()]
-        branches = []
-        for block in node.blocks():
-            branches.append((self._block(block), [self._slot(v) for v in block.outputs()]))
+        branches = [(self._block(block), [self._slot(v) for v in block.outputs()]) for block in node.blocks()]
         (then_steps, then_outs), (else_steps, else_outs) = branches
 
         def step(run: Run) -> None:
@@ -250,7 +249,7 @@ class Compiled:
                 result = function(*[run.values[i] for i in ins])
             except EngineError:
                 raise
-            except Exception as error:  # noqa: BLE001 (whatever the model's own code raises is the model's refusal)
+            except Exception as error:
                 raise EngineError(
                     "invalid_inputs", f"the model failed at {place}: {error or type(error).__name__}", param="inputs"
                 ) from error
@@ -272,7 +271,7 @@ class Compiled:
         first = next(iter(node.inputs()), None)
         on_container = first is not None and first.type().kind() in ("ListType", "DictType", "StringType")
         if kind in scalars.OPERATORS and (
-            (on_container and name in _CONTAINER_OPERATORS) or not (takes_tensor or makes_tensor)
+            (on_container and kind in _CONTAINER_OPERATORS) or not (takes_tensor or makes_tensor)
         ):
             return self._scalar(node)
         if name in ("__is__", "__isnot__", "warn", "format", "percentFormat", "dict", "__contains__") or (
@@ -358,9 +357,13 @@ class Compiled:
 
 
 _CONTAINER_OPERATORS = frozenset(
-    """append extend insert remove pop clear reverse sort copy list index count keys values items get setdefault update
-    __getitem__ _set_item Delete len slice __contains__ add mul eq ne join startswith endswith lower upper format
-    """.split()
+    f"aten::{name}"
+    for name in (
+        *("append", "extend", "insert", "remove", "pop", "clear", "reverse", "sort", "copy", "list", "index", "count"),
+        *("keys", "values", "items", "get", "setdefault", "update", "__getitem__", "_set_item", "Delete", "len"),
+        *("slice", "__contains__", "add", "mul", "eq", "ne", "join", "startswith", "endswith", "lower", "upper"),
+        *("format",),
+    )
 )
 
 
@@ -384,8 +387,6 @@ def _place(node: Any) -> str:
         return f"node {node.kind()}"
     file, _, rest = where.partition(", ")
     return f"{file.rsplit('/', 1)[-1]}, {rest}: {code}" if code else f"{file.rsplit('/', 1)[-1]}, {rest}"
-
-
 
 
 def _dtype(value: Any) -> torch.dtype | None:

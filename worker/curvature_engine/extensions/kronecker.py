@@ -58,10 +58,7 @@ class _Kronecker(Accumulator):
             self._A[parameter] = self._input_factor([p for p, _ in contribution.uses])
 
     def finish(self, columns: int) -> dict[str, Tensor | KroneckerFactors]:
-        return {
-            name: self._pair(B / columns if columns > 1 else B, self._A[name])
-            for name, B in self._B.items()
-        }
+        return {name: self._pair(B / columns if columns > 1 else B, self._A[name]) for name, B in self._B.items()}
 
     def _obstacle(self, contribution: ClosedForm, outputs: list[Tensor | None]) -> str | None:
         """Why there is no Kronecker form, or None."""

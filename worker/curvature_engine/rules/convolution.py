@@ -63,8 +63,8 @@ class ConvolutionRule(Rule):
         here, unfolded = (x, g) if self._transposed else (g, x)
         groups, kernel = self._geometry.groups, self._geometry.kernel
         patches = self._geometry.patches(unfolded, here.shape[2:])
-        left = here.flatten(2).unflatten(1, (groups, -1)).flatten(0, 1)  # [u·groups, a, L]
-        right = patches.unflatten(1, (groups, -1)).flatten(0, 1)  # [u·groups, b·k, L]
+        left = here.reshape(here.shape[0] * groups, here.shape[1] // groups, -1)  # [u·groups, a, L]
+        right = patches.reshape(patches.shape[0] * groups, patches.shape[1] // groups, -1)  # [u·groups, b·k, L]
         product = torch.bmm(left, right.transpose(1, 2))
         product = product.view(n, T, groups * left.shape[1], right.shape[1] // prod(kernel), *kernel)
         return product[:, 0] if T == 1 else product.sum(1)
@@ -77,7 +77,8 @@ class ConvolutionRule(Rule):
     def _grouped(self, patches: Tensor, n: int) -> Tensor:
         """[n·T, in·k, L] → [groups, n, T·L, in/groups·k]."""
         groups = self._geometry.groups
-        return patches.unflatten(1, (groups, -1)).unflatten(0, (n, -1)).permute(2, 0, 1, 4, 3).flatten(2, 3)
+        width, positions = patches.shape[1] // groups, patches.shape[2]
+        return patches.reshape(n, -1, groups, width, positions).permute(2, 0, 1, 4, 3).flatten(2, 3)
 
 
 class DirectConvolutionRule(ConvolutionRule):

@@ -14,7 +14,9 @@ class ElementwiseRule(Rule):
     The parameter's axes after its leading ones align with the output's last axes; axes of size one are summed over.
     """
 
-    def __init__(self, row_axes: int, shape: Sequence[int], kept: Sequence[int], factor: float, *, product: bool) -> None:
+    def __init__(
+        self, row_axes: int, shape: Sequence[int], kept: Sequence[int], factor: float, *, product: bool
+    ) -> None:
         self.row_axes = row_axes
         self._shape, self._kept = tuple(shape), tuple(kept)
         self._factor, self._product = factor, product
@@ -50,8 +52,9 @@ def match_elementwise(name: str, arguments: Sequence[Any], watched: Mapping[int,
     product = name == "mul"
     alpha = arguments[2] if not product and len(arguments) > 2 else 1
     factor = (1 if position == 0 else alpha) * (-1 if name == "sub" and position == 1 else 1)
-    if product and not isinstance(other, Tensor):
-        factor, saved = other, ()
-    else:
-        saved = (other.expand(output.shape),) if product else ()
+    saved: tuple[Tensor, ...] = ()
+    if product and isinstance(other, Tensor):
+        saved = (other.expand(output.shape),)
+    elif product:
+        factor = other
     return Match(ElementwiseRule(row_axes, shape, kept, factor, product=product), {position: "bias"}, saved)

@@ -12,7 +12,9 @@ from curvature_engine.rules.base import Match, Rule
 class LinearRule(Rule):
     """y = α x Wᵀ + β b on rows x [in] → y [out]; the weight is stored as [out, in], or transposed as [in, out]."""
 
-    def __init__(self, row_axes: int, *, transposed: bool, swapped: bool = False, alpha: float = 1, beta: float = 1) -> None:
+    def __init__(
+        self, row_axes: int, *, transposed: bool, swapped: bool = False, alpha: float = 1, beta: float = 1
+    ) -> None:
         self.row_axes = row_axes
         self._transposed = transposed
         self._swapped = swapped  # y = W x: rows stand along the last axis

@@ -50,7 +50,9 @@ def match_batch_norm(name: str, arguments: Sequence[Any], watched: Mapping[int, 
     return _match(AffineRule(1, 1, normalize), watched, (x, mean, variance), weight=1)
 
 
-def match_instance_norm(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
+def match_instance_norm(
+    name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor
+) -> Match | None:
     """`instance_norm(x, w, b, mean, variance, use_input_statistics, momentum, eps)`."""
     x, _, _, _, _, use_input, _, eps = arguments[:8]
     if not use_input:
