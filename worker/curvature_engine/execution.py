@@ -141,7 +141,7 @@ class Run:
         if name in _BATCH_NORMS and arguments[_BATCH_NORMS[name]]:
             raise EngineError(
                 "training_mode",
-                f"batch normalisation runs in training mode ({call.place}): every sample's output depends on the others",
+                f"batch normalisation runs in training mode ({call.place}): each sample's output depends on the others",
                 param="model",
                 remedy="call .eval() on the module before tracing or scripting it, and leave eval=True",
             )

@@ -18,7 +18,8 @@ special_expit special_logit logit special_erf dropout alpha_dropout feature_drop
 _PRODUCTS = """
 linear addmm matmul mm bmm baddbmm addbmm mv addmv dot vdot outer ger addr einsum tensordot bilinear chain_matmul
 linalg_multi_dot cdist _trilinear kron inner cross linalg_cross
-conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution conv_tbc
+conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution _convolution_mode
+conv_tbc
 scaled_dot_product_attention _scaled_dot_product_attention _native_multi_head_attention
 lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
 """

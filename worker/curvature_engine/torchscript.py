@@ -5,6 +5,7 @@ name while it runs. Tensor operators resolve, through their schema, to the dispa
 are those TorchScript itself would call.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -374,19 +375,36 @@ def _holds_tensor(type_: Any) -> bool:
 
 
 def _place(node: Any) -> str:
-    """The line of the model's code that a node came from, in one line."""
-    lines = [line for line in str(node.sourceRange()).splitlines() if line.strip()]
-    where = ""
-    code = ""
+    """The line of the model's code that a node came from, in one line.
+
+    A script knows its source; a trace knows the Python stack, innermost first, and its generated code.
+    """
+    original, _, serialized = str(node.sourceRange()).partition("Serialized ")
+    where, code = _marked_line(original)
+    if not where:
+        first = original.strip().partition("\n")[0]
+        if match := _STACK_LINE.fullmatch(first):
+            where = f"{match['file'].rsplit('/', 1)[-1]}, line {match['line']}, in {match['function']}"
+        else:
+            where = _marked_line(serialized)[0]
+    code = code or _marked_line(serialized)[1]
+    return ": ".join(part for part in (where, code) if part) or f"node {node.kind()}"
+
+
+_STACK_LINE = re.compile(r"(?P<file>.+)\((?P<line>\d+)\): (?P<function>\S+)")
+
+
+def _marked_line(text: str) -> tuple[str, str]:
+    """(file and line, code) of the line that TorchScript underlined."""
+    where = code = ""
+    lines = text.splitlines()
     for number, line in enumerate(lines):
         if line.lstrip().startswith("File "):
-            where = line.strip().removeprefix("File ").replace('"', "")
+            file, _, rest = line.strip().removeprefix("File ").replace('"', "").partition(", ")
+            where = f"{file.rsplit('/', 1)[-1]}, {rest}"
         if "<--- HERE" in line and number > 0:
             code = lines[number - 1].strip()
-    if not where and not code:
-        return f"node {node.kind()}"
-    file, _, rest = where.partition(", ")
-    return f"{file.rsplit('/', 1)[-1]}, {rest}: {code}" if code else f"{file.rsplit('/', 1)[-1]}, {rest}"
+    return where, code
 
 
 def _dtype(value: Any) -> torch.dtype | None:

@@ -31,6 +31,7 @@ RULES: dict[str, tuple[Matcher, ...]] = {
             "conv_transpose3d",
             "convolution",
             "_convolution",
+            "_convolution_mode",
         ),
         (match_convolution,),
     ),

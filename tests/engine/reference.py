@@ -1,0 +1,168 @@
+"""Brute force by plain autograd on eager modules: the judge of every number. Shares no code with the engine.
+
+One batched forward, then one backward per sample (and per output for Jacobians). Kronecker factors from hooks on
+modules, with patches made by a convolution with one-hot kernels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class Reference:
+    module: nn.Module
+    inputs: tuple
+    targets: torch.Tensor
+    loss: str
+    reduction: str
+
+    def __post_init__(self):
+        self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        self.outputs = self.module(*self.inputs)
+        self.N = len(self.outputs)
+
+    # Losses
+
+    def contributions(self):
+        if self.loss == "mse":
+            terms = (self.outputs - self.targets) ** 2
+            count = terms.numel()
+        else:
+            terms = F.cross_entropy(self.outputs, self.targets, reduction="none")
+            count = int((self.targets != -100).sum())
+        Z = count if self.reduction == "mean" else 1
+        return terms.reshape(self.N, -1).sum(1) / Z
+
+    def loss_value(self):
+        loss = F.mse_loss if self.loss == "mse" else F.cross_entropy
+        return loss(self.outputs, self.targets, reduction=self.reduction)
+
+    def hessian(self, n):
+        """Autodiff Hessian of sample n's contribution in its outputs, [D, D]."""
+        f = self.outputs[n].detach()
+        Z = 1
+        if self.reduction == "mean":
+            Z = self.outputs.numel() if self.loss == "mse" else int((self.targets != -100).sum())
+
+        def contribution(flat):
+            row = flat.view(f.shape)[None]
+            if self.loss == "mse":
+                return ((row - self.targets[n : n + 1]) ** 2).sum() / Z
+            return F.cross_entropy(row, self.targets[n : n + 1], reduction="sum") / Z
+
+        return torch.autograd.functional.hessian(contribution, f.reshape(-1))
+
+    def hessian_root(self, n):
+        values, vectors = torch.linalg.eigh(self.hessian(n))
+        return vectors * values.clamp(min=0).sqrt()
+
+    # Derivatives
+
+    def _gradients(self, scalar):
+        found = torch.autograd.grad(scalar, list(self.parameters.values()), retain_graph=True, allow_unused=True)
+        return {
+            n: torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g)
+            for (n, p), g in zip(self.parameters.items(), found, strict=True)
+        }
+
+    def batch_grad(self):
+        rows = [self._gradients(c) for c in self.contributions()]
+        return {n: torch.stack([r[n] for r in rows]) for n in self.parameters}
+
+    def grad(self):
+        return self._gradients(self.loss_value())
+
+    def diag_ggn(self):
+        total = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
+        for n in range(self.N):
+            f = self.outputs[n].reshape(-1)
+            rows = [self._gradients(f[i]) for i in range(len(f))]
+            H = self.hessian(n)
+            for name in total:
+                J = torch.stack([r[name].reshape(-1) for r in rows])
+                total[name] += torch.einsum("ip,ij,jp->p", J, H, J).view(total[name].shape)
+        return total
+
+    def expected(self, extension):
+        if extension == "grad":
+            return self.grad()
+        if extension == "diag_ggn_exact":
+            return self.diag_ggn()
+        g = self.batch_grad()
+        reduce = {
+            "batch_grad": lambda b: b,
+            "batch_l2": lambda b: b.reshape(self.N, -1).square().sum(1),
+            "sum_grad_squared": lambda b: b.square().sum(0),
+            "variance": lambda b: ((b - b.mean(0)) ** 2).sum(0) / self.N,
+        }[extension]
+        return {n: reduce(b) for n, b in g.items()}
+
+    # Kronecker factors
+
+    def kflr(self, approximation):
+        """{parameter: (B, A or None)} for parameters of linear and convolution modules, used once or more."""
+        uses = {}
+
+        def hook(module, args, output):
+            if output.requires_grad:
+                uses.setdefault(module, []).append((args[0].detach(), torch.autograd.graph.get_gradient_edge(output)))
+
+        kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        handles = [m.register_forward_hook(hook) for m in self.module.modules() if isinstance(m, kinds)]
+        outputs = self.module(*self.inputs)
+        for handle in handles:
+            handle.remove()
+        roots = [self.hessian_root(n) for n in range(self.N)]
+        names = {p: n for n, p in self.parameters.items()}
+        result = {}
+        for module, calls in uses.items():
+            x = torch.cat([_inputs_of(module, a) for a, _ in calls], 2)  # [G, N, T, in]
+            B = 0
+            for v in range(roots[0].shape[1]):
+                cotangent = torch.stack([r[:, v] for r in roots]).view(outputs.shape)
+                grads = torch.autograd.grad(
+                    outputs, [o for _, o in calls], cotangent, retain_graph=True, allow_unused=True
+                )
+                s = torch.cat([_outputs_of(module, g) for g in grads], 2)
+                s = s if approximation == "expand" else s.sum(2, keepdim=True)
+                B = B + torch.einsum("gnta,gntb->gab", s, s)
+            A = {
+                "expand": lambda x: torch.einsum("gnta,gntb->gab", x, x) / (self.N * x.shape[2]),
+                "reduce": lambda x: torch.einsum("gna,gnb->gab", x.mean(2), x.mean(2)) / self.N,
+                "backpack": lambda x: torch.einsum("gnta,gntb->gab", x, x) / self.N,
+            }[approximation](x)
+            if len(B) == 1:
+                B, A = B[0], A[0]
+            if module.weight in names:
+                result[names[module.weight]] = (B, A)
+            if module.bias is not None and module.bias in names:
+                result[names[module.bias]] = (B, None)
+        return result
+
+
+def _outputs_of(module, g):
+    if isinstance(module, nn.Linear):
+        return g.reshape(len(g), -1, g.shape[-1])[None]
+    G = module.groups
+    return g.reshape(len(g), G, g.shape[1] // G, -1).permute(1, 0, 3, 2)
+
+
+def _inputs_of(module, x):
+    if isinstance(module, nn.Linear):
+        return x.reshape(len(x), -1, x.shape[-1])[None]
+    N, C, G = x.shape[0], x.shape[1], module.groups
+    kernel = module.kernel_size
+    K = torch.Size(kernel).numel()
+    d = len(kernel)
+    one_hot = torch.eye(K, dtype=x.dtype).view(K, 1, *kernel).repeat(C, 1, *[1] * d)
+    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        one_hot = torch.eye(K, dtype=x.dtype).view(1, K, *kernel).repeat(C, 1, *[1] * d)
+        conv = getattr(F, f"conv_transpose{d}d")
+        patches = conv(x, one_hot, None, module.stride, module.padding, module.output_padding, C, module.dilation)
+    else:
+        conv = getattr(F, f"conv{d}d")
+        patches = conv(x, one_hot, None, module.stride, module.padding, module.dilation, C)
+    return patches.reshape(N, G, C // G * K, -1).permute(1, 0, 3, 2)

@@ -1,0 +1,54 @@
+"""BackPACK 1.7.1 as a peer, where it can run the eager model."""
+
+import warnings
+
+import pytest
+import torch
+from tests.engine.models import CASES, build, targets_for
+from torch import nn
+
+import curvature_engine as engine
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from backpack import backpack, extend
+    from backpack import extensions as peer
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+BY_NAME = {case.name: case for case in CASES}
+NETS = {
+    "mlp": BY_NAME["mlp"],
+    "cnn": BY_NAME["cnn"],
+    "convolutions_1d": BY_NAME["convolutions_1d"],
+    "convolutions_3d": BY_NAME["convolutions_3d"],
+}
+PEERS = {
+    "batch_grad": (lambda: peer.BatchGrad(), lambda p: p.grad_batch),
+    "batch_l2": (lambda: peer.BatchL2Grad(), lambda p: p.batch_l2),
+    "sum_grad_squared": (lambda: peer.SumGradSquared(), lambda p: p.sum_grad_squared),
+    "variance": (lambda: peer.Variance(), lambda p: p.variance),
+    "diag_ggn_exact": (lambda: peer.DiagGGNExact(), lambda p: p.diag_ggn_exact),
+    "kflr": (lambda: peer.KFLR(), lambda p: p.kflr),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("extension", PEERS)
+@pytest.mark.parametrize("name", NETS)
+def test_equals_backpack(name, extension, loss, reduction):
+    module, inputs = build(NETS[name])
+    targets = targets_for(module(*inputs), loss)
+    request = {"name": extension, "options": {"approximation": "backpack"} if extension == "kflr" else {}}
+    ours = engine.analyze(torch.jit.script(module), inputs, targets, [request], loss=loss, reduction=reduction)
+    module = extend(module)
+    criterion = extend((nn.MSELoss if loss == "mse" else nn.CrossEntropyLoss)(reduction=reduction))
+    make, read = PEERS[extension]
+    with backpack(make()):
+        criterion(module(*inputs), targets).backward()
+    for parameter, tensor in module.named_parameters():
+        theirs, mine = read(tensor), ours[extension][parameter]
+        pairs = [(mine, theirs)] if extension != "kflr" else list(zip(mine[: len(theirs)], theirs, strict=True))
+        for a, b in pairs:
+            assert (a - b).abs().max() <= 1e-10 * b.abs().max(), parameter

@@ -1,0 +1,75 @@
+"""Monte-Carlo quantities: unbiased within their standard error, equal for equal seeds, draws that extend each other."""
+
+import pytest
+import torch
+from tests.engine.models import CASES, build, targets_for
+
+import curvature_engine as engine
+
+DRAWS = 2000
+BATCHES = 100
+
+
+def setup(name, loss):
+    case = {c.name: c for c in CASES}[name]
+    module, inputs = build(case)
+    return torch.jit.trace(module, inputs, check_trace=False), inputs, targets_for(module(*inputs), loss)
+
+
+def mc(name, M, label=None):
+    return {"name": name, "label": label or name, "options": {"mc_samples": M}}
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "extra_axis"])
+def test_unbiased_within_four_standard_errors(name, loss):
+    script, inputs, targets = setup(name, loss)
+    program = engine.load(script)
+    exact = engine.analyze(program, inputs, targets, ["diag_ggn_exact", "kflr"], loss=loss)
+    M = DRAWS // BATCHES
+    runs = [
+        engine.analyze(program, inputs, targets, [mc("diag_ggn_mc", M), mc("kfac", M)], loss=loss, seed=seed)
+        for seed in range(BATCHES)
+    ]
+    for parameter, expected in exact["diag_ggn_exact"].items():
+        means = torch.stack([r["diag_ggn_mc"][parameter] for r in runs])
+        check_mean(means, expected)
+    for parameter, expected in exact["kflr"].items():
+        check_mean(torch.stack([r["kfac"][parameter].B for r in runs]), expected.B)
+        if expected.A is not None:
+            assert torch.equal(runs[0]["kfac"][parameter].A, expected.A)
+
+
+def check_mean(batches, expected):
+    """Each batch is a mean of M draws; their spread gives the standard error of the mean over all draws.
+
+    With a spread estimated from 100 batches, one entry in 8,000 lies beyond four standard errors by chance; a tensor
+    of hundreds of entries may have one, hardly two.
+    """
+    error = batches.std(0) / BATCHES**0.5
+    z = (batches.mean(0) - expected).abs() / error.clamp(min=1e-14)
+    z = z[expected.abs() > 1e-12]
+    assert (z > 4).sum() <= 1
+    assert z.max() < 6
+
+
+def test_equal_seeds_give_equal_bits_whatever_runs_beside():
+    script, inputs, targets = setup("cnn", "cross_entropy")
+    alone = engine.analyze(script, inputs, targets, [mc("diag_ggn_mc", 3)], seed=7)
+    beside = engine.analyze(script, inputs, targets, ["variance", mc("kfac", 5), mc("diag_ggn_mc", 3)], seed=7)
+    other = engine.analyze(script, inputs, targets, [mc("diag_ggn_mc", 3)], seed=8)
+    for parameter, value in alone["diag_ggn_mc"].items():
+        assert torch.equal(value, beside["diag_ggn_mc"][parameter])
+        assert not torch.equal(value, other["diag_ggn_mc"][parameter])
+
+
+def test_more_draws_extend_fewer():
+    script, inputs, targets = setup("mlp", "cross_entropy")
+    requests = [mc("diag_ggn_mc", M, label=f"m{M}") for M in (1, 2, 4)]
+    result = engine.analyze(script, inputs, targets, requests)
+    for parameter in result["m1"]:
+        second = 2 * result["m2"][parameter] - result["m1"][parameter]
+        rest = 4 * result["m4"][parameter] - 2 * result["m2"][parameter]
+        assert second.min() >= -1e-15
+        assert rest.min() >= -1e-15
+        assert second.max() > 0
