@@ -1,0 +1,67 @@
+"""A job's events: a short Redis stream per job. Losing it loses no job, only the bar's movement."""
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+
+import redis
+import redis.asyncio
+
+from curvature_protocol.events import JobEvent
+from curvature_protocol.jobs import FINAL, Job
+from curvature_protocol.names import event_stream
+
+_KEEP_EVENTS = 1000
+_KEEP_SECONDS = 24 * 3600
+
+
+def state_event(job: Job) -> JobEvent:
+    """The event that says where a job stands."""
+    return JobEvent(
+        event="state",
+        job_id=job.id,
+        status=job.status,
+        at=datetime.now(UTC),
+        attempt=job.attempt,
+        progress=job.progress,
+        error=job.error,
+    )
+
+
+def publish(connection: "redis.Redis", event: JobEvent) -> None:
+    """Append to the job's stream; a Redis that does not answer is no reason to fail."""
+    key = event_stream(event.job_id)
+    try:
+        with connection.pipeline(transaction=False) as pipe:
+            pipe.xadd(key, {"event": event.model_dump_json()}, maxlen=_KEEP_EVENTS, approximate=True)
+            pipe.expire(key, _KEEP_SECONDS)
+            pipe.execute()
+    except redis.RedisError:
+        return
+
+
+async def follow(
+    connection: "redis.asyncio.Redis", job_id: str, after: str, block_seconds: float
+) -> AsyncIterator[tuple[str, JobEvent]]:
+    """Events after stream id `after`, until a final state or `block_seconds` without any.
+
+    Raises:
+        redis.RedisError: if Redis does not answer.
+    """
+    key = event_stream(job_id)
+    while True:
+        found = await connection.xread({key: after}, count=100, block=max(1, int(block_seconds * 1000)))
+        if not found:
+            return
+        streams = found.values() if isinstance(found, dict) else [entries for _, entries in found]
+        for entries in streams:
+            flat = entries[0] if entries and isinstance(entries[0], list) else entries
+            for entry_id, fields in flat:
+                after = _text(entry_id)
+                event = JobEvent.model_validate_json(fields.get(b"event") or fields.get("event"))
+                yield after, event
+                if event.status in FINAL:
+                    return
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value

@@ -1,0 +1,322 @@
+"""The life of a job, each step one transaction and a compare-and-set on (status, attempt)."""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import CursorResult, and_, or_, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from curvature_protocol.errors import Problem, status_of
+from curvature_protocol.jobs import FINAL, Job, JobStatus, Progress
+from curvature_state.database import Database
+from curvature_state.tables import JobRow
+
+MAX_ATTEMPTS = 3
+RING_AGAIN_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """What is known of a job before it has a row."""
+
+    request: dict[str, Any]
+    body_digest: str
+    idempotency_key: str | None = None
+    tenant: str = "default"
+    priority: int = 5
+    metadata: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class ClaimedJob:
+    """A job that a worker holds."""
+
+    id: str
+    attempt: int
+    request: dict[str, Any]
+    tenant: str
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class Created:
+    """The row of a request; `repeated` if its idempotency key had one already."""
+
+    job: Job
+    body_digest: str
+    repeated: bool
+
+
+@dataclass(frozen=True)
+class Reconciled:
+    """What the reconciler did: jobs it changed, and jobs whose bell is to be rung."""
+
+    changed: tuple[Job, ...]
+    ring: tuple[str, ...]
+
+
+def create_job(database: Database, new: NewJob) -> Created:
+    """Write a queued job; with an idempotency key seen before, find that job instead."""
+    now = datetime.now(UTC)
+    row = JobRow(
+        id=uuid.uuid4().hex,
+        tenant=new.tenant,
+        status=JobStatus.QUEUED,
+        priority=new.priority,
+        request=new.request,
+        idempotency_key=new.idempotency_key,
+        body_digest=new.body_digest,
+        attempt=0,
+        warnings=[],
+        details=new.metadata or {},
+        created_at=now,
+        rung_at=now,
+    )
+    if (found := _by_key(database, new)) is not None:
+        return found
+    try:
+        with database.write() as session:
+            session.add(row)
+        return Created(view(row), row.body_digest, repeated=False)
+    except IntegrityError:  # a twin of this request was faster
+        found = _by_key(database, new)
+        if found is None:
+            raise
+        return found
+
+
+def _by_key(database: Database, new: NewJob) -> Created | None:
+    if new.idempotency_key is None:
+        return None
+    with database.read() as session:
+        row = session.scalar(
+            select(JobRow).where(JobRow.tenant == new.tenant, JobRow.idempotency_key == new.idempotency_key)
+        )
+    return None if row is None else Created(view(row), row.body_digest, repeated=True)
+
+
+def get_job(database: Database, job_id: str) -> Job | None:
+    """The job, or None."""
+    with database.read() as session:
+        row = session.get(JobRow, job_id)
+        return None if row is None else view(row)
+
+
+def list_jobs(
+    database: Database, *, status: JobStatus | None, limit: int, before: tuple[datetime, str] | None
+) -> list[Job]:
+    """Newest first; `before` is the (created_at, id) of the last job of the previous page."""
+    query = select(JobRow).order_by(JobRow.created_at.desc(), JobRow.id.desc()).limit(limit)
+    if status is not None:
+        query = query.where(JobRow.status == status)
+    if before is not None:
+        moment, job_id = before
+        query = query.where(or_(JobRow.created_at < moment, and_(JobRow.created_at == moment, JobRow.id < job_id)))
+    with database.read() as session:
+        return [view(row) for row in session.scalars(query)]
+
+
+def claim(database: Database, job_id: str, worker_id: str, lease_seconds: float) -> ClaimedJob | None:
+    """Queued → running with a lease; None if somebody else was faster or the job is over."""
+    now = datetime.now(UTC)
+    with database.write() as session:
+        changed = _set(
+            session,
+            job_id,
+            [JobStatus.QUEUED],
+            None,
+            status=JobStatus.RUNNING,
+            attempt=JobRow.attempt + 1,
+            lease_owner=worker_id,
+            lease_expires_at=now + timedelta(seconds=lease_seconds),
+            started_at=now,
+            progress=None,
+        )
+        row = session.get(JobRow, job_id) if changed else None
+        return None if row is None else ClaimedJob(row.id, row.attempt, row.request, row.tenant, row.created_at)
+
+
+def renew(
+    database: Database, job_id: str, attempt: int, lease_seconds: float, progress: Progress | None
+) -> JobStatus | None:
+    """Prolong the lease and note progress. None: the lease is lost; CANCELLING: the job is to stop."""
+    values: dict[str, Any] = {"lease_expires_at": datetime.now(UTC) + timedelta(seconds=lease_seconds)}
+    if progress is not None:
+        values["progress"] = progress.model_dump()
+    with database.write() as session:
+        if not _set(session, job_id, [JobStatus.RUNNING, JobStatus.CANCELLING], attempt, **values):
+            return None
+        return _status(session, job_id)
+
+
+def peek(database: Database, job_id: str, attempt: int) -> JobStatus | None:
+    """The job's status as the holder of `attempt` sees it; None: the lease is lost."""
+    with database.read() as session:
+        found = session.execute(select(JobRow.status, JobRow.attempt).where(JobRow.id == job_id)).one_or_none()
+    held = (JobStatus.RUNNING, JobStatus.CANCELLING)
+    if found is None or found.attempt != attempt or found.status not in held:
+        return None
+    return JobStatus(found.status)
+
+
+def succeed(database: Database, job_id: str, attempt: int, warnings: Sequence[str]) -> bool:
+    """Running → succeeded; False if the lease was lost. A result that is there beats a cancellation."""
+    return _finish(database, job_id, attempt, status=JobStatus.SUCCEEDED, warnings=list(warnings))
+
+
+def fail(database: Database, job_id: str, attempt: int, problem: Problem) -> bool:
+    """Running → failed; False if the lease was lost."""
+    return _finish(database, job_id, attempt, status=JobStatus.FAILED, error=problem.model_dump())
+
+
+def confirm_cancel(database: Database, job_id: str, attempt: int) -> bool:
+    """Cancelling → cancelled; False if the lease was lost."""
+    return _finish(database, job_id, attempt, status=JobStatus.CANCELLED)
+
+
+def release(database: Database, job_id: str, attempt: int) -> bool:
+    """Running → queued, without counting the attempt: a stopping worker hands its job back."""
+    with database.write() as session:
+        return _set(
+            session,
+            job_id,
+            [JobStatus.RUNNING],
+            attempt,
+            status=JobStatus.QUEUED,
+            attempt=JobRow.attempt - 1,
+            lease_owner=None,
+            lease_expires_at=None,
+            rung_at=datetime.fromtimestamp(0, UTC),
+        )
+
+
+def request_cancel(database: Database, job_id: str) -> Job | None:
+    """Queued → cancelled, running → cancelling; otherwise nothing. Returns the job as it is then, or None."""
+    now = datetime.now(UTC)
+    with database.write() as session:
+        _set(session, job_id, [JobStatus.QUEUED], None, status=JobStatus.CANCELLED, finished_at=now)
+        _set(session, job_id, [JobStatus.RUNNING], None, status=JobStatus.CANCELLING)
+        row = session.get(JobRow, job_id)
+        return None if row is None else view(row)
+
+
+def reconcile(database: Database, max_attempts: int = MAX_ATTEMPTS) -> Reconciled:
+    """Take jobs from workers that fell silent, and find queued jobs whose bell may have been lost."""
+    now = datetime.now(UTC)
+    quiet = now - timedelta(seconds=RING_AGAIN_SECONDS)
+    with database.read() as session:
+        expired = session.scalars(
+            select(JobRow.id).where(
+                JobRow.status.in_([JobStatus.RUNNING, JobStatus.CANCELLING]), JobRow.lease_expires_at < now
+            )
+        ).all()
+        stale = session.scalars(
+            select(JobRow.id).where(JobRow.status == JobStatus.QUEUED, JobRow.rung_at < quiet).limit(1000)
+        ).all()
+    if not expired and not stale:
+        return Reconciled((), ())
+    changed, ring = [], list(stale)
+    with database.write() as session:
+        for job_id in expired:
+            row = session.get(JobRow, job_id)
+            if row is None or JobStatus(row.status) in FINAL or row.lease_expires_at is None:
+                continue
+            if row.lease_expires_at < now and row.status != JobStatus.QUEUED:
+                _take_back(row, now, max_attempts)
+                changed.append(view(row))
+                if row.status == JobStatus.QUEUED:
+                    ring.append(job_id)
+        session.execute(update(JobRow).where(JobRow.id.in_(ring)).values(rung_at=now))
+    return Reconciled(tuple(changed), tuple(ring))
+
+
+def _take_back(row: JobRow, now: datetime, max_attempts: int) -> None:
+    """What becomes of a job whose worker fell silent."""
+    row.lease_owner = row.lease_expires_at = None
+    if row.status == JobStatus.CANCELLING:
+        row.status, row.finished_at = JobStatus.CANCELLED, now
+    elif row.attempt < max_attempts:
+        row.status = JobStatus.QUEUED
+    else:
+        row.status, row.finished_at = JobStatus.FAILED, now
+        row.error = problem(
+            "attempts_exhausted",
+            f"the worker died {row.attempt} times while running this job",
+            remedy="look for what kills the worker (memory, driver) in its log, then submit the job again",
+        ).model_dump()
+
+
+def oldest_queued(database: Database) -> str | None:
+    """The id of the job that has waited longest at the highest priority, if any."""
+    with database.read() as session:
+        return session.scalar(
+            select(JobRow.id)
+            .where(JobRow.status == JobStatus.QUEUED)
+            .order_by(JobRow.priority.desc(), JobRow.created_at)
+            .limit(1)
+        )
+
+
+def problem(code: str, detail: str, *, param: str | None = None, remedy: str | None = None) -> Problem:
+    """A problem with the code's own title and status."""
+    return Problem(
+        title=code.replace("_", " ").capitalize(),
+        status=status_of(code),
+        detail=detail,
+        code=code,
+        param=param,
+        remedy=remedy,
+    )
+
+
+def view(row: JobRow) -> Job:
+    """The row as the API shows it."""
+    return Job(
+        id=row.id,
+        status=JobStatus(row.status),
+        created_at=row.created_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+        attempt=row.attempt,
+        priority=row.priority,
+        progress=None if row.progress is None else Progress.model_validate(row.progress),
+        error=None if row.error is None else Problem.model_validate(row.error),
+        warnings=tuple(row.warnings),
+        metadata=row.details,
+        request=row.request,
+    )
+
+
+def _finish(database: Database, job_id: str, attempt: int, **values: Any) -> bool:
+    held = [JobStatus.RUNNING, JobStatus.CANCELLING]
+    with database.write() as session:
+        return _set(
+            session,
+            job_id,
+            held,
+            attempt,
+            finished_at=datetime.now(UTC),
+            lease_owner=None,
+            lease_expires_at=None,
+            **values,
+        )
+
+
+def _set(
+    session: Session, job_id: str, statuses: Sequence[JobStatus], held_attempt: int | None, /, **values: Any
+) -> bool:
+    """Compare and set: change the row if it is in one of `statuses` (and at this attempt)."""
+    query = update(JobRow).where(JobRow.id == job_id, JobRow.status.in_(statuses))
+    if held_attempt is not None:
+        query = query.where(JobRow.attempt == held_attempt)
+    result = session.execute(query.values(**values).execution_options(synchronize_session=False))
+    assert isinstance(result, CursorResult)
+    return bool(result.rowcount == 1)
+
+
+def _status(session: Session, job_id: str) -> JobStatus:
+    return JobStatus(session.execute(select(JobRow.status).where(JobRow.id == job_id)).scalar_one())

@@ -1,0 +1,104 @@
+"""Bytes by key: a local folder, memory, or S3, through one small interface over obstore."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.store import LocalStore, MemoryStore, from_url
+
+PART_BYTES = 8 * 2**20
+
+
+class ObjectStore:
+    """One store; keys are relative paths with forward slashes."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._folder: Path | None = None
+        self._store: obstore.store.ObjectStore
+        if parts.scheme == "file":
+            self._folder = Path(unquote(parts.path))
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._store = LocalStore(prefix=self._folder)
+        elif parts.scheme == "memory":
+            self._store = MemoryStore()
+        else:
+            self._store = from_url(url)
+
+    def local_path(self, key: str) -> Path | None:
+        """Where a key lies on this machine's disk, if the store is a folder."""
+        return None if self._folder is None else self._folder / key
+
+    def put_stream(self, key: str, chunks: Iterable[bytes]) -> int:
+        """Store what `chunks` yields, in parts; returns its size. An exception in `chunks` stores nothing."""
+        size = 0
+        with obstore.open_writer(self._store, key, buffer_size=PART_BYTES) as writer:
+            for chunk in chunks:
+                writer.write(chunk)
+                size += len(chunk)
+        return size
+
+    def put_file(self, key: str, path: Path) -> int:
+        """Store a file; returns its size. In a folder store it is moved there if it lies on the same disk."""
+        size = path.stat().st_size
+        if self._folder is not None:
+            target = self._folder / key
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):
+                os.replace(path, target)  # noqa: PTH105 (rename across folders, atomic)
+                return size
+        with path.open("rb") as file:
+            obstore.put(self._store, key, file)
+        return size
+
+    def put_bytes(self, key: str, data: bytes) -> None:
+        """Store a few bytes."""
+        obstore.put(self._store, key, data)
+
+    def move(self, source: str, target: str) -> None:
+        """Give stored bytes their final key (a rename in a folder, copy and delete elsewhere)."""
+        obstore.rename(self._store, source, target)
+
+    def get_bytes(self, key: str) -> bytes:
+        """All bytes of a small object.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+        return bytes(obstore.get(self._store, key).bytes())
+
+    def get_to_file(self, key: str, path: Path) -> None:
+        """Copy an object to a file."""
+        with path.open("wb") as file:
+            for chunk in self.stream(key):
+                file.write(chunk)
+
+    def stream(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """The bytes from `start` to before `end`, in parts."""
+        total = self.head(key)
+        if total is None:
+            raise FileNotFoundError(key)
+        end = total if end is None else min(end, total)
+        for first in range(start, end, PART_BYTES):
+            yield bytes(obstore.get_range(self._store, key, start=first, end=min(first + PART_BYTES, end)))
+
+    def head(self, key: str) -> int | None:
+        """The object's size, or None if there is none."""
+        try:
+            return int(obstore.head(self._store, key)["size"])
+        except FileNotFoundError:
+            return None
+
+    def delete(self, key: str) -> None:
+        """Remove an object; it is no error if there is none."""
+        with suppress(FileNotFoundError):
+            obstore.delete(self._store, key)
+
+    def list(self, prefix: str) -> Iterator[tuple[str, float]]:
+        """(key, age of last change as a POSIX time) below a prefix."""
+        for page in obstore.list(self._store, prefix=prefix):
+            for item in page:
+                yield str(item["path"]), item["last_modified"].timestamp()
