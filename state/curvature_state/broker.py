@@ -16,7 +16,7 @@ from curvature_state.settings import StateSettings
 
 def celery_app(settings: StateSettings, name: str = "curvature") -> Celery:
     """A Celery application on our broker; making it connects to nothing."""
-    app = Celery(name, broker=settings.broker_url)
+    app = Celery(name, broker=settings.broker_url)  # type: ignore[no-untyped-call]
     app.conf.update(
         task_serializer="json",
         accept_content=["json"],
@@ -40,7 +40,7 @@ def ring(app: Celery, job_id: str) -> bool:
     """Tell the workers of a job; False if the broker does not answer (the reconciler rings again)."""
     arguments: list[Any] = [job_id]
     try:
-        app.send_task(RUN_JOB_TASK, arguments, queue=QUEUE)
+        app.send_task(RUN_JOB_TASK, arguments, queue=QUEUE)  # type: ignore[no-untyped-call]
     except (OperationalError, RedisError, OSError):
         return False
     return True

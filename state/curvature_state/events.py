@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from typing import Any
 
 import redis
 import redis.asyncio
@@ -49,18 +50,22 @@ async def follow(
     """
     key = event_stream(job_id)
     while True:
-        found = await connection.xread({key: after}, count=100, block=max(1, int(block_seconds * 1000)))
+        found: Any = await connection.xread({key: after}, count=100, block=max(1, int(block_seconds * 1000)))
         if not found:
             return
-        streams = found.values() if isinstance(found, dict) else [entries for _, entries in found]
-        for entries in streams:
-            flat = entries[0] if entries and isinstance(entries[0], list) else entries
-            for entry_id, fields in flat:
-                after = _text(entry_id)
-                event = JobEvent.model_validate_json(fields.get(b"event") or fields.get("event"))
-                yield after, event
-                if event.status in FINAL:
-                    return
+        for entry_id, fields in _entries(found):
+            after = _text(entry_id)
+            event = JobEvent.model_validate_json(fields[b"event"] if b"event" in fields else fields["event"])
+            yield after, event
+            if event.status in FINAL:
+                return
+
+
+def _entries(found: Any) -> list[tuple[bytes, dict[Any, Any]]]:
+    """The entries of the one stream asked for, in the reply's form of either protocol version."""
+    if isinstance(found, dict):
+        return [entry for group in found.values() for entries in group for entry in entries]
+    return [entry for _, entries in found for entry in entries]
 
 
 def _text(value: bytes | str) -> str:

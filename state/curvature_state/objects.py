@@ -1,7 +1,7 @@
 """Bytes by key: a local folder, memory, or S3, through one small interface over obstore."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 import obstore
 from obstore.store import LocalStore, MemoryStore, from_url
 
-PART_BYTES = 8 * 2**20
+PART_BYTES = 4 * 2**20
 
 
 class ObjectStore:
@@ -40,6 +40,21 @@ class ObjectStore:
                 writer.write(chunk)
                 size += len(chunk)
         return size
+
+    async def put_async_stream(self, key: str, chunks: AsyncIterable[bytes]) -> int:
+        """`put_stream` for an asynchronous source: nothing is stored if it raises."""
+        size = 0
+        async with obstore.open_writer_async(self._store, key, buffer_size=PART_BYTES) as writer:
+            async for chunk in chunks:
+                await writer.write(chunk)
+                size += len(chunk)
+        return size
+
+    async def async_stream(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
+        """The bytes from `start` to before `end`, in parts."""
+        for first in range(start, end, PART_BYTES):
+            last = min(first + PART_BYTES, end)
+            yield bytes(await obstore.get_range_async(self._store, key, start=first, end=last))
 
     def put_file(self, key: str, path: Path) -> int:
         """Store a file; returns its size. In a folder store it is moved there if it lies on the same disk."""

@@ -1,0 +1,16 @@
+"""`/v1/extensions`: what the workers can compute."""
+
+from curvature_protocol.catalogue import Catalogue
+from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
+
+from curvature_service.openapi import problems
+
+router = APIRouter(prefix="/extensions", tags=["extensions"])
+
+
+@router.get("", summary="The catalogue of extensions and losses", responses=problems())
+async def list_extensions(request: Request) -> Catalogue:
+    """Names, options as JSON schema, shapes, formulas and sources, as published by the workers."""
+    catalogue: Catalogue = await run_in_threadpool(request.app.state.catalogue.current)
+    return catalogue

@@ -1,0 +1,104 @@
+"""The catalogue, and requests checked against it."""
+
+import difflib
+import json
+import time
+from functools import cache
+from pathlib import Path
+
+import jsonschema
+from curvature_protocol.catalogue import Catalogue, ExtensionEntry
+from curvature_protocol.requests import ExtensionRequest, JobRequest
+from curvature_state.workers import published_catalogue
+
+from curvature_service.errors import ApiError
+from curvature_service.resources import Resources
+
+FRESH_SECONDS = 2.0
+
+BACKPACK_NAMES = {
+    "grad_batch": "batch_grad",
+    "diag_h": "diag_hessian",
+    "diag_ggn_exact_batch": "batch_diag_ggn_exact",
+    "diag_ggn_mc_batch": "batch_diag_ggn_mc",
+    "diag_h_batch": "batch_diag_hessian",
+    "batchgrad": "batch_grad",
+    "batchl2grad": "batch_l2",
+    "sumgradsquared": "sum_grad_squared",
+    "diagggnexact": "diag_ggn_exact",
+    "diagggnmc": "diag_ggn_mc",
+    "diagggn": "diag_ggn_exact",
+    "diaghessian": "diag_hessian",
+}
+"""What users of BackPACK call things → our names."""
+
+
+@cache
+def built_in_catalogue() -> Catalogue:
+    """The engine's catalogue at the time of the build, for before any worker has connected."""
+    path = Path(__file__).parent.parent / "catalogue.json"
+    return Catalogue.model_validate(json.loads(path.read_text(encoding="utf-8")))
+
+
+class CatalogueCache:
+    """What workers published, read again every few seconds."""
+
+    def __init__(self, resources: Resources) -> None:
+        self._resources = resources
+        self._read_at = 0.0
+        self._catalogue: Catalogue | None = None
+
+    def current(self) -> Catalogue:
+        """The catalogue in force."""
+        if self._catalogue is None or time.monotonic() - self._read_at > FRESH_SECONDS:
+            self._catalogue = published_catalogue(self._resources.database) or built_in_catalogue()
+            self._read_at = time.monotonic()
+        return self._catalogue
+
+
+def check_request(catalogue: Catalogue, request: JobRequest) -> None:
+    """Check names and options.
+
+    Raises:
+        ApiError: `unknown_extension`, `invalid_option`, `unknown_loss`.
+    """
+    entries = {entry.name: entry for entry in catalogue.extensions}
+    for place, extension in enumerate(request.extensions):
+        entry = entries.get(extension.name)
+        if entry is None:
+            raise _unknown(extension.name, place, list(entries))
+        _check_options(extension, place, entry)
+    if request.loss is not None and request.loss.name not in catalogue.losses:
+        raise ApiError(
+            "unknown_loss",
+            f"there is no loss {request.loss.name!r}",
+            param="loss.name",
+            remedy=f"known losses: {', '.join(catalogue.losses)}",
+        )
+
+
+def _unknown(name: str, place: int, known: list[str]) -> ApiError:
+    lowered = name.lower()
+    close = difflib.get_close_matches(lowered, known, 1)
+    guess = BACKPACK_NAMES.get(lowered) or (close[0] if close else None)
+    hint = f"; did you mean {guess!r}?" if guess in known else ""
+    return ApiError(
+        "unknown_extension",
+        f"there is no extension {name!r}{hint}",
+        param=f"extensions.{place}.name",
+        remedy=f"known extensions: {', '.join(known)}",
+    )
+
+
+def _check_options(extension: ExtensionRequest, place: int, entry: ExtensionEntry) -> None:
+    errors = sorted(jsonschema.Draft202012Validator(entry.options).iter_errors(extension.options), key=str)
+    if not errors:
+        return
+    path = ".".join(str(part) for part in errors[0].absolute_path)
+    known = ", ".join(entry.options.get("properties", {})) or "none"
+    raise ApiError(
+        "invalid_option",
+        f"{extension.name}: {path + ': ' if path else ''}{errors[0].message}",
+        param=f"extensions.{place}.options{'.' + path if path else ''}",
+        remedy=f"{extension.name} takes these options: {known}",
+    )

@@ -1,0 +1,39 @@
+"""What the endpoints work with: opened when the application starts, closed when it stops."""
+
+from typing import Annotated, cast
+
+import redis
+import redis.asyncio
+from celery import Celery
+from curvature_state import Database, ObjectStore
+from curvature_state.broker import celery_app
+from fastapi import Depends, Request
+
+from curvature_service.settings import ServiceSettings
+
+
+class Resources:
+    """Database, object store, Redis, bell."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        self.settings = settings
+        self.database = Database(settings.database_url)
+        self.objects = ObjectStore(settings.storage_url)
+        self.redis = redis.Redis.from_url(settings.redis_url, socket_connect_timeout=2)
+        self.async_redis = redis.asyncio.Redis.from_url(settings.redis_url, socket_connect_timeout=2)
+        self.celery: Celery = celery_app(settings)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self.async_redis.aclose()
+        self.redis.close()
+        self.celery.close()
+        self.database.close()
+
+
+def get_resources(request: Request) -> Resources:
+    """The application's resources (a dependency)."""
+    return cast("Resources", request.app.state.resources)
+
+
+ResourcesDependency = Annotated[Resources, Depends(get_resources)]

@@ -1,0 +1,15 @@
+"""Settings of the API process."""
+
+from curvature_state import StateSettings
+
+
+class ServiceSettings(StateSettings):
+    """Read from `CURVATURE_<NAME>`, as all settings."""
+
+    api_key: str | None = None
+    """If set, requests need `Authorization: Bearer <key>`."""
+    max_upload_bytes: int = 64 * 2**30
+    inline_batch_bytes: int = 4 * 2**20
+    inline_result_bytes: int = 2**20
+    max_wait_seconds: float = 60.0
+    reconcile_seconds: float = 2.0
