@@ -49,7 +49,7 @@ format: env ## Format the code, repair what ruff can
 	$(BIN)/ruff format .
 
 catalogue: env ## Write the catalogue of extensions that the service knows before a worker connects
-	$(BIN)/python -m curvature_engine.catalogue > service/curvature_service/catalogue.json
+	$(BIN)/python -m curvature_engine > service/curvature_service/catalogue.json
 
 constraints: ## Write constraints.txt from what .venv holds (after a deliberate upgrade)
 	$(BIN)/python -m pip freeze --all --exclude-editable \

@@ -1,21 +1,22 @@
 """The API's one error class and the one error body (RFC 9457 problem details).
 
-    ApiError                 any refusal, by its code; the code decides the status
-    RequestValidationError   FastAPI's, for bodies and parameters of the wrong form
-    HTTPException            Starlette's, for unknown paths and methods
-    Exception                anything unforeseen: 500, logged with its traceback, told without
+ApiError                 any refusal, by its code; the code decides the status
+RequestValidationError   FastAPI's, for bodies and parameters of the wrong form
+HTTPException            Starlette's, for unknown paths and methods
+Exception                anything unforeseen: 500, logged with its traceback, told without
 """
 
 import logging
 from typing import Any
 
-from curvature_protocol.errors import Problem, status_of
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from redis import RedisError
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
+
+from curvature_protocol.errors import Problem, status_of
 
 logger = logging.getLogger("curvature.service")
 

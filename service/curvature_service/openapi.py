@@ -3,7 +3,6 @@
 from typing import Any
 
 from curvature_protocol.errors import Problem
-
 from curvature_service.errors import MEDIA_TYPE
 
 _WHEN = {

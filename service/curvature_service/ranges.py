@@ -2,11 +2,11 @@
 
 import re
 
-from curvature_state import ObjectStore
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 
 from curvature_service.errors import ApiError
+from curvature_state import ObjectStore
 
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 

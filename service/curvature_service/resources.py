@@ -5,11 +5,11 @@ from typing import Annotated, cast
 import redis
 import redis.asyncio
 from celery import Celery
-from curvature_state import Database, ObjectStore
-from curvature_state.broker import celery_app
 from fastapi import Depends, Request
 
 from curvature_service.settings import ServiceSettings
+from curvature_state import Database, ObjectStore
+from curvature_state.broker import celery_app
 
 
 class Resources:
@@ -27,7 +27,7 @@ class Resources:
         """Close all connections."""
         await self.async_redis.aclose()
         self.redis.close()
-        self.celery.close()
+        self.celery.close()  # type: ignore[no-untyped-call]
         self.database.close()
 
 

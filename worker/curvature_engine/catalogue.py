@@ -1,7 +1,5 @@
-"""The registry as JSON: what workers publish. `python -m curvature_engine.catalogue` prints it."""
+"""The registry as JSON: what workers publish. `python -m curvature_engine` prints it."""
 
-import json
-import sys
 from typing import Any
 
 from curvature_engine.extensions import EXTENSIONS
@@ -27,8 +25,3 @@ def catalogue() -> dict[str, Any]:
         ],
         "losses": list(LOSSES),
     }
-
-
-if __name__ == "__main__":
-    json.dump(catalogue(), sys.stdout, indent=2, ensure_ascii=False)
-    sys.stdout.write("\n")

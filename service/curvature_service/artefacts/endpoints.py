@@ -2,10 +2,10 @@
 
 from typing import Annotated
 
-from curvature_protocol.artefacts import SHA256_PATTERN, Artefact, ArtefactKind
-from curvature_protocol.names import artefact_key
 from fastapi import APIRouter, Path, Request, Response
 
+from curvature_protocol.artefacts import SHA256_PATTERN, Artefact, ArtefactKind
+from curvature_protocol.names import artefact_key
 from curvature_service.artefacts.service import get_artefact, store_upload, too_large
 from curvature_service.openapi import problems
 from curvature_service.ranges import stream_object
@@ -49,20 +49,19 @@ def artefact_router(kind: ArtefactKind) -> APIRouter:
         response.status_code = 201 if new else 200
         return artefact
 
-    @router.api_route(
+    @router.head("/{sha256}", include_in_schema=False)
+    @router.get(
         "/{sha256}",
-        methods=["GET", "HEAD"],
         summary=f"Metadata of an uploaded {what}",
         response_model=Artefact,
         responses=problems(404),
-        operation_id=f"get_{kind}",
     )
     async def get(sha256: Sha256Path, resources: ResourcesDependency) -> Artefact:
         return await get_artefact(resources, kind, sha256)
 
-    @router.api_route(
+    @router.head("/{sha256}/content", include_in_schema=False)
+    @router.get(
         "/{sha256}/content",
-        methods=["GET", "HEAD"],
         summary=f"Bytes of an uploaded {what}",
         description="Single HTTP ranges are honoured.",
         response_class=Response,
@@ -71,7 +70,6 @@ def artefact_router(kind: ArtefactKind) -> APIRouter:
             206: {"description": "The range asked for"},
             **problems(404, 416),
         },
-        operation_id=f"get_{kind}_content",
     )
     async def content(sha256: Sha256Path, request: Request, resources: ResourcesDependency) -> Response:
         artefact = await get_artefact(resources, kind, sha256)

@@ -4,13 +4,13 @@ import hashlib
 import uuid
 from collections.abc import AsyncIterator
 
-from curvature_protocol.artefacts import Artefact, ArtefactKind
-from curvature_protocol.names import artefact_key
-from curvature_state.artefacts import find_artefact, record_artefact
 from fastapi.concurrency import run_in_threadpool
 
+from curvature_protocol.artefacts import Artefact, ArtefactKind
+from curvature_protocol.names import artefact_key
 from curvature_service.errors import ApiError
 from curvature_service.resources import Resources
+from curvature_state.artefacts import find_artefact, record_artefact
 
 UPLOADS = "uploads"
 

@@ -1,9 +1,9 @@
 """`/v1/extensions`: what the workers can compute."""
 
-from curvature_protocol.catalogue import Catalogue
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 
+from curvature_protocol.catalogue import Catalogue
 from curvature_service.openapi import problems
 
 router = APIRouter(prefix="/extensions", tags=["extensions"])

@@ -7,12 +7,12 @@ from functools import cache
 from pathlib import Path
 
 import jsonschema
+
 from curvature_protocol.catalogue import Catalogue, ExtensionEntry
 from curvature_protocol.requests import ExtensionRequest, JobRequest
-from curvature_state.workers import published_catalogue
-
 from curvature_service.errors import ApiError
 from curvature_service.resources import Resources
+from curvature_state.workers import published_catalogue
 
 FRESH_SECONDS = 2.0
 

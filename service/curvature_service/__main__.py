@@ -1,0 +1,38 @@
+"""`python -m curvature_service`: the API process."""
+
+import argparse
+import logging
+import sys
+
+import uvicorn
+
+from curvature_service.app import create_app
+from curvature_service.settings import ServiceSettings
+from curvature_state import migrate
+
+
+def main() -> None:
+    """Serve until told to stop."""
+    parser = argparse.ArgumentParser(prog="curvature_service", description="The curvature API process.")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--fd", type=int, help="serve on this already listening socket instead")
+    parser.add_argument("--migrate", action="store_true", help="bring the database's tables up to date first")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    settings = ServiceSettings()
+    if arguments.migrate:
+        migrate(settings.database_url)
+    uvicorn.run(
+        create_app(settings),
+        host=arguments.host,
+        port=arguments.port,
+        fd=arguments.fd,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=5,
+    )
+
+
+if __name__ == "__main__":
+    main()
