@@ -74,9 +74,15 @@ class APITimeoutError(APIConnectionError):
 
 
 class APIStatusError(CurvatureError):
-    """The server answered with an error."""
+    """The server answered with an error.
+
+    Attributes:
+        status_code: of the reply (of the family, where nothing was sent).
+        retry_after_seconds: how long the server asked to wait.
+    """
 
     status_code: int = 500
+    retry_after_seconds: float | None = None
 
 
 class BadRequestError(APIStatusError):

@@ -1,0 +1,180 @@
+"""Extensions as values: one dataclass each, its fields the options.
+
+A server may know more than this list; names and dictionaries reach those. The server decides what is valid.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from pydantic import ValidationError
+
+from curvature_client._errors import refusal
+from curvature_protocol.requests import ExtensionRequest
+
+Approximation = Literal["expand", "reduce", "backpack"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extension:
+    """A quantity to compute. `label` names its result; it defaults to the extension's name."""
+
+    name: ClassVar[str]
+    label: str | None = None
+
+    def request(self) -> dict[str, Any]:
+        """As the server reads it."""
+        options = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "label"}
+        return {"name": self.name, "label": self.label, "options": options}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchLoss(Extension):
+    """Each sample's contribution to the loss, [N]."""
+
+    name = "batch_loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs(Extension):
+    """The model's outputs, [N, …]."""
+
+    name = "outputs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grad(Extension):
+    """Gradient of the loss, [*p]."""
+
+    name = "grad"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchGrad(Extension):
+    """Gradient of each sample's contribution, [N, *p] (includes 1/N under mean)."""
+
+    name = "batch_grad"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchL2(Extension):
+    """Squared norm of each sample's gradient, [N] per parameter."""
+
+    name = "batch_l2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumGradSquared(Extension):
+    """Sum of the squared individual gradients, [*p]."""
+
+    name = "sum_grad_squared"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variance(Extension):
+    """Biased variance of the individual gradients, [*p]."""
+
+    name = "variance"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagGGNExact(Extension):
+    """Diagonal of the generalized Gauss-Newton matrix, [*p]."""
+
+    name = "diag_ggn_exact"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagGGNMC(Extension):
+    """The same diagonal through `mc_samples` draws per sample, [*p]."""
+
+    name = "diag_ggn_mc"
+    mc_samples: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class KFAC(Extension):
+    """Kronecker factors (B, A) from `mc_samples` draws per sample."""
+
+    name = "kfac"
+    mc_samples: int = 1
+    approximation: Approximation = "expand"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KFLR(Extension):
+    """Kronecker factors (B, A) from the exact columns of the loss Hessian."""
+
+    name = "kflr"
+    approximation: Approximation = "expand"
+
+
+EXTENSIONS: tuple[type[Extension], ...] = (
+    BatchLoss,
+    Outputs,
+    Grad,
+    BatchGrad,
+    BatchL2,
+    SumGradSquared,
+    Variance,
+    DiagGGNExact,
+    DiagGGNMC,
+    KFAC,
+    KFLR,
+)
+
+ExtensionLike = str | Mapping[str, Any] | Extension
+
+
+def read_extensions(given: ExtensionLike | Sequence[ExtensionLike]) -> list[dict[str, Any]]:
+    """Bring names, dictionaries and values into the form that the server reads.
+
+    Raises:
+        UnprocessableError: something else was given, or two results would have one label.
+    """
+    items = [given] if isinstance(given, str | Mapping | Extension | type) else list(given)
+    if not items:
+        raise refusal(
+            "invalid_request",
+            "at least one extension is expected; got none",
+            param="extensions",
+            remedy='name one, e.g. ["diag_ggn_mc"]; `curvature extensions` lists them',
+        )
+    requests = [_read(item) for item in items]
+    labels = [request.key for request in requests]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise refusal(
+                "invalid_request",
+                f"two results are labelled {label!r}",
+                param="extensions",
+                remedy="give each request of one extension its own label=",
+            )
+    return [request.model_dump(exclude_none=True) for request in requests]
+
+
+def _read(item: Any) -> ExtensionRequest:
+    # `KFAC` for `KFAC()`: the class stands for its defaults.
+    if isinstance(item, type) and issubclass(item, Extension):
+        item = item()
+    if isinstance(item, Extension):
+        item = item.request()
+    if isinstance(item, str):
+        item = {"name": item}
+    if not isinstance(item, Mapping):
+        raise refusal(
+            "invalid_request",
+            f"an extension is a name, a dictionary with a name, or a value such as KFAC(); got {item!r}",
+            param="extensions",
+        )
+    try:
+        return ExtensionRequest.model_validate(dict(item))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "extension"
+        raise refusal(
+            "invalid_request",
+            f"extension {item.get('name', item)!r}: {place}: {first['msg']}",
+            param="extensions",
+            remedy="write a name, or a dictionary with name, label and options",
+        ) from None

@@ -1,0 +1,92 @@
+"""Extensions and losses as a request reads them."""
+
+import pytest
+from torch import nn, ones
+
+from curvature_client._errors import UnprocessableError
+from curvature_client._extensions import EXTENSIONS, KFAC, DiagGGNMC, read_extensions
+from curvature_client._losses import read_loss
+from curvature_engine import catalogue
+
+
+def test_every_extension_of_the_engine_has_a_value_with_its_options() -> None:
+    published = {entry["name"]: set(entry["options"].get("properties", {})) for entry in catalogue()["extensions"]}
+
+    assert {kind.name: set(kind().request()["options"]) for kind in EXTENSIONS} == published
+
+
+def test_names_dictionaries_and_values_mix() -> None:
+    assert read_extensions(["grad", {"name": "kflr", "label": "k"}, KFAC(mc_samples=4, label="kfac4"), DiagGGNMC]) == [
+        {"name": "grad", "options": {}},
+        {"name": "kflr", "label": "k", "options": {}},
+        {"name": "kfac", "label": "kfac4", "options": {"mc_samples": 4, "approximation": "expand"}},
+        {"name": "diag_ggn_mc", "options": {"mc_samples": 1}},
+    ]
+
+
+def test_one_extension_needs_no_list() -> None:
+    assert read_extensions("grad") == [{"name": "grad", "options": {}}]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "got none"),
+        (["kfac", KFAC()], "'kfac'; give each request"),
+        ([3], "got 3"),
+        ([{"label": "x"}], "name: Field required"),
+        ([{"name": "kfac", "label": "a/b"}], "label"),
+    ],
+)
+def test_a_wrong_list_of_extensions_says_what_is_wrong(given, message) -> None:
+    with pytest.raises(UnprocessableError, match=message) as caught:
+        read_extensions(given)
+
+    assert caught.value.param == "extensions"
+
+
+@pytest.mark.parametrize(
+    ("loss", "reduction", "expected"),
+    [
+        (None, None, (None, "mean")),
+        ("mse", "sum", ({"name": "mse", "options": {}}, "sum")),
+        (nn.MSELoss(reduction="sum"), None, ({"name": "mse", "options": {}}, "sum")),
+        (nn.CrossEntropyLoss(), "mean", ({"name": "cross_entropy", "options": {}}, "mean")),
+        (
+            nn.CrossEntropyLoss(ignore_index=0),
+            None,
+            ({"name": "cross_entropy", "options": {"ignore_index": 0}}, "mean"),
+        ),
+        (
+            {"name": "cross_entropy", "options": {"ignore_index": 1}},
+            None,
+            ({"name": "cross_entropy", "options": {"ignore_index": 1}}, "mean"),
+        ),
+    ],
+)
+def test_losses_are_read(loss, reduction, expected) -> None:
+    assert read_loss(loss, reduction) == expected
+
+
+class _Twice(nn.MSELoss):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("loss", "reduction", "message"),
+    [
+        (nn.MSELoss(), "sum", "the loss module says reduction='mean', the call reduction='sum'"),
+        (nn.MSELoss(reduction="none"), None, "got 'none'"),
+        (nn.CrossEntropyLoss(weight=ones(3)), None, "does not take weight"),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), None, "does not take label_smoothing"),
+        (nn.L1Loss(), None, "got L1Loss"),
+        (nn.MSELoss, None, r"make an instance: MSELoss\(\)"),
+        (_Twice(), None, "got _Twice"),
+        (nn.functional.cross_entropy, None, "got cross_entropy"),
+        ({"nom": "mse"}, None, "name: Field required"),
+        ("mse", "average", 'must be "mean" or "sum"'),
+    ],
+)
+def test_a_wrong_loss_says_what_is_wrong(loss, reduction, message) -> None:
+    with pytest.raises(UnprocessableError, match=message):
+        read_loss(loss, reduction)
