@@ -9,17 +9,15 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from curvature_client._errors import refusal
-from curvature_client._payloads import Payload, existing_file
+from curvature_client._payloads import IN_MEMORY_BYTES, Payload, existing_file
 from curvature_protocol.names import INPUTS, TARGETS
-
-IN_MEMORY_BYTES = 64 * 2**20
-"""Larger batches are written to a temporary file and streamed."""
 
 
 class Batch:
@@ -146,7 +144,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError, BadZipFile) as error:
         raise refusal(
             "invalid_batch",
             f"{path} is no .npz file of numbers ({error})",
@@ -159,7 +157,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
     if TARGETS not in known or len(known) < 2 or known != set(arrays):
         raise refusal(
             "invalid_batch",
-            f"{path} must hold inputs (or inputs.0, inputs.1, …) and targets; it holds {', '.join(arrays) or 'nothing'}",
+            f"{path} must hold inputs (or inputs.0, …) and targets; it holds {', '.join(arrays) or 'nothing'}",
             param="batch",
             remedy="save it with numpy.savez(path, inputs=…, targets=…)",
         )

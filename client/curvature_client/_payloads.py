@@ -9,6 +9,9 @@ from curvature_client._errors import refusal
 
 CHUNK_BYTES = 2**20
 
+IN_MEMORY_BYTES = 64 * 2**20
+"""What is larger stays in a temporary file and is streamed from there."""
+
 
 @dataclass(frozen=True)
 class Payload:
