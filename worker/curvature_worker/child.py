@@ -195,5 +195,5 @@ def _check_device(name: str) -> torch.device:
 
 def _warm_up() -> None:
     """Let the first job not pay for lazy imports and threads."""
-    net = torch.jit.script(torch.nn.Sequential(torch.nn.Linear(2, 2)))  # type: ignore[no-untyped-call]
+    net = torch.jit.script(torch.nn.Sequential(torch.nn.Linear(2, 2)))
     engine.analyze(net, torch.randn(2, 2), torch.tensor([0, 1]), ["diag_ggn_mc"])

@@ -52,9 +52,10 @@ def confine(readable: Iterable[str], writable: Iterable[str], limits: Mapping[st
         limits: resource name without `RLIMIT_` (`"AS"`, `"CORE"`) → limit.
     """
     in_force = []
+    seccomp = _find_seccomp()  # finding the library runs programs, which Landlock would not let it
     if _restrict_files([*readable, *_python_paths()], writable):
         in_force.append("landlock")
-    if _restrict_calls():
+    if seccomp is not None and _restrict_calls(seccomp):
         in_force.append("seccomp")
     for name, limit in limits.items():
         kind = getattr(resource, f"RLIMIT_{name}")
@@ -106,11 +107,15 @@ def _folder_rights(access: Any) -> Any:
     return rights | access.TRUNCATE if hasattr(access, "TRUNCATE") else rights
 
 
-def _restrict_calls() -> bool:
+def _find_seccomp() -> Any:
     try:
-        import pyseccomp as seccomp
+        import pyseccomp
     except (ImportError, RuntimeError, OSError):
-        return False
+        return None
+    return pyseccomp
+
+
+def _restrict_calls(seccomp: Any) -> bool:
     denied, absent = seccomp.ERRNO(errno.EPERM), seccomp.ERRNO(errno.ENOSYS)
     rules = seccomp.SyscallFilter(seccomp.ALLOW)
     for name in _DENIED_CALLS:

@@ -1,0 +1,30 @@
+"""`curvature worker`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from curvature_worker.app import main
+from curvature_worker.settings import WorkerSettings
+
+
+def worker(
+    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N; one worker per GPU")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the computation")] = None,
+    memory_limit_gib: Annotated[float | None, typer.Option(help="limit of the model process's address space")] = None,
+    scratch_dir: Annotated[Path | None, typer.Option(help="where to keep files while working")] = None,
+    require_isolation: Annotated[bool, typer.Option(help="refuse to start without Landlock and seccomp")] = False,
+    log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING, ERROR")] = "INFO",
+) -> None:
+    """Run a worker: it takes jobs from the queue of CURVATURE_REDIS_URL until stopped."""
+    given = {
+        "device": device,
+        "threads": threads,
+        "memory_limit_bytes": None if memory_limit_gib is None else int(memory_limit_gib * 2**30),
+        "scratch_dir": scratch_dir,
+        "require_isolation": require_isolation or None,
+        "log_level": log_level.upper(),
+    }
+    settings = WorkerSettings(**{name: value for name, value in given.items() if value is not None})
+    raise typer.Exit(main(settings))

@@ -1,0 +1,30 @@
+"""How a job ends other than with a result.
+
+JobRefused      the job fails, with a code of the protocol's list
+JobStopped      it was cancelled
+LeaseLost       somebody else has it now, or the worker is to hand it back: nothing more to do here
+"""
+
+
+class JobRefused(Exception):
+    """The job fails with a reason that the user is told."""
+
+    def __init__(self, code: str, detail: str, *, param: str | None = None, remedy: str | None = None) -> None:
+        super().__init__(detail)
+        self.code, self.detail, self.param, self.remedy = code, detail, param, remedy
+
+
+class JobStopped(Exception):  # noqa: N818 (an event, not an error)
+    """The user cancelled the job."""
+
+
+class LeaseLost(Exception):  # noqa: N818 (an event, not an error)
+    """The job is no longer this worker's."""
+
+
+class WorkerStopping(Exception):  # noqa: N818 (an event, not an error)
+    """The worker is told to stop: the job goes back to the queue."""
+
+
+class WorkerUnfit(Exception):  # noqa: N818 (told to the operator as it is)
+    """The worker cannot work as configured; the message says why and what to do."""
