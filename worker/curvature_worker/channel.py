@@ -15,7 +15,7 @@ MAX_FRAME_BYTES = 64 * 2**20
 _LENGTH = struct.Struct(">I")
 
 
-class ChannelClosed(Exception):  # noqa: N818 (an event, not an error)
+class ChannelClosed(Exception):
     """The other side is gone, or sent what no honest one would."""
 
 

@@ -14,17 +14,17 @@ class JobRefused(Exception):
         self.code, self.detail, self.param, self.remedy = code, detail, param, remedy
 
 
-class JobStopped(Exception):  # noqa: N818 (an event, not an error)
+class JobStopped(Exception):
     """The user cancelled the job."""
 
 
-class LeaseLost(Exception):  # noqa: N818 (an event, not an error)
+class LeaseLost(Exception):
     """The job is no longer this worker's."""
 
 
-class WorkerStopping(Exception):  # noqa: N818 (an event, not an error)
+class WorkerStopping(Exception):
     """The worker is told to stop: the job goes back to the queue."""
 
 
-class WorkerUnfit(Exception):  # noqa: N818 (told to the operator as it is)
+class WorkerUnfit(Exception):
     """The worker cannot work as configured; the message says why and what to do."""
