@@ -1,1 +1,1 @@
-"""."""
+"""Ask a server for curvature."""

@@ -100,8 +100,9 @@ def _trace(module: Any, inputs: tuple[Any, ...] | dict[str, Any]) -> tuple[Any, 
 
     arguments = {"example_kwarg_inputs": inputs} if isinstance(inputs, dict) else {"example_inputs": inputs}
     with _quiet() as caught, torch.random.fork_rng(devices=[]):
-        traced = torch.jit.trace(module, check_trace=False, **arguments)
-    tracer_warnings = {_first_line(w.message) for w in caught if issubclass(w.category, torch.jit.TracerWarning)}
+        traced = torch.jit.trace(module, check_trace=False, **arguments)  # type: ignore[no-untyped-call]
+    kind = torch.jit.TracerWarning  # type: ignore[attr-defined]
+    tracer_warnings = {_first_line(w.message) for w in caught if issubclass(w.category, kind)}
     return traced, [f"tracing warned: {text}" for text in sorted(tracer_warnings)]
 
 

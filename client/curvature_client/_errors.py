@@ -151,7 +151,7 @@ class JobError(CurvatureError):
     job_id: str | None = None
 
 
-class JobFailed(JobError):  # noqa: N818 (the contract's name)
+class JobFailed(JobError):
     """The job failed; `code`, `param` and `remedy` are those of the failure."""
 
     family: ClassVar[ErrorFamily | None] = None
@@ -160,7 +160,7 @@ class JobFailed(JobError):  # noqa: N818 (the contract's name)
         return _restore_failed, (self.family, self.args, self.__dict__)
 
 
-class JobCancelled(JobError):  # noqa: N818 (the contract's name)
+class JobCancelled(JobError):
     """The job was cancelled."""
 
 
@@ -168,7 +168,7 @@ class ModelConversionError(CurvatureError):
     """The module could be turned into a TorchScript file neither by scripting nor by tracing."""
 
 
-class WaitTimeout(CurvatureError, TimeoutError):  # noqa: N818 (the contract's name)
+class WaitTimeout(CurvatureError, TimeoutError):
     """The job was not finished in time; it goes on."""
 
     job_id: str | None = None

@@ -62,9 +62,7 @@ class Job(Reply):
     warnings: tuple[str, ...] = ()
     metadata: dict[str, str] = Field(default_factory=dict)
     request: dict[str, Any] = Field(description="the request, an inline batch replaced by its hash")
-    result: InlineResult | None = Field(
-        default=None, description="only in the reply to a waiting POST, when small"
-    )
+    result: InlineResult | None = Field(default=None, description="only in the reply to a waiting POST, when small")
 
 
 class JobPage(Reply):

@@ -61,15 +61,15 @@ def make_app(settings: WorkerSettings, runner: JobRunner) -> Celery:
     """The Celery application with the one task."""
     app = celery_app(settings, "curvature-worker")
 
-    @app.task(name=RUN_JOB_TASK)  # type: ignore[untyped-decorator]
+    @app.task(name=RUN_JOB_TASK)  # type: ignore[untyped-decorator, no-untyped-call]
     def run_job(job_id: str) -> None:
         runner.run(job_id)
 
-    @worker_shutting_down.connect(weak=False)  # type: ignore[untyped-decorator]
+    @worker_shutting_down.connect(weak=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def stop(**_: Any) -> None:
         runner.stopping.set()
 
-    @worker_ready.connect(weak=False)  # type: ignore[untyped-decorator]
+    @worker_ready.connect(weak=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def wake(**_: Any) -> None:
         # A bell rung while no worker listened, and then lost with the broker, is rung again.
         database = Database(settings.database_url)

@@ -1,7 +1,7 @@
 """`curvature worker`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +18,7 @@ def worker(
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING, ERROR")] = "INFO",
 ) -> None:
     """Run a worker: it takes jobs from the queue of CURVATURE_REDIS_URL until stopped."""
-    given = {
+    given: dict[str, Any] = {
         "device": device,
         "threads": threads,
         "memory_limit_bytes": None if memory_limit_gib is None else int(memory_limit_gib * 2**30),

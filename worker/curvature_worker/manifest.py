@@ -42,7 +42,7 @@ def build_manifest(
             loss=reply["loss"],
             isolation=isolation,
             groups=tuple(groups),
-            warnings=tuple([*warnings, *reply["warnings"]]),
+            warnings=(*warnings, *reply["warnings"]),
             timings_ms={**timings_ms, **reply["timings_ms"]},
             **info,
         )

@@ -25,7 +25,8 @@ _LIFELINE = (
     "    try: process.wait(5)\n"
     "    except subprocess.TimeoutExpired: process.kill()\n"
     "threading.Thread(target=follow,daemon=True).start()\n"
-    "for number in (signal.SIGTERM,signal.SIGINT): signal.signal(number,lambda n,f: process.send_signal(signal.SIGTERM))\n"
+    "def end(number,frame): process.send_signal(signal.SIGTERM)\n"
+    "for number in (signal.SIGTERM,signal.SIGINT): signal.signal(number,end)\n"
     "code=process.wait()\n"
     "sys.exit(code if code>=0 else 128-code)\n"
 )
