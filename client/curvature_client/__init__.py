@@ -1,1 +1,86 @@
-"""Ask a server for curvature."""
+"""Ask a Curvature server for individual gradients, GGN diagonals and Kronecker factors of any TorchScript model.
+
+from curvature_client import Client, KFAC
+
+with Client() as client:
+    result = client.analyze(model, (inputs, targets), ["diag_ggn_mc", KFAC(mc_samples=4, label="kfac4")])
+    result["diag_ggn_mc"]["0.weight"]
+"""
+
+from curvature_client._client import Client
+from curvature_client._errors import (
+    APIConnectionError,
+    APIStatusError,
+    APITimeoutError,
+    AuthenticationError,
+    BadRequestError,
+    ConflictError,
+    CurvatureError,
+    InternalServerError,
+    JobCancelled,
+    JobError,
+    JobFailed,
+    ModelConversionError,
+    NotFoundError,
+    PayloadTooLargeError,
+    PermissionDeniedError,
+    RateLimitError,
+    ServiceUnavailableError,
+    UnprocessableError,
+    WaitTimeout,
+)
+from curvature_client._extensions import (
+    KFAC,
+    KFLR,
+    BatchGrad,
+    BatchL2,
+    BatchLoss,
+    DiagGGNExact,
+    DiagGGNMC,
+    Extension,
+    Grad,
+    Outputs,
+    SumGradSquared,
+    Variance,
+)
+from curvature_client._jobs import Job
+from curvature_client._results import KroneckerFactors, Result, ResultGroup
+
+__all__ = [
+    "KFAC",
+    "KFLR",
+    "APIConnectionError",
+    "APIStatusError",
+    "APITimeoutError",
+    "AuthenticationError",
+    "BadRequestError",
+    "BatchGrad",
+    "BatchL2",
+    "BatchLoss",
+    "Client",
+    "ConflictError",
+    "CurvatureError",
+    "DiagGGNExact",
+    "DiagGGNMC",
+    "Extension",
+    "Grad",
+    "InternalServerError",
+    "Job",
+    "JobCancelled",
+    "JobError",
+    "JobFailed",
+    "KroneckerFactors",
+    "ModelConversionError",
+    "NotFoundError",
+    "Outputs",
+    "PayloadTooLargeError",
+    "PermissionDeniedError",
+    "RateLimitError",
+    "Result",
+    "ResultGroup",
+    "ServiceUnavailableError",
+    "SumGradSquared",
+    "UnprocessableError",
+    "Variance",
+    "WaitTimeout",
+]

@@ -41,11 +41,12 @@ class Payload:
         assert self.path is not None
         return self.path.read_bytes()
 
-    def body(self) -> bytes | Iterator[bytes]:
-        """A body for one attempt to send it."""
-        return self.data if self.data is not None else self._chunks()
-
-    def _chunks(self) -> Iterator[bytes]:
+    def chunks(self) -> Iterator[bytes]:
+        """All of it in parts, anew for each attempt to send it."""
+        if self.data is not None:
+            for first in range(0, len(self.data), CHUNK_BYTES):
+                yield self.data[first : first + CHUNK_BYTES]
+            return
         assert self.path is not None
         with self.path.open("rb") as file:
             while chunk := file.read(CHUNK_BYTES):

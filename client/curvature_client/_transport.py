@@ -77,6 +77,18 @@ class Transport:
         """GET and parse."""
         return self.parse(self.request("GET", path, **arguments), kind)
 
+    def once(self, method: str, path: str, kind: type[M], **arguments: Any) -> M:
+        """One attempt, read whole and parsed."""
+        with self.stream(method, path, **arguments) as response:
+            response.read()
+        return self.parse(response, kind)
+
+    def timeout_beyond(self, wait_seconds: float) -> httpx.Timeout:
+        """The timeout of a request whose reply may take `wait_seconds` by design."""
+        usual = self.timeout
+        read = None if usual.read is None else usual.read + wait_seconds
+        return httpx.Timeout(connect=usual.connect, read=read, write=usual.write, pool=usual.pool)
+
     def request(
         self, method: str, path: str, *, body: Callable[[], Any] | None = None, **arguments: Any
     ) -> httpx.Response:
@@ -93,12 +105,13 @@ class Transport:
             APIStatusError: an answer that is an error, as the class of its family.
         """
 
-        def once() -> httpx.Response:
-            with self.stream(method, path, content=body() if body else None, **arguments) as response:
+        def attempt() -> httpx.Response:
+            content = {"content": body()} if body is not None else {}
+            with self.stream(method, path, **content, **arguments) as response:
                 response.read()
                 return response
 
-        return self.retrying(once)
+        return self.retrying(attempt)
 
     @contextmanager
     def stream(
@@ -106,8 +119,6 @@ class Transport:
     ) -> Iterator[httpx.Response]:
         """Open one reply without reading its body; one attempt, errors as exceptions."""
         arguments.setdefault("timeout", self.timeout)
-        if arguments.get("content", 0) is None:
-            del arguments["content"]
         with (
             self._translated(),
             self._client.stream(
@@ -144,7 +155,7 @@ class Transport:
         try:
             yield
         except httpx.ConnectError as error:
-            raise self._absent(str(error)) from error
+            raise self._absent(str(error)) from None  # the reason is in the message
         except httpx.TimeoutException as error:
             raise APITimeoutError(
                 f"{self.base_url} did not answer in time ({type(error).__name__})",

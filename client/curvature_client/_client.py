@@ -1,0 +1,143 @@
+"""The client: hands a model and a batch to a server, and gives back jobs and results."""
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from curvature_client._extensions import ExtensionLike
+from curvature_client._jobs import Job, Jobs
+from curvature_client._results import Result
+from curvature_client._submission import AnalysisRequest, Submission
+from curvature_client._transport import DEFAULT_TIMEOUT, Transport
+from curvature_protocol.catalogue import Catalogue
+from curvature_protocol.health import Health
+
+FIRST_WAIT_SECONDS = 5.0
+"""How long the submitting request itself waits in `analyze`: a small job's tensors come back with it."""
+
+
+class Client:
+    """A connection to one server. Safe to use from several threads; close it, or use it in a with-block.
+
+    Args:
+        base_url: the server's address; else `CURVATURE_URL`, else http://127.0.0.1:8000.
+        api_key: else `CURVATURE_API_KEY`.
+        timeout: of one request, in seconds or as `httpx.Timeout`; not of jobs.
+        max_retries: further attempts after a lost connection or a busy server.
+        http_client: an `httpx.Client` of your own (proxies, certificates); it stays open.
+        progress: show a bar; None shows it in terminals and notebooks.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout: float | httpx.Timeout | None = DEFAULT_TIMEOUT,
+        max_retries: int = 2,
+        http_client: httpx.Client | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        self._transport = Transport(base_url, api_key, timeout, max_retries, http_client)
+        self._progress = progress
+        self.jobs = Jobs(self._transport, progress)
+
+    @property
+    def base_url(self) -> str:
+        """The server's address."""
+        return self._transport.base_url
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._transport.close()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Client of {self.base_url}>"
+
+    def analyze(
+        self,
+        model: Any,
+        batch: Any,
+        extensions: ExtensionLike | Sequence[ExtensionLike],
+        *,
+        loss: Any = None,
+        reduction: str | None = None,
+        seed: int = 0,
+        parameters: str = "trainable",
+        eval: bool = True,
+        priority: int = 5,
+        metadata: Mapping[str, str] | None = None,
+        timeout: float | None = 600.0,
+    ) -> Result:
+        """Submit a job, wait for it, and return its result. Ctrl-C cancels the job.
+
+        Args:
+            model: a ScriptModule, an nn.Module, or the path of a TorchScript file. Yours is never changed.
+            batch: (inputs, targets), {"inputs": tensor or tuple or dictionary, "targets": tensor}, or the path of a
+                safetensors or .npz file; tensors of torch or NumPy, on any device.
+            extensions: names, dictionaries with name, label and options, or values such as `KFAC(mc_samples=4)`.
+            loss: "cross_entropy", "mse", a dictionary, nn.CrossEntropyLoss(...) or nn.MSELoss(...); None means
+                cross-entropy for integer targets on [N, C] outputs.
+            reduction: "mean" (default) or "sum".
+            seed: of the Monte-Carlo draws.
+            parameters: "trainable" (requires_grad) or "all".
+            eval: analyze a module in training mode as an eval-mode copy.
+            priority: 0 (last) to 9 (first).
+            metadata: notes of your own, kept with the job.
+            timeout: seconds to wait.
+
+        Raises:
+            JobFailed: the job failed; also an instance of its error's family.
+            WaitTimeout: it is not over yet, and goes on; `job_id` finds it again.
+            APIStatusError: the server refused the request, as the class of its family.
+            APIConnectionError: no answer.
+            ModelConversionError: the module could be neither scripted nor traced.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        request = AnalysisRequest(model, batch, extensions, loss, reduction, seed, parameters, eval, priority, metadata)
+        with Submission(self._transport, request, self._progress) as submission:
+            try:
+                job = submission.send(FIRST_WAIT_SECONDS if timeout is None else min(FIRST_WAIT_SECONDS, timeout))
+                job.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+                return job.result()
+            except KeyboardInterrupt:
+                submission.cancel()
+                raise
+
+    def submit(
+        self,
+        model: Any,
+        batch: Any,
+        extensions: ExtensionLike | Sequence[ExtensionLike],
+        *,
+        loss: Any = None,
+        reduction: str | None = None,
+        seed: int = 0,
+        parameters: str = "trainable",
+        eval: bool = True,
+        priority: int = 5,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Job:
+        """Submit a job and return it at once; arguments and errors as in `analyze`."""
+        request = AnalysisRequest(model, batch, extensions, loss, reduction, seed, parameters, eval, priority, metadata)
+        with Submission(self._transport, request, self._progress) as submission:
+            return submission.send(0.0)
+
+    def extensions(self) -> Catalogue:
+        """What the server's workers can compute: names, options, shapes, formulas, sources."""
+        return self._transport.get("/v1/extensions", Catalogue)
+
+    def health(self) -> Health:
+        """The server's version, workers, isolation and limits."""
+        return self._transport.get("/v1/health", Health)

@@ -1,0 +1,164 @@
+"""One request on its way to the server: converted, sent, and its parts uploaded where the server lacks them."""
+
+import base64
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from curvature_client._batches import Batch
+from curvature_client._conversion import convert
+from curvature_client._errors import CurvatureError, NotFoundError, PayloadTooLargeError, refusal
+from curvature_client._extensions import ExtensionLike, read_extensions
+from curvature_client._jobs import Job
+from curvature_client._losses import read_loss
+from curvature_client._payloads import Payload
+from curvature_client._progress import ProgressBar
+from curvature_client._transport import Transport
+from curvature_protocol.artefacts import Artefact
+from curvature_protocol.jobs import Job as JobView
+
+INLINE_BATCH_BYTES = 2**20
+"""A smaller batch rides inside the request."""
+
+MOST_WARNINGS = 32
+MOST_WARNING_CHARACTERS = 1000
+
+
+@dataclass(frozen=True)
+class AnalysisRequest:
+    """The arguments of `Client.analyze` and `Client.submit`, as the user gave them."""
+
+    model: Any
+    batch: Any
+    extensions: ExtensionLike | Sequence[ExtensionLike]
+    loss: Any
+    reduction: str | None
+    seed: int
+    parameters: str
+    eval: bool
+    priority: int
+    metadata: Mapping[str, str] | None
+
+    def body(self) -> dict[str, Any]:
+        """What the server reads, but for model and batch.
+
+        Raises:
+            UnprocessableError: an argument that the client itself can judge does not fit.
+        """
+        loss, reduction = read_loss(self.loss, self.reduction)
+        return {
+            "extensions": read_extensions(self.extensions),
+            "loss": loss,
+            "reduction": reduction,
+            "seed": self.seed,
+            "parameters": self.parameters,
+            "eval": self.eval,
+            "priority": self.priority,
+            "metadata": _checked_metadata(self.metadata),
+        }
+
+
+class Submission:
+    """Sent at once, and again after uploading what the server turns out to lack."""
+
+    def __init__(self, transport: Transport, request: AnalysisRequest, progress: bool | None) -> None:
+        self._transport, self._progress = transport, progress
+        body = request.body()
+        batch = Batch(request.batch)
+        self._folder = tempfile.TemporaryDirectory(prefix="curvature-")
+        try:
+            folder = Path(self._folder.name)
+            self._model, notes = convert(request.model, batch, folder, eval=request.eval)
+            self._batch = batch.payload(folder)
+        except BaseException:
+            self._folder.cleanup()
+            raise
+        notes = [note[:MOST_WARNING_CHARACTERS] for note in notes[:MOST_WARNINGS]]
+        self._body = {**body, "model": self._model.sha256, "warnings": notes}
+        # One key for all attempts: however often the request is repeated, there is one job.
+        self._key = uuid.uuid4().hex
+        self._inline = self._batch.size_bytes <= INLINE_BATCH_BYTES
+
+    def __enter__(self) -> "Submission":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._folder.cleanup()
+
+    def send(self, wait_seconds: float) -> Job:
+        """Submit, uploading what is missing; the reply comes when the job is over or the wait is."""
+        uploaded: set[str] = set()
+        while True:
+            try:
+                return self._post(wait_seconds)
+            except PayloadTooLargeError as error:
+                if not self._inline or error.param != "batch.data":
+                    raise
+                self._inline = False
+            except NotFoundError as error:
+                kind = {"model_not_found": "models", "batch_not_found": "batches"}.get(error.code)
+                if kind is None or kind in uploaded:
+                    raise
+                uploaded.add(kind)
+                self._upload(kind, self._model if kind == "models" else self._batch)
+
+    def cancel(self) -> None:
+        """Cancel the job, if the server has it; its id may not have come back yet, so it is found by its key."""
+        try:
+            self._post(0.0).cancel()
+        except CurvatureError:
+            return
+
+    def _post(self, wait_seconds: float) -> Job:
+        data = (
+            {"data": base64.b64encode(self._batch.read()).decode()} if self._inline else {"sha256": self._batch.sha256}
+        )
+        response = self._transport.request(
+            "POST",
+            "/v1/jobs",
+            json={**self._body, "batch": data},
+            params={"wait": wait_seconds} if wait_seconds else {},
+            headers={"Idempotency-Key": self._key},
+            timeout=self._transport.timeout_beyond(wait_seconds),
+        )
+        return Job(self._transport, self._transport.parse(response, JobView), progress=self._progress)
+
+    def _upload(self, kind: str, payload: Payload) -> None:
+        with ProgressBar(self._progress) as bar:
+
+            def body() -> Any:
+                bar.upload("the model" if kind == "models" else "the batch", payload.size_bytes)
+                return _counted(payload.chunks(), bar)
+
+            response = self._transport.request(
+                "PUT",
+                f"/v1/{kind}/{payload.sha256}",
+                body=body,
+                headers={"Content-Length": str(payload.size_bytes), "Content-Type": "application/octet-stream"},
+            )
+        self._transport.parse(response, Artefact)
+
+
+def _counted(chunks: Iterator[bytes], bar: ProgressBar) -> Iterator[bytes]:
+    for chunk in chunks:
+        yield chunk
+        bar.uploaded(len(chunk))
+
+
+def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    found = dict(metadata or {})
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise refusal(
+                "invalid_request",
+                f"metadata map strings to strings; got {name!r}: {value!r}",
+                param="metadata",
+                remedy="convert the values with str()",
+            )
+    return found

@@ -1,0 +1,207 @@
+"""The `curvature` command."""
+
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from curvature_client._client import Client
+from curvature_client._errors import CurvatureError, WaitTimeout
+from curvature_client._jobs import Job
+from curvature_client._results import Result
+from curvature_protocol.jobs import JobStatus
+
+app = typer.Typer(
+    name="curvature",
+    help="Individual gradients, GGN diagonals and Kronecker factors of any TorchScript model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+jobs_app = typer.Typer(invoke_without_command=True, help="List jobs; show, cancel or save one.")
+app.add_typer(jobs_app, name="jobs")
+
+_PARTS = {
+    "serve": "Run the whole service on this machine: API, worker and broker.",
+    "worker": "Run a worker: it takes jobs from the queue of CURVATURE_REDIS_URL.",
+}
+"""Commands that other parts of the distribution bring, and what the help says of them."""
+
+Url = Annotated[str | None, typer.Option("--url", help="the server's address; else CURVATURE_URL")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="safetensors file to write")]
+
+
+def main() -> None:
+    """Run the command line; errors are one message on stderr, never a traceback."""
+    try:
+        _add_parts(sys.argv[1:2])
+        app()
+    except CurvatureError as error:
+        typer.echo(f"curvature: {error}", err=True)
+        if isinstance(error, WaitTimeout):
+            typer.echo(f"curvature: see `curvature jobs show {error.job_id}`", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _add_parts(words: list[str]) -> None:
+    """Add the commands of the parts that are installed, importing only the one that is called."""
+    found = {point.name: point for point in entry_points(group="curvature.commands")}
+    for name, summary in _PARTS.items():
+        if words == [name]:
+            try:
+                app.command(name)(found[name].load())
+                continue
+            except (ImportError, KeyError) as error:
+                missing = getattr(error, "name", None) or "the part itself"
+                raise CurvatureError(
+                    f"`curvature {name}` needs more than the client ({missing} is not installed)",
+                    code="not_installed",
+                    remedy="pip install 'curvature[all]'",
+                ) from None
+        app.command(name, help=summary)(_stand_in)
+
+
+def _stand_in() -> None:
+    """Only ever seen in the help: the called command is replaced by the real one."""
+
+
+@app.command()
+def analyze(
+    model: Annotated[Path, typer.Argument(help="TorchScript file")],
+    batch: Annotated[Path, typer.Argument(help="safetensors or .npz file with inputs and targets")],
+    extensions: Annotated[list[str], typer.Option("--extension", "-e", help="what to compute; repeat for several")],
+    output: Output,
+    loss: Annotated[str | None, typer.Option(help="cross_entropy or mse")] = None,
+    reduction: Annotated[str, typer.Option(help="mean or sum")] = "mean",
+    seed: Annotated[int, typer.Option(help="of the Monte-Carlo draws")] = 0,
+    mc_samples: Annotated[int | None, typer.Option(help="draws per sample, for diag_ggn_mc and kfac")] = None,
+    approximation: Annotated[str | None, typer.Option(help="expand, reduce or backpack, for kfac and kflr")] = None,
+    timeout: Annotated[float, typer.Option(help="seconds to wait")] = 600.0,
+    url: Url = None,
+) -> None:
+    """Analyze MODEL on BATCH and write the tensors to a safetensors file."""
+    options = {"mc_samples": mc_samples, "approximation": approximation}
+    with Client(url) as client:
+        requests = _with_options(client, extensions, {k: v for k, v in options.items() if v is not None})
+        result = client.analyze(model, batch, requests, loss=loss, reduction=reduction, seed=seed, timeout=timeout)
+        _report(result, result.save(output))
+
+
+@app.command("extensions")
+def list_extensions(url: Url = None) -> None:
+    """List what the server can compute."""
+    with Client(url) as client:
+        catalogue = client.extensions()
+    _table(
+        ["EXTENSION", "SHAPE", "OPTIONS", "WHAT"],
+        [
+            [entry.name, entry.shape, ", ".join(entry.options.get("properties", {})) or "-", entry.summary]
+            for entry in catalogue.extensions
+        ],
+    )
+    typer.echo(f"\nlosses: {', '.join(catalogue.losses)}")
+
+
+@jobs_app.callback()
+def list_jobs(
+    context: typer.Context,
+    status: Annotated[JobStatus | None, typer.Option(help="only jobs in this state")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="at most so many")] = 20,
+    url: Url = None,
+) -> None:
+    """List jobs, newest first."""
+    if context.invoked_subcommand is not None:
+        return
+    with Client(url) as client:
+        found = client.jobs.list(status=None if status is None else status.value, limit=limit)
+    _table(
+        ["JOB", "STATUS", "CREATED", "TOOK", "EXTENSIONS"],
+        [
+            [job.id, job.status, f"{job.created_at.astimezone():%Y-%m-%d %H:%M:%S}", _duration(job), _labels(job)]
+            for job in found
+        ],
+    )
+
+
+@jobs_app.command("show")
+def show_job(job_id: str, url: Url = None) -> None:
+    """Show one job."""
+    with Client(url) as client:
+        job = client.jobs.get(job_id)
+    rows = [
+        ("status", job.status),
+        ("created", f"{job.created_at.astimezone():%Y-%m-%d %H:%M:%S}"),
+        ("took", _duration(job)),
+        ("extensions", _labels(job)),
+        ("model", job.request["model"]),
+        ("batch", job.request["batch"]["sha256"]),
+    ]
+    if job.progress is not None and not job.done:
+        rows.append(("progress", f"{job.progress.phase} {job.progress.done}/{job.progress.total}"))
+    rows += [("error", str(job.error))] if job.error is not None else []
+    rows += [("warning", warning) for warning in job.warnings]
+    rows += [("metadata", f"{name}={value}") for name, value in job.metadata.items()]
+    for name, value in rows:
+        typer.echo(f"{name:<12}{value}")
+
+
+@jobs_app.command("cancel")
+def cancel_job(job_id: str, url: Url = None) -> None:
+    """Cancel one job."""
+    with Client(url) as client:
+        typer.echo(client.jobs.get(job_id).cancel().status)
+
+
+@jobs_app.command("save")
+def save_job(job_id: str, output: Output, url: Url = None) -> None:
+    """Wait for one job and write its tensors to a safetensors file."""
+    with Client(url) as client:
+        result = client.jobs.get(job_id).result()
+        _report(result, result.save(output))
+
+
+def _with_options(client: Client, names: list[str], options: dict[str, object]) -> list[dict[str, object]]:
+    """Each option goes to the extensions that know it; one that none of them knows goes to all, to be refused."""
+    if not options:
+        return [{"name": name} for name in names]
+    known = {entry.name: set(entry.options.get("properties", {})) for entry in client.extensions().extensions}
+    homeless = {option for option in options if not any(option in known.get(name, ()) for name in names)}
+    return [
+        {"name": name, "options": {k: v for k, v in options.items() if k in homeless or k in known.get(name, ())}}
+        for name in names
+    ]
+
+
+def _report(result: Result, path: Path) -> None:
+    typer.echo(f"loss {result.loss:.6g} ({result.manifest.loss_name}, {result.manifest.reduction})")
+    rows = []
+    for group in result.manifest.groups:
+        count = len({tensor.parameter for tensor in group.tensors})
+        what = "1 tensor" if group.kind == "tensor" else f"{count} parameters"
+        missing = f", {len(group.missing)} without" if group.missing else ""
+        rows.append([group.label, what + missing, group.convention])
+    _table(["LABEL", "HOLDS", "CONVENTION"], rows)
+    for warning in result.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    typer.echo(f"wrote {path} ({path.stat().st_size:,} bytes)")
+
+
+def _labels(job: Job) -> str:
+    return ", ".join(extension["label"] or extension["name"] for extension in job.request["extensions"])
+
+
+def _duration(job: Job) -> str:
+    if job.started_at is None or job.finished_at is None:
+        return "-"
+    return f"{(job.finished_at - job.started_at).total_seconds():.2f} s"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> None:
+    """Columns as wide as their contents: the same on a terminal and in a pipe."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
