@@ -43,6 +43,8 @@ lint: env ## Linters, type checker, import rules, container files
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 
 format: env ## Format the code, repair what ruff can
 	$(BIN)/ruff check --fix .
