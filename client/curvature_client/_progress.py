@@ -55,7 +55,7 @@ class ProgressBar:
         from tqdm.auto import tqdm
 
         self._phase = phase
-        layout = {} if total else {"bar_format": "{desc} [{elapsed}]"}
+        layout: dict[str, Any] = {} if total else {"bar_format": "{desc} [{elapsed}]"}
         self._bar = tqdm(total=total, desc=phase, leave=False, file=sys.stderr, **layout, **options)
 
 

@@ -4,8 +4,10 @@ Loading a TorchScript file is running a program, so nothing of it is loaded here
 the names its pickles refer to are checked, and what is accepted is written again, plainly stored.
 """
 
+import errno
 import pickletools
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +15,28 @@ from curvature_worker.channel import Channel, ChannelClosed
 
 ADMISSION_VERSION = "1"
 
+MEMORY_BYTES = 8 * 2**30
+"""Address space of the process: the directory and one pickle at a time are all it holds."""
+
 MAX_ENTRIES = 200_000
 MAX_TOTAL_BYTES = 256 * 2**30
-MAX_RATIO = 200
+MAX_INFLATED_BYTES = 2**30
+"""What may come out of compressed entries: TorchScript compresses code, never tensors."""
 _MAX_PICKLE_BYTES = 512 * 2**20
 _COPY_BYTES = 2**20
 
 _ALLOWED_GLOBALS = ("__torch__", "torch", "torch._utils", "torch.jit._pickle", "collections")
+_PICKLES = (".pkl", ".debug_pkl")
 _SAVE = "save the model with torch.jit.save(torch.jit.script(model), path)"
+_AGAIN = "upload it again, whole"
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_OTHER_FORMATS = (
+    (b"\x80\x02", "a pickle, such as torch.save wrote before version 1.6"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file it stands for"),
+)
 
 
 class Refusal(NamedTuple):
@@ -31,19 +47,30 @@ class Refusal(NamedTuple):
 
 
 def serve(channel: Channel, isolation: str, options: dict[str, Any]) -> None:
-    """Judge the one file `model` in the inbox; write what is accepted to `admitted` in the outbox."""
+    """Once told that it is there, judge the file `model` in the inbox; write what is accepted to `admitted`."""
     try:
-        refusal = admit(Path(options["inbox"]) / "model", Path(options["outbox"]) / "admitted")
-    except Exception as error:  # noqa: BLE001 (whatever a hostile file provokes is its refusal)
-        refusal = Refusal(f"the file cannot be read as an archive: {type(error).__name__}", _SAVE)
-    try:
-        if refusal is None:
-            channel.send({"event": "admitted", "isolation": isolation})
-        else:
-            channel.send({"event": "refused", "message": refusal.message, "remedy": refusal.remedy})
+        channel.receive()
+        channel.send(_judge(Path(options["inbox"]) / "model", Path(options["outbox"]) / "admitted"))
         channel.receive()  # until the worker ends us
     except ChannelClosed:
         return
+
+
+def _judge(source: Path, target: Path) -> dict[str, Any]:
+    """The verdict as a message."""
+    try:
+        refusal = admit(source, target)
+    except MemoryError:
+        refusal = Refusal("the archive's directory or a pickle in it is too large to be read", _SAVE)
+    except OSError as error:
+        if error.errno in DISK_FULL:  # the worker's disk, not the file, is to blame
+            return {"event": "failed", "message": f"the admitted model could not be written: {error.strerror}"}
+        refusal = Refusal(f"the file cannot be read as an archive: {error}", _SAVE)
+    except Exception as error:  # noqa: BLE001 (whatever a hostile file provokes is its refusal)
+        refusal = Refusal(f"the file cannot be read as an archive: {str(error)[:200] or type(error).__name__}", _SAVE)
+    if refusal is None:
+        return {"event": "admitted"}
+    return {"event": "refused", "message": refusal.message, "remedy": refusal.remedy}
 
 
 def admit(source: Path, target: Path) -> Refusal | None:
@@ -51,21 +78,29 @@ def admit(source: Path, target: Path) -> Refusal | None:
     size = source.stat().st_size
     if not zipfile.is_zipfile(source):
         return _no_archive(source, size)
-    with zipfile.ZipFile(source) as archive:
-        entries = archive.infolist()
-        refusal = _check_entries(entries, size) or _check_layout([e.filename for e in entries])
-        refusal = refusal or _check_pickles(archive)
-        if refusal is None:
-            refusal = _repack(archive, target)
-    return refusal
+    try:
+        with zipfile.ZipFile(source) as archive:
+            entries = archive.infolist()
+            refusal = _check_entries(entries, size) or _check_layout([e.filename for e in entries])
+            refusal = refusal or _check_pickles(archive)
+            if refusal is None:
+                _repack(archive, target)
+            return refusal
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
+        target.unlink(missing_ok=True)
+        return Refusal(f"the archive is damaged: {error}", _AGAIN)
 
 
 def _no_archive(source: Path, size: int) -> Refusal:
     with source.open("rb") as file:
-        start = file.read(4)
+        start = file.read(32)
+    if not start:
+        return Refusal("the file is empty", _AGAIN)
     if start[:2] == b"PK":
-        return Refusal(f"the archive is truncated: {size} bytes, and no directory at the end", "upload it again, whole")
-    return Refusal(f"the file is no zip archive: {size} bytes, starting with {start!r}", _SAVE)
+        return Refusal(f"the archive is truncated: {size} bytes, and no directory at the end", _AGAIN)
+    came = next((what for magic, what in _OTHER_FORMATS if start.startswith(magic)), None)
+    shown = f"it is {came}" if came else f"it starts with {start[:8]!r}"
+    return Refusal(f"the file is no TorchScript archive: {size} bytes, {shown}", _SAVE)
 
 
 def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> Refusal | None:
@@ -77,20 +112,29 @@ def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> Refusal | None:
     for name in names:
         if name.startswith(("/", "\\")) or ".." in name.split("/") or "\x00" in name or ":" in name:
             return Refusal(f"the archive has an entry with a path that leads outside: {name[:80]!r}", _SAVE)
-    total = sum(entry.file_size for entry in entries)
-    if total > MAX_TOTAL_BYTES or total > MAX_RATIO * max(size, 2**20):
-        return Refusal(f"the archive of {size} bytes would unpack to {total}", "store it without such compression")
     if any(entry.flag_bits & 1 for entry in entries):
         return Refusal("the archive is encrypted", _SAVE)
+    return _check_sizes(entries, size)
+
+
+def _check_sizes(entries: list[zipfile.ZipInfo], size: int) -> Refusal | None:
+    """Whether the archive would unpack to more than it can honestly hold."""
+    inflated = sum(entry.file_size for entry in entries if entry.compress_type != zipfile.ZIP_STORED)
+    if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in entries):
+        return Refusal("the archive uses a compression that TorchScript does not know", _SAVE)
+    total = sum(entry.file_size for entry in entries)
+    if inflated > MAX_INFLATED_BYTES or total > MAX_TOTAL_BYTES:
+        return Refusal(f"the archive of {size} bytes would unpack to {total}", "store it without such compression")
+    # Entries that overlap are counted more often than they are there.
+    if sum(entry.compress_size for entry in entries) > size or total - inflated > size:
+        return Refusal(f"the archive's entries claim more than its {size} bytes", _SAVE)
     return None
 
 
 def _check_layout(names: list[str]) -> Refusal | None:
     roots = {name.split("/", 1)[0] for name in names}
     inner = {name.split("/", 1)[1] for name in names if "/" in name}
-    if any(name.endswith("serialized_exported_program.json") or "/models/" in name for name in names) or (
-        "archive_format" in inner
-    ):
+    if any(name.endswith("serialized_exported_program.json") for name in names) or "archive_format" in inner:
         return Refusal("the file is a torch.export program, which is not supported yet", "script or trace the model")
     if len(roots) != 1:
         return Refusal("the archive is no TorchScript file: its entries are not in one folder", _SAVE)
@@ -105,10 +149,10 @@ def _check_layout(names: list[str]) -> Refusal | None:
 
 def _check_pickles(archive: zipfile.ZipFile) -> Refusal | None:
     for entry in archive.infolist():
-        if not entry.filename.endswith(".pkl"):
+        if not entry.filename.endswith(_PICKLES):
             continue
         if entry.file_size > _MAX_PICKLE_BYTES:
-            return Refusal(f"{entry.filename} has {entry.file_size} bytes", _SAVE)
+            return Refusal(f"{entry.filename} has {entry.file_size} bytes; {_MAX_PICKLE_BYTES} are accepted", _SAVE)
         for name in _globals(archive.read(entry)):
             module = name.partition(" ")[0]
             if module not in _ALLOWED_GLOBALS and not module.startswith("__torch__."):
@@ -127,15 +171,13 @@ def _globals(data: bytes) -> list[str]:
     return found
 
 
-def _repack(archive: zipfile.ZipFile, target: Path) -> Refusal | None:
-    try:
-        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as packed:
-            for entry in archive.infolist():
-                fresh = zipfile.ZipInfo(entry.filename)
-                with archive.open(entry) as source, packed.open(fresh, "w", force_zip64=True) as copy:
-                    while part := source.read(_COPY_BYTES):
-                        copy.write(part)
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
-        target.unlink(missing_ok=True)
-        return Refusal(f"the archive is damaged: {error}", "upload it again, whole")
-    return None
+def _repack(archive: zipfile.ZipFile, target: Path) -> None:
+    """Write every entry again, plainly, a piece at a time; each is checked against its checksum on the way."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as packed:
+        for entry in archive.infolist():
+            if entry.is_dir():
+                continue
+            fresh = zipfile.ZipInfo(entry.filename)
+            with archive.open(entry) as source, packed.open(fresh, "w", force_zip64=True) as copy:
+                while part := source.read(_COPY_BYTES):
+                    copy.write(part)

@@ -4,13 +4,20 @@ import hashlib
 import os
 import shutil
 import uuid
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+
+from obstore.exceptions import BaseError as StoreError
 
 from curvature_protocol.names import artefact_key
 from curvature_state import ObjectStore
 from curvature_worker.errors import JobRefused
 
 _READ_BYTES = 2**20
+
+Check = Callable[[], None]
+"""Called between pieces of a long transfer; raises what is to end it."""
 
 
 class ArtefactCache:
@@ -23,51 +30,89 @@ class ArtefactCache:
         self._objects, self._folder, self._limit = objects, folder, limit_bytes
         folder.mkdir(parents=True, exist_ok=True)
 
-    def fetch_upload(self, kind: str, sha256: str) -> Path:
+    def fetch_upload(self, kind: str, sha256: str, check: Check) -> Path:
         """The local file of an upload, its hash verified when it came over the network.
 
         Raises:
-            JobRefused: if it is gone or damaged.
+            JobRefused: if it is gone, damaged, or the store does not answer.
         """
-        return self._fetch(artefact_key(kind, sha256), sha256, kind)
+        what = "model" if kind == "models" else "batch"
+        path = self._fetch(artefact_key(kind, sha256), sha256, check)
+        if path is None:
+            raise JobRefused(
+                f"{what}_not_found", f"the {what} {sha256} is no longer stored", param=what, remedy="upload it again"
+            )
+        return path
 
-    def fetch(self, key: str) -> Path | None:
-        """The local file of an object of our own making, or None if there is none."""
-        try:
-            return self._fetch(key, None, "object")
-        except JobRefused:
-            return None
+    def fetch(self, key: str, check: Check) -> Path | None:
+        """The local file of an object of our own making, or None if there is none.
 
-    def _fetch(self, key: str, sha256: str | None, what: str) -> Path:
+        Raises:
+            JobRefused: if the store does not answer.
+        """
+        return self._fetch(key, None, check)
+
+    def _fetch(self, key: str, sha256: str | None, check: Check) -> Path | None:
         local = self._objects.local_path(key)
-        if local is not None and local.is_file():
-            return local
+        if local is not None:
+            return local if local.is_file() else None
         path = self._folder / key.replace("/", "-")
         if path.is_file():
             os.utime(path)
             return path
         part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         try:
-            self._objects.get_to_file(key, part)
-            if sha256 is not None and _hash(part) != sha256:
-                raise JobRefused("hash_mismatch", f"the stored {what} {sha256} is damaged", remedy="upload it again")
+            found = self._download(key, part, check)
+            if sha256 is not None and found != sha256:
+                raise JobRefused("hash_mismatch", f"the stored {key} is damaged", remedy="upload it again")
             part.replace(path)
-        except FileNotFoundError as error:
-            code = "model_not_found" if what == "models" else "batch_not_found"
-            raise JobRefused(code, f"the {what} {sha256} is no longer stored", remedy="upload it again") from error
+        except FileNotFoundError:
+            return None
+        except StoreError as error:
+            raise JobRefused("unavailable", f"the object store does not answer: {error}", remedy="try later") from error
         finally:
             part.unlink(missing_ok=True)
-        self._shrink()
+        self._shrink(path)
         return path
 
-    def _shrink(self) -> None:
+    def _download(self, key: str, target: Path, check: Check) -> str:
+        """Copy an object to a file; returns its SHA-256."""
+        digest = hashlib.sha256()
+        with target.open("wb") as file:
+            for part in self._objects.stream(key):
+                check()
+                digest.update(part)
+                file.write(part)
+        return digest.hexdigest()
+
+    def _shrink(self, wanted: Path) -> None:
+        """Remove the least recently used files until the limit is kept, but not the one that is wanted now."""
         files = sorted((p.stat().st_mtime, p.stat().st_size, p) for p in self._folder.iterdir() if p.is_file())
         total = sum(size for _, size, _ in files)
         for _, size, path in files:
             if total <= self._limit:
                 return
-            path.unlink(missing_ok=True)
-            total -= size
+            if path != wanted:
+                path.unlink(missing_ok=True)
+                total -= size
+
+
+class Inbox:
+    """The models in a child's inbox: as many as the child keeps loaded, in the same order of use."""
+
+    def __init__(self, folder: Path, models_kept: int) -> None:
+        self._folder, self._kept = folder, models_kept
+        self._models: OrderedDict[str, None] = OrderedDict()
+
+    def place_model(self, sha256: str, source: Path) -> None:
+        """Make a model's file appear, unless it is there; the least recently used one goes when there are too many."""
+        if sha256 not in self._models:
+            place(source, self._folder / sha256)
+        self._models[sha256] = None
+        self._models.move_to_end(sha256)
+        while len(self._models) > self._kept:
+            oldest, _ = self._models.popitem(last=False)
+            (self._folder / oldest).unlink(missing_ok=True)
 
 
 def place(source: Path, target: Path) -> None:
@@ -77,11 +122,3 @@ def place(source: Path, target: Path) -> None:
         target.hardlink_to(source)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(_READ_BYTES):
-            digest.update(part)
-    return digest.hexdigest()

@@ -1,6 +1,7 @@
 """The confined process that opens models and runs the engine. It trusts nobody and is trusted by nobody."""
 
 import logging
+import math
 import sys
 import time
 import traceback
@@ -17,8 +18,9 @@ import curvature_engine as engine
 from curvature_protocol.names import INPUTS, TARGETS
 from curvature_worker.channel import Channel, ChannelClosed
 
-_PROGRAMS_KEPT = 8
 _PROGRESS_SECONDS = 0.1
+_NO_MEMORY = ("allocate memory", "out of memory", "bad_alloc")
+_NO_ROOM = ("No space left", "File too large", "quota exceeded")
 
 
 def serve(channel: Channel, isolation: str, options: dict[str, Any]) -> None:
@@ -32,8 +34,9 @@ def serve(channel: Channel, isolation: str, options: dict[str, Any]) -> None:
     except engine.EngineError as error:
         channel.send({"event": "error", "code": error.code, "message": error.message, "remedy": error.remedy})
         return
-    child = Child(channel, device, Path(options["inbox"]), Path(options["outbox"]))
-    _warm_up()
+    programs = Programs(device, Path(options["inbox"]), options["programs_kept"], options["programs_bytes"])
+    child = Child(channel, programs, Path(options["inbox"]), Path(options["outbox"]))
+    _warm_up(device)
     channel.send({"event": "ready", "isolation": isolation, "catalogue": engine.catalogue(), "device": str(device)})
     try:
         while (order := channel.receive()) is not None:
@@ -42,31 +45,71 @@ def serve(channel: Channel, isolation: str, options: dict[str, Any]) -> None:
         return
 
 
-class Child:
-    """Runs orders one after another; keeps loaded programs."""
+class Programs:
+    """Loaded programs by the model's hash and mode; the least recently used ones go first."""
 
-    def __init__(self, channel: Channel, device: torch.device, inbox: Path, outbox: Path) -> None:
-        self._channel, self._device, self._inbox, self._outbox = channel, device, inbox, outbox
-        self._programs: OrderedDict[tuple[str, bool], engine.Program] = OrderedDict()
+    def __init__(self, device: torch.device, folder: Path, kept: int, kept_bytes: int) -> None:
+        self._device, self._folder = device, folder
+        self._kept, self._kept_bytes = kept, kept_bytes
+        self._loaded: OrderedDict[tuple[str, bool], tuple[engine.Program, int]] = OrderedDict()
+
+    def __contains__(self, key: tuple[str, bool]) -> bool:
+        return key in self._loaded
+
+    def load(self, sha256: str, *, eval: bool) -> engine.Program:
+        """The program, loaded now if it is not there."""
+        key = (sha256, eval)
+        if key not in self._loaded:
+            path = self._folder / sha256
+            size = path.stat().st_size
+            self._make_room(size)
+            self._loaded[key] = engine.load(path, device=self._device, eval=eval), size
+        self._loaded.move_to_end(key)
+        return self._loaded[key][0]
+
+    def _make_room(self, size: int) -> None:
+        while self._loaded and (
+            len(self._loaded) >= self._kept or size + sum(s for _, s in self._loaded.values()) > self._kept_bytes
+        ):
+            self._loaded.popitem(last=False)
+
+
+class Child:
+    """Runs orders one after another."""
+
+    def __init__(self, channel: Channel, programs: Programs, inbox: Path, outbox: Path) -> None:
+        self._channel, self._programs, self._inbox, self._outbox = channel, programs, inbox, outbox
         self._progress_at = 0.0
 
     def answer(self, order: dict[str, Any]) -> None:
         """Run one order and send its reply: `done` or `error`."""
         try:
             self._channel.send(self._run(order))
-        except engine.EngineError as error:
-            self._refuse(error.code, error.message, error.param, error.remedy)
-        except (MemoryError, torch.OutOfMemoryError):
-            self._refuse("out_of_memory", "memory ran out", None, "use a smaller batch or fewer extensions")
         except ChannelClosed:
             raise
+        except engine.EngineError as error:
+            if _lacked_memory(error):
+                self._refuse_for_memory()
+            else:
+                self._refuse(error.code, error.message, error.param, error.remedy)
         except Exception as error:  # noqa: BLE001 (the model's or the engine's failure must not end the child)
-            traceback.print_exc()
-            if "allocate memory" in str(error):
-                self._refuse("out_of_memory", "memory ran out", None, "use a smaller batch or fewer extensions")
-                return
-            reason = str(error).splitlines()[0] if str(error) else ""
-            self._refuse("internal_error", f"the engine failed: {type(error).__name__}: {reason}", None, None)
+            self._explain(error)
+
+    def _explain(self, error: Exception) -> None:
+        """Sort out what failed below the engine; an operator finds the traceback in the worker's log."""
+        if _lacked_memory(error):
+            self._refuse_for_memory()
+            return
+        text = str(error)
+        if any(sign in text for sign in _NO_ROOM):
+            self._refuse("unavailable", "the worker's disk is full", None, "tell the operator, and try again later")
+            return
+        traceback.print_exc()
+        reason = text.splitlines()[0] if text else ""
+        self._refuse("internal_error", f"the engine failed: {type(error).__name__}: {reason}", None, None)
+
+    def _refuse_for_memory(self) -> None:
+        self._refuse("out_of_memory", "memory ran out", None, "use a smaller batch or fewer extensions")
 
     def _refuse(self, code: str, message: str, param: str | None, remedy: str | None) -> None:
         self._channel.send({"event": "error", "code": code, "message": message, "param": param, "remedy": remedy})
@@ -74,16 +117,17 @@ class Child:
     def _run(self, order: dict[str, Any]) -> dict[str, Any]:
         request = order["request"]
         begun = time.perf_counter()
-        program = self._load(order["model"], bool(request["eval"]))
+        if (order["model"], request["eval"]) not in self._programs:
+            self._channel.send({"event": "progress", "phase": "loading", "done": 0, "total": 0})
+        program = self._programs.load(order["model"], eval=request["eval"])
         inputs, targets = read_batch(self._inbox / order["batch"])
         loaded = time.perf_counter()
-        loss = request["loss"]
         analysis = engine.analyze(
             program,
             inputs,
             targets,
-            [{"name": e["name"], "label": e["label"], "options": e["options"]} for e in request["extensions"]],
-            loss=loss,
+            request["extensions"],
+            loss=request["loss"],
             reduction=request["reduction"],
             seed=request["seed"],
             parameters=request["parameters"],
@@ -91,35 +135,26 @@ class Child:
         )
         computed = time.perf_counter()
         groups = [self._store(group) for group in analysis.groups.values()]
-        stored = time.perf_counter()
+        written = time.perf_counter()
         value = float(analysis.loss)
         return {
             "event": "done",
-            "loss": value if value - value == 0 else None,
+            "loss": value if math.isfinite(value) else None,
             "groups": groups,
             "info": analysis.info,
             "warnings": analysis.warnings,
             "timings_ms": {
                 "load": 1e3 * (loaded - begun),
                 "compute": 1e3 * (computed - loaded),
-                "write": 1e3 * (stored - computed),
+                "write": 1e3 * (written - computed),
             },
         }
-
-    def _load(self, sha256: str, eval_mode: bool) -> engine.Program:
-        key = (sha256, eval_mode)
-        if key not in self._programs:
-            self._programs[key] = engine.load(self._inbox / sha256, device=self._device, eval=eval_mode)
-            while len(self._programs) > _PROGRAMS_KEPT:
-                self._programs.popitem(last=False)
-        self._programs.move_to_end(key)
-        return self._programs[key]
 
     def _report(self, done: int, total: int) -> None:
         now = time.monotonic()
         if now - self._progress_at >= _PROGRESS_SECONDS:
             self._progress_at = now
-            self._channel.send({"event": "progress", "done": done, "total": total})
+            self._channel.send({"event": "progress", "phase": "computing", "done": done, "total": total})
 
     def _store(self, group: engine.Group) -> dict[str, Any]:
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in group.tensors.items()}
@@ -139,6 +174,17 @@ class Child:
             "missing": group.missing,
             "provenance": group.provenance,
         }
+
+
+def _lacked_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that memory ran out."""
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY):
+            return True
+        error = error.__cause__
+    return False
 
 
 def read_batch(path: Path) -> tuple[Any, torch.Tensor]:
@@ -180,20 +226,31 @@ def _incomplete(reason: str, names: list[str]) -> engine.EngineError:
 
 
 def _check_device(name: str) -> torch.device:
+    """The device, reached.
+
+    Raises:
+        EngineError: `unavailable`.
+    """
     device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if not torch.cuda.is_available() or (device.index or 0) >= count:
-            raise engine.EngineError(
-                "unavailable",
-                f"device {name} does not exist: torch sees {count} CUDA devices",
-                remedy="start the worker with --device cpu, or with a device that is there",
-            )
+    if device.type != "cuda":
+        return device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= count:
+        raise _no_device(f"device {name} does not exist: torch {torch.__version__} sees {count} CUDA devices")
+    try:
         torch.zeros(1, device=device)
+    except RuntimeError as error:
+        raise _no_device(f"device {name} does not work: {str(error).splitlines()[0]}") from error
     return device
 
 
-def _warm_up() -> None:
-    """Let the first job not pay for lazy imports and threads."""
+def _no_device(message: str) -> engine.EngineError:
+    return engine.EngineError(
+        "unavailable", message, remedy="start the worker with --device cpu, or with a device that is there"
+    )
+
+
+def _warm_up(device: torch.device) -> None:
+    """Let the first job not pay for lazy imports, threads and the device's context."""
     net = torch.jit.script(torch.nn.Sequential(torch.nn.Linear(2, 2)))
-    engine.analyze(net, torch.randn(2, 2), torch.tensor([0, 1]), ["diag_ggn_mc"])
+    engine.analyze(net, torch.randn(2, 2), torch.tensor([0, 1]), ["diag_ggn_mc"], device=device)

@@ -1,9 +1,10 @@
 """What a confined process gives up, in the process itself, before anything untrusted or heavy is imported.
 
 Order matters: NumPy and torch start threads when imported, and Landlock binds only the calling thread and what it
-starts later. So: resource limits, Landlock (files), seccomp (system calls), and only then the imports.
+starts later. So: capabilities, Landlock (files), seccomp (system calls), resource limits, and only then the imports.
 """
 
+import ctypes
 import errno
 import os
 import resource
@@ -32,15 +33,33 @@ _READ_ONLY = (
 _DENIED_CALLS = (
     *("execve", "execveat", "fork", "vfork"),
     *("socket", "socketpair", "bind", "connect", "listen", "accept", "accept4"),
-    *("ptrace", "process_vm_readv", "process_vm_writev", "pidfd_open", "pidfd_getfd", "pidfd_send_signal"),
-    *("kill", "tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo"),
-    *("chmod", "fchmod", "fchmodat", "chown", "fchown", "lchown", "fchownat", "setxattr", "lsetxattr", "fsetxattr"),
+    *("ptrace", "process_vm_readv", "process_vm_writev", "pidfd_open", "pidfd_getfd", "pidfd_send_signal", "kcmp"),
+    *("kill", "tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "process_madvise", "process_mrelease"),
+    *("chmod", "fchmod", "fchmodat", "chown", "fchown", "lchown", "fchownat"),
+    *("setxattr", "lsetxattr", "fsetxattr", "removexattr", "lremovexattr", "fremovexattr"),
+    *("utime", "utimes", "futimesat", "utimensat"),
     *("mount", "umount2", "pivot_root", "chroot", "setns", "unshare", "mknod", "mknodat"),
+    *("mount_setattr", "move_mount", "open_tree", "fsopen", "fsmount", "fspick", "name_to_handle_at"),
+    *("open_by_handle_at", "quotactl", "acct", "fanotify_init", "inotify_init", "inotify_init1"),
     *("setuid", "setgid", "setreuid", "setregid", "setresuid", "setresgid", "setgroups", "capset"),
+    *("shmget", "shmat", "msgget", "semget", "mq_open"),
     *("bpf", "perf_event_open", "userfaultfd", "keyctl", "add_key", "request_key", "io_uring_setup"),
     *("reboot", "swapon", "swapoff", "init_module", "finit_module", "delete_module", "kexec_load", "settimeofday"),
 )
+_DENIED_NUMBERS = {
+    "fchmodat2": 452,
+    "setxattrat": 463,
+    "removexattrat": 466,
+    "open_tree_attr": 467,
+    "file_setattr": 469,
+}
+"""Calls younger than the common libseccomp, which does not know their names; the numbers are one for all machines."""
+
 _CLONE_THREAD = 0x00010000
+_F_SETLEASE = 1024
+_PR_SET_PDEATHSIG = 1
+_CAPABILITIES_VERSION = 0x20080522
+_CAP_DAC_READ_SEARCH = 1 << 2
 
 
 def confine(readable: Iterable[str], writable: Iterable[str], limits: Mapping[str, int]) -> str:
@@ -53,6 +72,7 @@ def confine(readable: Iterable[str], writable: Iterable[str], limits: Mapping[st
     """
     in_force = []
     seccomp = _find_seccomp()  # finding the library runs programs, which Landlock would not let it
+    _drop_capabilities()
     if _restrict_files([*readable, *_python_paths()], writable):
         in_force.append("landlock")
     if seccomp is not None and _restrict_calls(seccomp):
@@ -64,6 +84,23 @@ def confine(readable: Iterable[str], writable: Iterable[str], limits: Mapping[st
         resource.setrlimit(kind, (ceiling, ceiling))
     in_force.append("rlimits")
     return "+".join(in_force) if len(in_force) > 1 else f"{in_force[0]} only"
+
+
+def _drop_capabilities() -> None:
+    """Root without its powers, such as making the store's files immutable through a read-only descriptor.
+
+    One stays, to read what others own: the Python installation may lie in somebody's private home, and Landlock
+    decides about reading.
+    """
+    if sys.platform != "linux":
+        return
+    header = (ctypes.c_uint32 * 2)(_CAPABILITIES_VERSION, 0)
+    held = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, for the lower and the higher 32
+    libc = ctypes.CDLL(None)
+    if libc.capget(header, held) != 0:
+        return
+    kept = held[1] & _CAP_DAC_READ_SEARCH
+    libc.capset(header, (ctypes.c_uint32 * 6)(kept, kept, 0, 0, 0, 0))
 
 
 def _python_paths() -> list[str]:
@@ -118,15 +155,25 @@ def _find_seccomp() -> Any:
 def _restrict_calls(seccomp: Any) -> bool:
     denied, absent = seccomp.ERRNO(errno.EPERM), seccomp.ERRNO(errno.ENOSYS)
     rules = seccomp.SyscallFilter(seccomp.ALLOW)
-    for name in _DENIED_CALLS:
+    for call in (*_DENIED_CALLS, *_DENIED_NUMBERS):
         try:
-            rules.add_rule(denied, name)
+            rules.add_rule(denied, call)
         except (OSError, ValueError):
-            continue  # this architecture has no such call
+            if call in _DENIED_NUMBERS:
+                rules.add_rule(denied, _DENIED_NUMBERS[call])
+            # Otherwise this architecture has no such call.
+    own = os.getpid()
     # Threads are clones that share everything; any other clone would be a process. clone3 hides its flags behind a
     # pointer: "not implemented" makes the C library fall back to clone.
     rules.add_rule(denied, "clone", seccomp.Arg(0, seccomp.MASKED_EQ, _CLONE_THREAD, 0))
     rules.add_rule(absent, "clone3")
+    # abort() and the C library signal their own threads; nobody else's.
+    rules.add_rule(denied, "tgkill", seccomp.Arg(0, seccomp.NE, own))
+    # Limits of other processes; of its own (as 0) the C library asks.
+    rules.add_rule(denied, "prlimit64", seccomp.Arg(0, seccomp.NE, 0))
+    # A lease on a file of the store would make its readers wait; dying with the worker is not to be revoked.
+    rules.add_rule(denied, "fcntl", seccomp.Arg(1, seccomp.EQ, _F_SETLEASE))
+    rules.add_rule(denied, "prctl", seccomp.Arg(0, seccomp.EQ, _PR_SET_PDEATHSIG))
     try:
         rules.load()
     except OSError:

@@ -2,7 +2,9 @@
 
 JobRefused      the job fails, with a code of the protocol's list
 JobStopped      it was cancelled
-LeaseLost       somebody else has it now, or the worker is to hand it back: nothing more to do here
+LeaseLost       somebody else has it now: nothing more to do here
+WorkerStopping  the worker is told to stop and hands the job back
+WorkerUnfit     the worker cannot work; in the middle of a job it hands that back, too
 """
 
 

@@ -1,102 +1,116 @@
 """From the child's word and the files it wrote to a manifest. The files are checked; the child is not believed."""
 
-import json
-import os
-import stat
-import struct
+import math
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from curvature_protocol.results import Manifest, Provenance, ResultGroup, TensorEntry
 from curvature_worker.errors import JobRefused
+from curvature_worker.stored_file import StoredTensor, read_stored_file
 
-_MAX_HEADER_BYTES = 100 * 2**20
+_INFO = ("engine_version", "loss_name", "reduction", "Z", "seed", "dtype", "device", "aliases")
+_TIMINGS = ("load", "compute", "write")
 
 
 def build_manifest(
     reply: dict[str, Any],
-    outbox: Path,
-    labels: list[str],
+    files: Mapping[str, Path],
     *,
     job_id: str,
     attempt: int,
     isolation: str,
     warnings: list[str],
-    timings_ms: dict[str, float],
 ) -> Manifest:
     """The manifest of a finished computation.
 
+    Args:
+        reply: the child's `done`.
+        files: label → file, for the labels asked for, in their order.
+        job_id: whose result it is.
+        attempt: which attempt computed it.
+        isolation: what confined the child.
+        warnings: what the client noticed before.
+
     Raises:
-        JobRefused: `internal_error` if the child's files are not what they must be.
+        JobRefused: `internal_error` if the child's word or files are not what they must be.
     """
     try:
-        groups = [_group(group, outbox) for group in reply["groups"]]
-        if [g.label for g in groups] != labels:
-            raise ValueError("labels differ from those asked for")
-        info = reply["info"]
+        info = {name: reply["info"][name] for name in _INFO}
         return Manifest(
             job_id=job_id,
             attempt=attempt,
             created_at=datetime.now(UTC),
             loss=reply["loss"],
             isolation=isolation,
-            groups=tuple(groups),
-            warnings=(*warnings, *reply["warnings"]),
-            timings_ms={**timings_ms, **reply["timings_ms"]},
-            **info,
+            groups=_groups(reply["groups"], files),
+            warnings=(*warnings, *_strings(reply["warnings"])),
+            timings_ms={name: _finite(reply["timings_ms"][name]) for name in _TIMINGS},
+            **{**info, "Z": _finite(info["Z"])},
         )
-    except (KeyError, TypeError, ValueError, OSError, struct.error) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0][:300]
         raise JobRefused(
-            "internal_error", f"the computing process left a result that makes no sense: {error}"
+            "internal_error", f"the model's process left a result that makes no sense: {reason}"
         ) from error
 
 
-def _group(group: dict[str, Any], outbox: Path) -> ResultGroup:
-    path = outbox / f"{group['label']}.safetensors"
-    header, start, size = _read_header(path)
-    entries = []
-    for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        first, last = tensor["data_offsets"]
-        if not 0 <= first <= last <= size - start:
-            raise ValueError(f"{name} lies outside its file")
-        parameter, factor = name, None
-        if group["kind"] == "factors":
-            parameter, _, factor = name.rpartition("/")
-        entries.append(
-            TensorEntry(
-                name=name,
-                parameter=None if group["kind"] == "tensor" else parameter,
-                factor=factor,
-                dtype=tensor["dtype"],
-                shape=tuple(tensor["shape"]),
-                byte_start=start + first,
-                byte_end=start + last,
-                provenance=Provenance(**group["provenance"][name]),
-            )
-        )
+def _groups(said: list[dict[str, Any]], files: Mapping[str, Path]) -> tuple[ResultGroup, ...]:
+    if [group["label"] for group in said] != list(files):
+        raise ValueError("labels differ from those asked for")
+    return tuple(_group(group, files[group["label"]]) for group in said)
+
+
+def _group(said: dict[str, Any], path: Path) -> ResultGroup:
+    file = read_stored_file(path)
+    names = {tensor.name for tensor in file.tensors}
+    if names != set(said["provenance"]):
+        raise ValueError(f"{path.name} holds other tensors than were announced")
+    if said["kind"] == "tensor" and names != {said["label"]}:
+        raise ValueError(f"{path.name} must hold one tensor, named like the label")
+    # In the model's order, which the child's word keeps; the file's own is alphabetical.
+    place = {name: i for i, name in enumerate(said["provenance"])}
     return ResultGroup(
-        label=group["label"],
-        extension=group["extension"],
-        options=group["options"],
-        kind=group["kind"],
-        convention=group["convention"],
-        file_bytes=size,
-        missing=group["missing"],
-        tensors=tuple(entries),
+        label=said["label"],
+        extension=said["extension"],
+        options=said["options"],
+        kind=said["kind"],
+        convention=said["convention"],
+        file_bytes=file.size_bytes,
+        missing=said["missing"],
+        tensors=tuple(
+            _entry(tensor, said["kind"], said["provenance"][tensor.name])
+            for tensor in sorted(file.tensors, key=lambda tensor: place[tensor.name])
+        ),
     )
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """(tensors by name, where the data begin, file size) of a safetensors file."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path.name} is no regular file")
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > min(_MAX_HEADER_BYTES, status.st_size - 8):
-            raise ValueError(f"{path.name} has an impossible header")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return header, 8 + length, status.st_size
+def _entry(tensor: StoredTensor, kind: str, provenance: dict[str, Any]) -> TensorEntry:
+    parameter: str | None = tensor.name
+    factor = None
+    if kind == "factors":
+        parameter, _, factor = tensor.name.rpartition("/")
+    return TensorEntry(
+        name=tensor.name,
+        parameter=None if kind == "tensor" else parameter,
+        factor=factor,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        byte_start=tensor.start,
+        byte_end=tensor.end,
+        provenance=Provenance(**{**provenance, "Z": _finite(provenance["Z"])}),
+    )
+
+
+def _finite(value: Any) -> float:
+    """A number that JSON can carry."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{str(value)[:40]} is no finite number")
+    return float(value)
+
+
+def _strings(values: Any) -> list[str]:
+    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+        raise ValueError("warnings are no texts")
+    return values

@@ -3,9 +3,10 @@
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from curvature_worker.cache import Inbox
 from curvature_worker.channel import ChannelClosed
 from curvature_worker.errors import WorkerUnfit
 from curvature_worker.launcher import Confined, launch
@@ -13,7 +14,7 @@ from curvature_worker.settings import WorkerSettings
 
 logger = logging.getLogger("curvature.worker")
 
-_START_SECONDS = 120.0
+_STARTS = 3
 
 
 class ChildPool:
@@ -26,9 +27,9 @@ class ChildPool:
     def __init__(self, settings: WorkerSettings, scratch: Path) -> None:
         self._settings, self._scratch = settings, scratch
         self._children: OrderedDict[str, Confined] = OrderedDict()
-        self._spare = self._start()
-        self._spare_ready = False
-        self.greeting: dict[str, Any] = {}
+        self._inboxes: dict[str, Inbox] = {}
+        self._spare: Confined | None = self._start()
+        self.greeting: dict[str, object] = {}
 
     def open(self) -> None:
         """Wait for the first child.
@@ -36,63 +37,115 @@ class ChildPool:
         Raises:
             WorkerUnfit: if it does not come up as it should.
         """
-        self.greeting = self._await_ready(self._spare)
-        self._spare_ready = True
-        isolation = self.greeting["isolation"]
-        if self._settings.require_isolation and not {"landlock", "seccomp"} <= set(isolation.split("+")):
-            raise WorkerUnfit(
-                f"isolation is required, but only {isolation} is in force: Linux 5.13 with Landlock and libseccomp "
-                "are needed; install libseccomp2, or start without --require-isolation"
-            )
+        assert self._spare is not None
+        self._await_ready(self._spare, _nothing)
+        self.greeting = self._spare.greeting
 
-    def acquire(self, tenant: str) -> Confined:
-        """The tenant's child, alive and ready."""
+    def acquire(self, tenant: str, check: Callable[[], None]) -> Confined:
+        """The tenant's child, alive and ready.
+
+        Args:
+            tenant: whose.
+            check: called while waiting; raises what is to end the wait.
+
+        Raises:
+            WorkerUnfit: if no child can be started any more.
+        """
         child = self._children.get(tenant)
         if child is not None and child.alive:
             self._children.move_to_end(tenant)
             return child
-        if child is not None:
-            self.discard(tenant)
-        child = self._spare
-        if not self._spare_ready:
-            self._await_ready(child)
+        self.discard(tenant)
+        child = self._take_spare(check)
         self._children[tenant] = child
-        self._spare, self._spare_ready = self._start(), False
+        self._inboxes[tenant] = Inbox(child.inbox, self._settings.programs_kept)
         while len(self._children) > self._settings.children_kept:
             self.discard(next(iter(self._children)))
+        self._spare = self._start()
         return child
+
+    def place_model(self, tenant: str, sha256: str, source: Path) -> None:
+        """Make a model's file appear in the inbox of the tenant's child."""
+        self._inboxes[tenant].place_model(sha256, source)
 
     def discard(self, tenant: str) -> None:
         """End a tenant's child; the next job gets the spare."""
         child = self._children.pop(tenant, None)
         if child is not None:
+            del self._inboxes[tenant]
             child.kill()
 
     def close(self) -> None:
         """End all children."""
         for tenant in list(self._children):
             self.discard(tenant)
-        self._spare.kill()
+        if self._spare is not None:
+            self._spare.kill()
+            self._spare = None
 
     def _start(self) -> Confined:
-        limit = self._settings.memory_limit_bytes
+        settings = self._settings
         return launch(
             "curvature_worker.child",
             scratch=self._scratch,
-            options={"device": self._settings.device, "threads": self._settings.threads},
-            limits={} if limit is None else {"AS": limit},
-            threads=self._settings.threads,
+            options={
+                "device": settings.device,
+                "threads": settings.threads,
+                "programs_kept": settings.programs_kept,
+                "programs_bytes": settings.programs_bytes,
+            },
+            limits={} if settings.memory_limit_bytes is None else {"AS": settings.memory_limit_bytes},
+            threads=settings.threads,
         )
 
-    def _await_ready(self, child: Confined) -> dict[str, Any]:
-        deadline = time.monotonic() + _START_SECONDS
-        try:
-            message = child.channel.receive(deadline - time.monotonic())
-        except ChannelClosed as error:
-            raise WorkerUnfit(f"the computing process {child.obituary()} while starting; see the log above") from error
-        if message is None:
-            child.kill()
-            raise WorkerUnfit(f"the computing process did not start within {_START_SECONDS:.0f} s")
-        if message.get("event") != "ready":
-            raise WorkerUnfit(f"{message.get('message')}; {message.get('remedy')}")
-        return message
+    def _take_spare(self, check: Callable[[], None]) -> Confined:
+        """A ready child out of reserve. One that died while idle is replaced: nobody's job is to blame for it."""
+        for attempt in range(1, _STARTS + 1):
+            child, self._spare = self._spare or self._start(), None
+            try:
+                self._await_ready(child, check)
+                if child.alive:
+                    return child
+                child.kill()
+            except WorkerUnfit as error:
+                child.kill()
+                if attempt == _STARTS:
+                    raise
+                logger.warning("%s; starting another", error)
+            except BaseException:
+                self._spare = child  # the job went away, the child is as good as before
+                raise
+        raise WorkerUnfit("the computing process ends as soon as it has started")
+
+    def _await_ready(self, child: Confined, check: Callable[[], None]) -> None:
+        """Wait until a child has said `ready`.
+
+        Raises:
+            WorkerUnfit: if it does not, or is less confined than required.
+        """
+        deadline = time.monotonic() + self._settings.start_seconds
+        while not child.greeting:
+            try:
+                message = child.channel.receive(self._settings.poll_seconds)
+            except ChannelClosed as error:
+                raise WorkerUnfit(
+                    f"the computing process {child.death().how} while starting; the lines above say why"
+                ) from error
+            if message is not None and message.get("event") != "ready":
+                raise WorkerUnfit(f"{message.get('message')}; {message.get('remedy')}")
+            if message is None and time.monotonic() > deadline:
+                raise WorkerUnfit(f"the computing process did not start within {self._settings.start_seconds:.0f} s")
+            child.greeting = message or {}
+            check()
+        self._check_isolation(str(child.greeting["isolation"]))
+
+    def _check_isolation(self, isolation: str) -> None:
+        if self._settings.require_isolation and not {"landlock", "seccomp"} <= set(isolation.split("+")):
+            raise WorkerUnfit(
+                f"isolation is required, but only {isolation} is in force: Linux 5.13 with Landlock and libseccomp "
+                "are needed; install libseccomp2, or start without --require-isolation"
+            )
+
+
+def _nothing() -> None:
+    return

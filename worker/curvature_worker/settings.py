@@ -1,9 +1,10 @@
 """Settings of a worker process."""
 
+import re
 import tempfile
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from curvature_state import StateSettings
 
@@ -12,13 +13,33 @@ class WorkerSettings(StateSettings):
     """Read from `CURVATURE_<NAME>`; command-line options win."""
 
     device: str = "cpu"
-    threads: int | None = None
-    memory_limit_bytes: int | None = None
+    threads: int | None = Field(default=None, ge=1)
+    memory_limit_bytes: int | None = Field(default=None, ge=2**30)
     """Address space of the child; none by default (CUDA reserves far more than it uses)."""
     scratch_dir: Path = Field(default_factory=lambda: Path(tempfile.gettempdir()) / "curvature-worker")
-    cache_bytes: int = 20 * 2**30
+    cache_bytes: int = Field(default=20 * 2**30, ge=0)
     require_isolation: bool = False
-    renew_seconds: float = 3.0
-    poll_seconds: float = 0.25
-    children_kept: int = 4
+    renew_seconds: float = Field(default=3.0, gt=0)
+    poll_seconds: float = Field(default=0.25, gt=0)
+    start_seconds: float = Field(default=120.0, gt=0)
+    """How long a child may take to import torch and reach its device."""
+    children_kept: int = Field(default=4, ge=1)
+    programs_kept: int = Field(default=8, ge=1)
+    """Models that a child keeps loaded,"""
+    programs_bytes: int = Field(default=4 * 2**30, ge=0)
+    """as long as their files together are no larger than this."""
     log_level: str = "INFO"
+
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, device: str) -> str:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+            raise ValueError(f"a device is cpu, cuda or cuda:N; got {device!r}")
+        return device
+
+    @field_validator("log_level")
+    @classmethod
+    def _is_a_level(cls, level: str) -> str:
+        if level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+            raise ValueError(f"a log level is DEBUG, INFO, WARNING or ERROR; got {level!r}")
+        return level.upper()

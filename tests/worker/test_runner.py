@@ -1,0 +1,333 @@
+import os
+import signal
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import redis
+import torch
+from safetensors.torch import save
+from tests.worker import models
+from tests.worker.desk import Desk, script, wait_until
+
+import curvature_engine as engine
+from curvature_protocol.events import JobEvent
+from curvature_protocol.jobs import JobStatus
+from curvature_protocol.names import admitted_key, artefact_key, event_stream
+from curvature_state import jobs
+from curvature_state.tables import JobRow
+from curvature_worker.admission import ADMISSION_VERSION
+from curvature_worker.errors import WorkerUnfit
+from curvature_worker.pool import ChildPool
+
+pytestmark = pytest.mark.integration
+
+EXTENSIONS = [
+    "batch_grad",
+    "variance",
+    {"name": "diag_ggn_mc", "options": {"mc_samples": 4}},
+    {"name": "kfac", "label": "factors"},
+    "batch_loss",
+]
+
+
+class TestSuccess:
+    def test_stored_tensors_equal_the_engines_bit_for_bit(self, desk, tmp_path):
+        data = script(models.small())
+        (tmp_path / "model").write_bytes(data)
+        torch.set_num_threads(1)
+        expected = engine.analyze(tmp_path / "model", *models.batch(), EXTENSIONS, seed=7)
+        job = desk.run(desk.submit(data, models.batch(), EXTENSIONS, seed=7))
+        assert job.status == JobStatus.SUCCEEDED, job.error
+        for label, group in expected.groups.items():
+            stored = desk.tensors(job, label)
+            assert stored.keys() == group.tensors.keys()
+            assert all(torch.equal(stored[name], tensor) for name, tensor in group.tensors.items())
+
+    def test_the_manifest_says_how_each_tensor_came_to_be(self, desk):
+        manifest = desk.manifest(desk.run(desk.submit(models.small(), models.batch(), EXTENSIONS, seed=7)))
+        groups = {group.label: group for group in manifest.groups}
+        sampled = groups["diag_ggn_mc"].tensors[0].provenance
+        assert (sampled.seed, sampled.mc_samples, sampled.reduction, sampled.Z) == (7, 4, "mean", 6.0)
+        assert (sampled.method, sampled.verified, sampled.device) == ("closed form", True, "cpu")
+        assert groups["factors"].tensors[0].provenance.approximation == "expand"
+        assert groups["variance"].tensors[0].provenance.seed is None
+        assert "landlock" in manifest.isolation or "rlimits" in manifest.isolation
+
+    def test_every_step_is_timed(self, desk):
+        first = desk.manifest(desk.run(desk.submit(models.small(), models.batch())))
+        again = desk.manifest(desk.run(desk.submit(models.small(), models.batch())))
+        steps = {"queue", "fetch", "hand_over", "child", "load", "compute", "write", "check", "store"}
+        assert set(first.timings_ms) == steps | {"admit"}
+        assert set(again.timings_ms) == steps
+
+    def test_followers_hear_of_start_progress_and_end(self, desk, redis_url):
+        job_id = desk.submit(models.small(), models.batch())
+        desk.run(job_id)
+        with redis.Redis.from_url(redis_url) as connection:
+            entries = connection.xrange(event_stream(job_id))
+        heard = [JobEvent.model_validate_json(fields[b"event"]) for _, fields in entries]
+        assert [e.status for e in heard if e.event == "state"] == ["running", "succeeded"]
+        assert "admitting" in [e.progress.phase for e in heard if e.event == "progress"]
+
+    def test_warnings_of_client_and_engine_come_with_the_result(self, desk):
+        model = torch.nn.Sequential(*models.small(), torch.nn.Dropout()).train()
+        job = desk.run(desk.submit(model, models.batch(), warnings=["said before"]))
+        assert job.warnings[0] == "said before"
+        assert any("training mode" in warning for warning in job.warnings)
+
+    def test_eval_false_is_another_program_of_the_same_file(self, desk):
+        data = script(torch.nn.Sequential(*models.small(), torch.nn.Dropout(0.9)).train())
+        evaluated = desk.run(desk.submit(data, models.batch(), ["outputs"]))
+        trained = desk.run(desk.submit(data, models.batch(), ["outputs"], eval=False))
+        assert trained.status == JobStatus.SUCCEEDED, trained.error
+        outputs = [desk.tensors(job, "outputs")["outputs"] for job in (evaluated, trained)]
+        assert not torch.equal(*outputs)
+
+    def test_a_loss_that_is_nan_is_delivered_with_a_warning(self, desk):
+        inputs, targets = models.batch()
+        job = desk.run(desk.submit(models.small(), (inputs * float("nan"), targets), ["batch_loss"]))
+        assert job.status == JobStatus.SUCCEEDED, job.error
+        assert desk.manifest(job).loss is None
+        assert any("nan" in warning for warning in job.warnings)
+
+    def test_a_model_is_admitted_once(self, desk):
+        data = script(models.small())
+        desk.run(desk.submit(data, models.batch()))
+        admitted = desk.objects.local_path(admitted_key(desk.store("models", data), ADMISSION_VERSION))
+        first = admitted.stat().st_mtime_ns
+        desk.run(desk.submit(data, models.batch()))
+        assert admitted.stat().st_mtime_ns == first
+
+    def test_a_store_that_is_no_folder_serves_as_well(self, settings, shared_pool, tmp_path):
+        desk = Desk(settings.model_copy(update={"storage_url": "memory:///"}), shared_pool, tmp_path)
+        desk.objects = desk.runner._tools.objects
+        job = desk.run(desk.submit(models.small(), models.batch()))
+        assert job.status == JobStatus.SUCCEEDED, job.error
+        assert len(desk.results(job.id)) == 2
+        desk.close()
+
+    def test_a_store_on_another_file_system_serves_as_well(self, settings, shared_pool, tmp_path, other_file_system):
+        changed = settings.model_copy(update={"storage_url": f"file://{other_file_system}/objects"})
+        desk = Desk(changed, shared_pool, tmp_path)
+        job = desk.run(desk.submit(models.small(), models.batch()))
+        assert job.status == JobStatus.SUCCEEDED, job.error
+        desk.close()
+
+    def test_nothing_of_a_job_stays_with_the_child_but_its_model(self, desk):
+        data = script(models.small())
+        desk.run(desk.submit(data, models.batch()))
+        child = desk.child()
+        assert desk.store("models", data) in [p.name for p in child.inbox.iterdir()]
+        assert desk.store("batches", save(dict(zip(("inputs", "targets"), models.batch(), strict=True)))) not in [
+            p.name for p in child.inbox.iterdir()
+        ]
+        assert list(child.outbox.iterdir()) == []
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("model", "batch", "extensions", "code", "param"),
+        [
+            (b"once upon a time", models.batch(), ["variance"], "invalid_model", "model"),
+            (script(models.small())[:500], models.batch(), ["variance"], "invalid_model", "model"),
+            (models.small(), b"no safetensors", ["variance"], "invalid_batch", "batch"),
+            (models.small(), save({"inputs": torch.zeros(2, 4)}), ["variance"], "invalid_batch", "batch"),
+            (
+                models.small(),
+                save({"x": torch.zeros(1), "targets": torch.zeros(1)}),
+                ["variance"],
+                "invalid_batch",
+                "batch",
+            ),
+            (models.small(), (torch.zeros(2, 9), torch.arange(2)), ["variance"], "invalid_inputs", None),
+            (models.small(), (torch.zeros(2, 4), torch.tensor([0, 3])), ["variance"], "invalid_targets", "targets"),
+            (models.small(), (torch.zeros(0, 4), torch.arange(0)), ["variance"], "empty_batch", "batch"),
+            (models.small(), models.batch(), ["varianze"], "unknown_extension", "extensions"),
+        ],
+        ids=["text", "truncated", "batch", "no targets", "no inputs", "shape", "range", "empty", "extension"],
+    )
+    def test_bad_input_fails_the_job_with_code_param_and_words(self, desk, model, batch, extensions, code, param):
+        job = desk.run(desk.submit(model, batch, extensions))
+        assert job.status == JobStatus.FAILED
+        assert job.error.code == code
+        assert param is None or job.error.param == param
+        assert job.error.detail
+        assert "Traceback" not in job.error.detail
+
+    def test_the_child_survives_bad_input(self, desk):
+        desk.run(desk.submit(models.small(), models.batch()))
+        before = desk.child().pid
+        desk.run(desk.submit(models.small(), (torch.zeros(2, 9), torch.arange(2))))
+        desk.run(desk.submit(b"nonsense", models.batch()))
+        assert desk.run(desk.submit(models.small(), models.batch())).status == JobStatus.SUCCEEDED
+        assert desk.child().pid == before
+
+    def test_followers_hear_why_it_failed(self, desk, redis_url):
+        job_id = desk.submit(b"nonsense", models.batch())
+        desk.run(job_id)
+        with redis.Redis.from_url(redis_url) as connection:
+            _, fields = connection.xrevrange(event_stream(job_id), count=1)[0]
+        assert JobEvent.model_validate_json(fields[b"event"]).error.code == "invalid_model"
+
+    def test_a_model_that_is_no_longer_stored_is_named(self, desk):
+        job_id = desk.submit(models.small(), models.batch())
+        desk.objects.delete(artefact_key("models", desk.job(job_id).request["model"]))
+        assert desk.run(job_id).error.code == "model_not_found"
+
+    def test_more_memory_than_there_is(self, desk):
+        job = desk.run(desk.submit(models.Greedy(), models.batch()))
+        assert (job.status, job.error.code) == (JobStatus.FAILED, "out_of_memory")
+        assert "smaller batch" in job.error.remedy
+        assert desk.run(desk.submit(models.small(), models.batch())).status == JobStatus.SUCCEEDED
+
+    def test_a_job_that_is_over_is_not_run_again(self, desk):
+        job_id = desk.submit(models.small(), models.batch())
+        assert desk.run(job_id) == desk.run(job_id)
+
+    def test_an_id_that_does_not_exist_harms_nobody(self, desk):
+        desk.runner.run("0" * 32)
+
+
+class TestInterruptions:
+    @pytest.mark.parametrize(("number", "part"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGSEGV, "SIGSEGV")])
+    def test_a_child_that_dies_in_mid_job_fails_it_and_the_next_runs(self, desk, number, part):
+        job_id = desk.submit(models.Endless(), models.batch())
+        job, _ = desk.run_while(job_id, lambda: os.kill(desk.child().pid, number), desk.computes(job_id))
+        assert (job.status, job.error.code) == (JobStatus.FAILED, "worker_crashed")
+        assert part in job.error.detail
+        assert desk.run(desk.submit(models.small(), models.batch())).status == JobStatus.SUCCEEDED
+
+    @pytest.mark.parametrize("model", [models.Endless, models.LongOperator], ids=["in a loop", "in one operator"])
+    def test_cancelling_stops_a_computation_within_two_seconds(self, desk, model):
+        job_id = desk.submit(model(), models.batch())
+        job, seconds = desk.run_while(job_id, lambda: jobs.request_cancel(desk.database, job_id), desk.computes(job_id))
+        assert job.status == JobStatus.CANCELLED
+        assert seconds < 2.0
+        assert desk.results(job_id) == []
+
+    def test_a_job_beyond_its_time_fails_with_its_limit(self, desk):
+        job = desk.run(desk.submit(models.Endless(), models.batch(), timeout_seconds=0.5))
+        assert (job.status, job.error.code) == (JobStatus.FAILED, "job_timeout")
+        assert "0.5 s" in job.error.detail
+
+    def test_a_worker_that_is_told_to_stop_hands_the_job_back(self, desk):
+        job_id = desk.submit(models.Endless(), models.batch())
+        job, seconds = desk.run_while(job_id, desk.runner.stopping.set)
+        assert (job.status, job.attempt) == (JobStatus.QUEUED, 0)
+        assert seconds < 2.0
+        assert job_id in jobs.reconcile(desk.database).ring
+
+    def test_a_worker_that_is_told_to_stop_takes_no_other_job(self, desk):
+        desk.runner.stopping.set()
+        assert desk.run(desk.submit(models.small(), models.batch())).status == JobStatus.QUEUED
+
+    def test_a_lease_is_kept_while_computing(self, desk):
+        settings = desk.settings.model_copy(update={"lease_seconds": 0.6})
+        job_id = desk.submit(models.Endless(), models.batch(), timeout_seconds=1.5)
+        patient = Desk(settings, desk.pool, desk.settings.scratch_dir.parent)
+        taken = []
+        job, _ = patient.run_while(
+            job_id,
+            lambda: wait_until(lambda: taken.extend(jobs.reconcile(desk.database).changed) or over(desk, job_id)),
+        )
+        assert taken == []
+        assert job.error.code == "job_timeout"
+        patient.close()
+
+    def test_a_job_that_was_taken_away_is_left_alone(self, desk):
+        job_id = desk.submit(models.Endless(), models.batch())
+        job, seconds = desk.run_while(job_id, lambda: give_away(desk, job_id))
+        assert (job.status, job.attempt) == (JobStatus.RUNNING, 2)
+        assert seconds < 2.0
+
+    def test_a_result_of_a_job_that_was_taken_away_is_not_kept(self, desk, monkeypatch):
+        job_id = desk.submit(models.small(), models.batch())
+        put = desk.runner._tools.objects.put_bytes
+
+        def put_late(key, data):
+            put(key, data)
+            give_away(desk, job_id)
+
+        monkeypatch.setattr(desk.runner._tools.objects, "put_bytes", put_late)
+        desk.runner.run(job_id)
+        assert desk.job(job_id).status == JobStatus.RUNNING
+        assert desk.results(job_id) == []
+
+    def test_progress_is_noted_while_computing(self, desk):
+        job_id = desk.submit(
+            models.small(), models.batch(200), [{"name": "diag_ggn_mc", "options": {"mc_samples": 100_000}}]
+        )
+        seen = {}
+
+        def note():
+            seen["progress"] = wait_until(
+                lambda: (p := desk.job(job_id).progress) and p.phase == "computing" and p.done and p
+            )
+            jobs.request_cancel(desk.database, job_id)
+
+        desk.run_while(job_id, note)
+        assert 0 < seen["progress"].done < seen["progress"].total == 100_000
+
+
+def over(desk, job_id):
+    return desk.job(job_id).finished_at is not None
+
+
+def give_away(desk, job_id):
+    """What the reconciler and another worker do when this one seems dead."""
+    with desk.database.write() as session:
+        row = session.get(JobRow, job_id)
+        row.lease_expires_at = datetime.now(UTC) - timedelta(seconds=1)
+    # A renewal may come in between; the other worker is then a moment later.
+    with desk.database.write() as session:
+        row = session.get(JobRow, job_id)
+        row.status, row.attempt = "running", row.attempt + 1
+
+
+class TestAbsences:
+    def test_a_broker_that_is_away_costs_a_job_nothing(self, settings, shared_pool, tmp_path):
+        desk = Desk(settings.model_copy(update={"redis_url": "unix:///nowhere.sock?db=0"}), shared_pool, tmp_path)
+        begun = time.monotonic()
+        assert desk.run(desk.submit(models.small(), models.batch())).status == JobStatus.SUCCEEDED
+        assert time.monotonic() - begun < 5
+        desk.close()
+
+    def test_a_database_that_is_away_at_the_claim_harms_nobody(self, settings, shared_pool, tmp_path, caplog):
+        broken = settings.model_copy(update={"database_url": f"sqlite:///{tmp_path}/empty.db"})
+        desk = Desk(broken, shared_pool, tmp_path)
+        desk.runner.run("0" * 32)
+        assert "database does not answer" in caplog.text
+        assert "Traceback" not in caplog.text
+        desk.close()
+
+
+class TestLimits:
+    def test_memory_beyond_the_childs_limit_fails_the_job_only(self, settings, tmp_path):
+        limited = settings.model_copy(update={"memory_limit_bytes": 6 * 2**30})
+        scratch = tmp_path / "pool"
+        scratch.mkdir()
+        pool = ChildPool(limited, scratch)
+        desk = Desk(limited, pool, tmp_path)
+        try:
+            pool.open()
+            job = desk.run(desk.submit(models.Hungry(), models.batch()))
+            assert (job.status, job.error.code) == (JobStatus.FAILED, "out_of_memory"), job.error
+            assert desk.run(desk.submit(models.small(), models.batch())).status == JobStatus.SUCCEEDED
+        finally:
+            pool.close()
+            desk.close()
+
+    def test_a_worker_whose_children_no_longer_start_hands_the_job_back(self, settings, tmp_path):
+        scratch = tmp_path / "pool"
+        scratch.mkdir()
+        pool = ChildPool(settings.model_copy(update={"device": "cuda:99"}), scratch)
+        desk = Desk(settings, pool, tmp_path)
+        try:
+            job_id = desk.submit(models.small(), models.batch())
+            with pytest.raises(WorkerUnfit, match="cuda:99"):
+                desk.runner.run(job_id)
+            assert (desk.job(job_id).status, desk.job(job_id).attempt) == (JobStatus.QUEUED, 0)
+        finally:
+            pool.close()
+            desk.close()

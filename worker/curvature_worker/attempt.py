@@ -1,0 +1,326 @@
+"""One attempt at one job: fetch, admit, compute, check, store."""
+
+import logging
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from obstore.exceptions import BaseError as StoreError
+
+from curvature_protocol.errors import FAMILIES
+from curvature_protocol.jobs import Progress
+from curvature_protocol.names import admitted_key, result_key
+from curvature_protocol.results import Manifest
+from curvature_state import Database, ObjectStore, jobs
+from curvature_worker import admission
+from curvature_worker.cache import ArtefactCache, place
+from curvature_worker.channel import ChannelClosed
+from curvature_worker.errors import JobRefused, LeaseLost, WorkerStopping
+from curvature_worker.launcher import Confined, launch
+from curvature_worker.lease import Lease
+from curvature_worker.manifest import build_manifest
+from curvature_worker.pool import ChildPool
+from curvature_worker.reporter import Reporter
+from curvature_worker.settings import WorkerSettings
+
+logger = logging.getLogger("curvature.worker")
+
+_SEND_SECONDS = 30.0
+_ADMISSION_SECONDS = 60.0
+_ADMISSION_BYTES_PER_SECOND = 10 * 2**20
+_MESSAGE_CHARACTERS = 4000
+_STAINED = frozenset({"internal_error", "out_of_memory"})
+"""Errors after which a child is not used again: its device context may be broken, its memory in pieces."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What attempts work with."""
+
+    settings: WorkerSettings
+    database: Database
+    objects: ObjectStore
+    cache: ArtefactCache
+    pool: ChildPool
+    reporter: Reporter
+    scratch: Path
+    stopping: Event
+
+
+class Attempt:
+    """One attempt at one job, its lease held by the caller."""
+
+    def __init__(self, tools: Tools, job: jobs.ClaimedJob, lease: Lease) -> None:
+        self._tools, self._job, self._lease = tools, job, lease
+        self._timings = {"queue": 1e3 * (datetime.now(UTC) - job.created_at).total_seconds()}
+        self._mark = time.perf_counter()
+
+    def run(self) -> None:
+        """From the claim to the stored result.
+
+        Raises:
+            JobRefused, JobStopped, LeaseLost, WorkerStopping, WorkerUnfit: as they say.
+        """
+        request, cache = self._job.request, self._tools.cache
+        try:
+            model = self._admitted(request["model"])
+            batch = cache.fetch_upload("batches", request["batch"]["sha256"], self._check)
+            self._lap("fetch")
+            reply, child = self._compute(model, batch)
+            self._store(reply, child)
+        except (StoreError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            logger.exception("job %s: files could not be moved", self._job.id)
+            raise JobRefused(
+                "unavailable", f"the worker could not move the job's files: {reason}", remedy="try again later"
+            ) from error
+
+    # Steps
+
+    def _admitted(self, sha256: str) -> Path:
+        """The admitted form of the model, made now if this is its first job."""
+        key = admitted_key(sha256, admission.ADMISSION_VERSION)
+        found = self._tools.cache.fetch(key, self._check)
+        if found is not None:
+            return found
+        self._tell("admitting")
+        source = self._tools.cache.fetch_upload("models", sha256, self._check)
+        self._lap("fetch")
+        judge = launch(
+            "curvature_worker.admission",
+            scratch=self._tools.scratch,
+            options={},
+            limits={"AS": admission.MEMORY_BYTES},
+        )
+        try:
+            self._admit(judge, source, key)
+        finally:
+            judge.kill()
+        self._lap("admit")
+        found = self._tools.cache.fetch(key, self._check)
+        if found is None:
+            raise JobRefused("internal_error", "the admitted model was not stored")
+        return found
+
+    def _admit(self, judge: Confined, source: Path, key: str) -> None:
+        """Have the model judged; store what was accepted.
+
+        Raises:
+            JobRefused: `invalid_model`, or what kept it from being judged.
+        """
+        place(source, judge.inbox / "model")
+        limit = _ADMISSION_SECONDS + source.stat().st_size / _ADMISSION_BYTES_PER_SECOND
+        self._say(judge, {"judge": "model"}, "the admission of the model")
+        verdict = self._listen(judge, {"admitted", "refused", "failed"}, "the admission of the model", limit)
+        if verdict["event"] == "refused":
+            raise JobRefused(
+                "invalid_model",
+                _text(verdict, "message") or "not admitted",
+                param="model",
+                remedy=_text(verdict, "remedy"),
+            )
+        if verdict["event"] == "failed":
+            raise JobRefused("unavailable", _text(verdict, "message") or "not stored", remedy="try again later")
+        judge.end()  # nobody is left who could change the file
+        self._tools.objects.put_file(key, judge.take("admitted"))
+
+    def _compute(self, model: Path, batch: Path) -> tuple[dict[str, Any], Confined]:
+        """Hand the job to the tenant's child; its reply, and the child, whose outbox holds the files.
+
+        Raises:
+            JobRefused: as the child or its death says.
+        """
+        job, pool = self._job, self._tools.pool
+        child = self._hand_over(model, batch)
+        try:
+            reply = self._listen(child, {"done", "error"}, "the model's process", job.request.get("timeout_seconds"))
+        except BaseException:  # it is dead, or still at work on what nobody wants
+            pool.discard(job.tenant)
+            raise
+        finally:
+            (child.inbox / job.request["batch"]["sha256"]).unlink(missing_ok=True)
+        self._lap("child")
+        if reply["event"] == "done":
+            return reply, child
+        refusal = _refusal(reply)
+        if refusal.code in _STAINED:
+            pool.discard(job.tenant)
+        else:
+            child.empty_outbox()
+        raise refusal
+
+    def _hand_over(self, model: Path, batch: Path) -> Confined:
+        """Give the tenant's child its files and its order; a child that died while idle is replaced."""
+        job, pool = self._job, self._tools.pool
+        for _ in range(2):
+            child = pool.acquire(job.tenant, self._check)
+            pool.place_model(job.tenant, job.request["model"], model)
+            place(batch, child.inbox / job.request["batch"]["sha256"])
+            try:
+                child.channel.send(_order(job.request), _SEND_SECONDS)
+            except ChannelClosed:
+                pool.discard(job.tenant)
+                continue
+            self._lap("hand_over")
+            return child
+        raise JobRefused(
+            "worker_crashed", "the model's process ended before it took the job", remedy="submit the job again"
+        )
+
+    def _listen(self, process: Confined, wanted: set[str], who: str, seconds: float | None) -> dict[str, Any]:
+        """Wait for a process's word, with an eye on cancellation and time.
+
+        Raises:
+            JobRefused: if it dies, stops making sense, or takes longer than `seconds`.
+        """
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while True:
+            try:
+                message = process.channel.receive(self._tools.settings.poll_seconds)
+                if message is not None and message.get("event") in wanted:
+                    return message
+                if message is not None:
+                    self._note(message)
+            except ChannelClosed as error:
+                code, how, remedy = process.death()
+                raise JobRefused(code, f"{who} {how}", remedy=remedy) from error
+            self._check()
+            if deadline is not None and time.monotonic() > deadline:
+                raise JobRefused(
+                    "job_timeout", f"{who} took longer than its limit of {seconds:g} s", remedy="raise timeout_seconds"
+                )
+
+    def _note(self, message: dict[str, Any]) -> None:
+        """Pass progress on.
+
+        Raises:
+            ChannelClosed: on anything that no honest child says.
+        """
+        phase, done, total = message.get("phase"), message.get("done"), message.get("total")
+        if phase not in ("loading", "computing") or not isinstance(done, int) or not isinstance(total, int):
+            raise ChannelClosed("a message that is no progress")
+        self._tell(phase, done, total)
+
+    def _store(self, reply: dict[str, Any], child: Confined) -> None:
+        """Check what the child wrote, store it, and commit the job's row to it.
+
+        Raises:
+            LeaseLost: somebody else has the job now; what was stored is removed.
+        """
+        job = self._job
+        try:
+            files = self._take_files(child)
+            manifest = build_manifest(
+                reply,
+                files,
+                job_id=job.id,
+                attempt=job.attempt,
+                isolation=str(child.greeting["isolation"]),
+                warnings=list(job.request.get("warnings", [])),
+            )
+            self._lap("check")
+            self._tell("storing")
+            self._put(files, manifest)
+        finally:
+            child.empty_outbox()
+        warnings = manifest.warnings
+        if not self._lease.write(lambda: jobs.succeed(self._tools.database, job.id, job.attempt, warnings)):
+            self._remove_stored(files)
+            raise LeaseLost
+
+    def _take_files(self, child: Confined) -> dict[str, Path]:
+        """Label → file, each moved out of the child's reach."""
+        try:
+            return {label: child.take(_file_name(label)) for label in _labels(self._job.request)}
+        except FileNotFoundError as error:
+            raise JobRefused(
+                "internal_error", f"the model's process left no file {Path(error.filename).name}"
+            ) from error
+
+    def _put(self, files: dict[str, Path], manifest: Manifest) -> None:
+        job, objects = self._job, self._tools.objects
+        for label, path in files.items():
+            self._lease.check()  # a worker that is told to stop still delivers what is computed
+            objects.put_file(result_key(job.id, job.attempt, _file_name(label)), path)
+        self._lap("store")
+        manifest = manifest.model_copy(update={"timings_ms": {**manifest.timings_ms, **self._timings}})
+        key = result_key(job.id, job.attempt, "manifest.json")
+        objects.put_bytes(key, manifest.model_dump_json().encode())
+
+    def _remove_stored(self, files: dict[str, Path]) -> None:
+        job = self._job
+        with suppress(StoreError, OSError):
+            for name in ("manifest.json", *(_file_name(label) for label in files)):
+                self._tools.objects.delete(result_key(job.id, job.attempt, name))
+
+    # Keeping in touch
+
+    def _say(self, process: Confined, message: dict[str, Any], who: str) -> None:
+        try:
+            process.channel.send(message, _SEND_SECONDS)
+        except ChannelClosed as error:
+            code, how, remedy = process.death()
+            raise JobRefused(code, f"{who} {how}", remedy=remedy) from error
+
+    def _tell(self, phase: str, done: int = 0, total: int = 0) -> None:
+        """Note progress for the next renewal and publish it."""
+        self._lease.progress = Progress(phase=phase, done=done, total=total)
+        self._tools.reporter.progress(self._job, self._lease.progress)
+
+    def _check(self) -> None:
+        """Whether to go on.
+
+        Raises:
+            WorkerStopping, JobStopped, LeaseLost: as they say.
+        """
+        if self._tools.stopping.is_set():
+            raise WorkerStopping
+        self._lease.check()
+
+    def _lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._timings[name] = self._timings.get(name, 0.0) + 1e3 * (now - self._mark)
+        self._mark = now
+
+
+def _labels(request: dict[str, Any]) -> list[str]:
+    return [e["label"] or e["name"] for e in request["extensions"]]
+
+
+def _file_name(label: str) -> str:
+    return f"{label}.safetensors"
+
+
+def _order(request: dict[str, Any]) -> dict[str, Any]:
+    """The request as the child takes it: what matters to the numbers, every extension with its label."""
+    extensions = [
+        {"name": e["name"], "label": label, "options": e["options"]}
+        for e, label in zip(request["extensions"], _labels(request), strict=True)
+    ]
+    wanted = {name: request[name] for name in ("loss", "reduction", "seed", "parameters", "eval")}
+    return {
+        "model": request["model"],
+        "batch": request["batch"]["sha256"],
+        "request": {**wanted, "extensions": extensions},
+    }
+
+
+def _refusal(reply: dict[str, Any]) -> JobRefused:
+    """A child's complaint; of a code that the protocol does not know nothing is believed but the words."""
+    code = reply.get("code")
+    return JobRefused(
+        code if isinstance(code, str) and code in FAMILIES else "internal_error",
+        _text(reply, "message") or "the model's process gave no reason",
+        param=_text(reply, "param"),
+        remedy=_text(reply, "remedy"),
+    )
+
+
+def _text(message: dict[str, Any], field: str) -> str | None:
+    """A text that a confined process sent, if it is one, and not endlessly long."""
+    value = message.get(field)
+    return value[:_MESSAGE_CHARACTERS] if isinstance(value, str) else None
