@@ -1,0 +1,111 @@
+"""The `curvature` command, as a shell runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from tests.integration.cases import small
+
+CURVATURE = str(Path(sys.executable).with_name("curvature"))
+
+
+@pytest.fixture
+def run(server, tmp_path):
+    model, (x, y) = small()
+    torch.jit.save(torch.jit.script(model), tmp_path / "model.pt")
+    safetensors.torch.save_file({"inputs": x, "targets": y}, tmp_path / "batch.safetensors")
+
+    def run(*words, url=server.url):
+        environment = {**os.environ, "CURVATURE_URL": url}
+        return subprocess.run(
+            [CURVATURE, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+
+    return run
+
+
+def test_analyze_writes_the_tensors(run, tmp_path):
+    done = run("analyze", "model.pt", "batch.safetensors", "-e", "diag_ggn_mc", "-e", "kfac", "-o", "out.safetensors")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "wrote out.safetensors" in done.stdout
+    assert set(safetensors.torch.load_file(tmp_path / "out.safetensors")) >= {"diag_ggn_mc/0.weight", "kfac/0.weight/A"}
+
+
+def test_options_go_to_the_extensions_that_know_them(run, tmp_path):
+    words = ["analyze", "model.pt", "batch.safetensors", "-e", "variance", "-e", "kfac", "-o", "out.safetensors"]
+    assert run(*words, "--mc-samples", "4", "--loss", "cross_entropy", "--reduction", "sum").returncode == 0
+    with safetensors.safe_open(tmp_path / "out.safetensors", "pt") as file:
+        manifest = json.loads(file.metadata()["curvature_manifest"])
+    assert [g["options"].get("mc_samples") for g in manifest["groups"]] == [None, 4]
+    assert manifest["reduction"] == "sum"
+
+
+def test_jobs_can_be_listed_shown_saved(run, tmp_path):
+    run("analyze", "model.pt", "batch.safetensors", "-e", "grad", "-o", "out.safetensors")
+    listed = run("jobs", "--limit", "1").stdout.splitlines()
+    assert listed[0].split() == ["JOB", "STATUS", "CREATED", "TOOK", "EXTENSIONS"]
+    job_id, status = listed[1].split()[:2]
+    assert status == "succeeded"
+    assert "succeeded" in run("jobs", "show", job_id).stdout
+    assert run("jobs", "save", job_id, "-o", "again.safetensors").returncode == 0
+    first, second = (safetensors.torch.load_file(tmp_path / f"{n}.safetensors") for n in ("out", "again"))
+    assert torch.equal(first["grad/0.weight"], second["grad/0.weight"])
+    refused = run("jobs", "cancel", job_id)
+    assert refused.returncode == 1
+    assert "has succeeded already" in refused.stderr
+
+
+def test_extensions_are_listed(run):
+    text = run("extensions").stdout
+    assert "diag_ggn_mc" in text
+    assert "losses: cross_entropy, mse" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["analyze", "model.pt", "batch.safetensors", "-e", "kfca", "-o", "x"], "did you mean 'kfac'"),
+        (["analyze", "absent.pt", "batch.safetensors", "-e", "kfac", "-o", "x"], "absent.pt does not exist"),
+        (["analyze", "batch.safetensors", "batch.safetensors", "-e", "kfac", "-o", "x"], "no zip archive"),
+        (["jobs", "show", "nothing"], "there is no job 'nothing'"),
+    ],
+)
+def test_errors_are_one_line_and_status_one(run, words, message):
+    done = run(*words)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_server_that_is_not_there(run):
+    done = run("jobs", url="http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert "curvature serve" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_second_server_on_one_data_folder_is_refused(server, run):
+    done = run("serve", "--port", "0", "--data-dir", str(server.data_dir))
+    assert done.returncode == 1
+    assert "another server uses the data folder" in done.stderr
+
+
+def test_a_port_in_use_is_refused(server, run, tmp_path):
+    port = server.url.rpartition(":")[2]
+    done = run("serve", "--port", port, "--data-dir", str(tmp_path / "data"))
+    assert done.returncode == 1
+    assert "choose another port" in done.stderr
+
+
+def test_a_device_that_does_not_exist_is_refused(run, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = run("serve", "--port", "0", "--data-dir", str(tmp_path / "data"), "--device", "cuda")
+    assert done.returncode == 1
+    assert "torch sees 0 CUDA devices" in done.stderr
