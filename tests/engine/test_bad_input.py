@@ -108,6 +108,23 @@ def test_no_default_loss_for_real_targets():
     refused("loss_required", NET, X, torch.randn(5, 2), match="say loss=")
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.uint16])
+def test_any_integer_type_holds_class_indices(dtype):
+    expected = analyze(extensions=["batch_grad"])["batch_grad"]["0.weight"]
+    actual = analyze(y=Y.to(dtype), loss="cross_entropy", extensions=["batch_grad"])["batch_grad"]["0.weight"]
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("x", [X.to_sparse(), X.to("meta")], ids=["sparse", "meta"])
+def test_only_dense_tensors(x):
+    refused("invalid_inputs", NET, x, match="dense")
+
+
+@pytest.mark.parametrize("y", [[0, 1, 0, 1, 1], None])
+def test_targets_are_one_tensor(y):
+    refused("invalid_targets", NET, X, y, match=type(y).__name__)
+
+
 def test_an_empty_batch():
     refused("empty_batch", NET, X[:0], Y[:0])
 
@@ -133,6 +150,29 @@ def test_nan_is_delivered_with_a_warning():
 )
 def test_unknown_extensions_and_options(extension, code, match):
     refused(code, extensions=[extension], match=match)
+
+
+@pytest.mark.parametrize(
+    ("code", "options", "match"),
+    [
+        ("invalid_option", {"seed": 2**63}, "whole number"),
+        ("invalid_option", {"seed": "seven"}, "'seven'"),
+        ("invalid_option", {"budget_bytes": "much"}, "'much'"),
+        ("invalid_option", {"budget_bytes": 0}, "from 1"),
+        ("invalid_option", {"device": "abacus"}, "abacus"),
+        ("invalid_option", {"device": "meta"}, "meta"),
+        ("invalid_option", {"loss": {"name": "mse", "options": 3}}, "mapping"),
+    ],
+)
+def test_options_of_the_wrong_kind(code, options, match):
+    refused(code, match=match, **options)
+
+
+def test_extensions_of_the_wrong_kind():
+    with pytest.raises(engine.EngineError, match="list of names"):
+        engine.analyze(NET, X, Y, None)
+    refused("invalid_option", extensions=[{"name": "kfac", "options": 3}], match="mapping")
+    assert set(engine.analyze(NET, X, Y, {"name": "kfac"}).groups) == {"kfac"}
 
 
 def test_labels_must_differ():
@@ -208,3 +248,58 @@ def test_coupled_samples_still_have_a_gradient():
 def test_outputs_must_be_one_tensor_that_depends_on_the_parameters():
     refused("unsupported_outputs", Several(), match="tuple")
     refused("unsupported_model", Detached(), match="do not depend")
+
+
+class RootOfZero(Noisy):
+    def forward(self, x):
+        return torch.sqrt(self.l(x) * 0.0)
+
+
+def test_gradients_that_are_not_finite_are_delivered_unverified_with_a_warning():
+    result = analyze(RootOfZero(), extensions=["batch_grad"])
+    assert any("not finite" in w for w in result.warnings)
+    assert not result.groups["batch_grad"].provenance["l.weight"]["verified"]
+    assert not torch.isfinite(result["batch_grad"]["l.weight"]).all()
+
+
+class AsksForAnAxis(Noisy):
+    def forward(self, x):
+        return self.l(x) * x.size(5)
+
+
+class AsksForOneNumber(Noisy):
+    def forward(self, x):
+        return self.l(x) * x.item()
+
+
+class DecidesOnManyNumbers(Noisy):
+    def forward(self, x):
+        if bool(x):
+            x = x + 1
+        return self.l(x)
+
+
+class DividesByZero(Noisy):
+    def forward(self, x):
+        return self.l(x) * (1 // int(x.sum() * 0))
+
+
+class TakesAbsentItem(Noisy):
+    def forward(self, x):
+        names = {"a": 1}
+        return self.l(x) * names["b"]
+
+
+@pytest.mark.parametrize(
+    ("module", "match"),
+    [
+        (AsksForAnAxis, "x.size.5.*tuple index out of range"),
+        (AsksForOneNumber, "15 elements"),
+        (DecidesOnManyNumbers, "ambiguous"),
+        (DividesByZero, "division or modulo by zero"),
+        (TakesAbsentItem, "b"),
+    ],
+)
+def test_what_python_would_raise_inside_the_model_is_told_with_its_line(module, match):
+    error = refused("invalid_inputs", module(), match=match)
+    assert "test_bad_input.py, line" in error.message

@@ -18,13 +18,13 @@ from curvature_engine.contributions import (
 )
 from curvature_engine.errors import EngineError
 from curvature_engine.extensions import Accumulator, KroneckerFactors, Setting
-from curvature_engine.judgement import judge
+from curvature_engine.judgement import confirm, judge, random_cotangent, reproducible
 from curvature_engine.losses import BoundLoss, LossSpec, accumulation_dtype
 from curvature_engine.probe import Verdict
 from curvature_engine.program import Forward, Inputs, Parameter, Program, load
 from curvature_engine.requests import Request, parse_requests
 from curvature_engine.results import Analysis, Group
-from curvature_engine.tape import Tape
+from curvature_engine.tape import Tape, backward
 from curvature_engine.version import __version__
 
 Progress = Callable[[int, int], None]
@@ -71,6 +71,9 @@ def analyze(
     """
     requests = parse_requests(extensions)
     spec = LossSpec.parse(loss, reduction)
+    _check_whole_number("seed", seed, -(2**63))
+    if budget_bytes is not None:
+        _check_whole_number("budget_bytes", budget_bytes, 1)
     program = load(model, device=device, eval=eval)
     return _Analyzer(program, requests, spec, seed, parameters, progress, budget_bytes or DEFAULT_BUDGET_BYTES).run(
         inputs, targets
@@ -136,6 +139,14 @@ class _Analyzer:
 
     def _placed(self, value: Any) -> Any:
         if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_nested:
+                raise EngineError(
+                    "invalid_inputs",
+                    f"inputs and targets must be dense tensors; got {value.layout} on {value.device}, "
+                    f"{_name(value.dtype)}",
+                    param="inputs",
+                    remedy="call to_dense() or dequantize()",
+                )
             return value.detach().to(self.program.device)
         if isinstance(value, tuple | list):
             return type(value)(self._placed(v) for v in value)
@@ -150,6 +161,14 @@ class _Analyzer:
                 f'parameters must be "trainable" or "all"; got {self.parameters!r}',
                 param="parameters",
             )
+        for name, p in self.program.parameters.items():
+            if p.tensor.is_complex() and (self.parameters == "all" or any(t.requires_grad for t in p.tensors)):
+                raise EngineError(
+                    "unsupported_model",
+                    f"parameter {name} is complex: curvature is defined for real parameters only",
+                    param=name,
+                    remedy="keep its real and imaginary parts as two parameters",
+                )
         found = {
             name: p
             for name, p in self.program.parameters.items()
@@ -229,6 +248,8 @@ class _Work:
         self._outputs = outputs
         self._bound = bound
         self._selected = selected
+        self._gradient = bound.gradient().to(outputs.dtype)
+        self._at_hand: dict[int, Tensor | None] = {}
         self.methods: dict[str, str] = {}
         self.verified = False
 
@@ -247,7 +268,7 @@ class _Work:
         total = bool(first) + (self._bound.columns if exact else 0) + draws
         self._done, self._total = 0, total
         if first:
-            self._column(self._bound.gradient(), [a for _, a in first])
+            self._column(self._gradient, [a for _, a in first])
         for v in range(self._bound.columns if exact else 0):
             self._column(self._bound.exact_column(v), [a for _, a in exact])
         for m in range(draws):
@@ -281,8 +302,7 @@ class _Work:
         if not labels:
             return
         leaves = [t for p in self._selected.values() for t in p.tensors]
-        cotangent = self._bound.gradient().to(self._outputs.dtype)
-        gradients = torch.autograd.grad(self._outputs, leaves, cotangent, retain_graph=True, allow_unused=True)
+        gradients = backward(self._outputs, leaves, self._gradient)
         place = 0
         for name, parameter in self._selected.items():
             total = torch.zeros(
@@ -290,7 +310,7 @@ class _Work:
             )
             for gradient in gradients[place : place + len(parameter.tensors)]:
                 if gradient is not None:
-                    total += gradient.to_dense() if gradient.is_sparse else gradient
+                    total += gradient
             place += len(parameter.tensors)
             for label in labels:
                 groups[label].by_parameter[name] = total
@@ -325,33 +345,44 @@ class _Work:
             self._uses[name] = prepared
 
     def _verdict(self) -> Verdict:
-        program, forward = self._analyzer.program, self._forward
-        key = (
-            tuple(self._outputs.shape),
+        verdicts, forward, outputs = self._analyzer.program.verdicts, self._forward, self._outputs
+        path = (
+            tuple(outputs.shape),
             forward.decisions,
             tuple(self._selected),
             tuple((tap.name, tap.shapes, tap.intact) for tap in forward.tape.taps),
         )
-        finite = bool(torch.isfinite(self._outputs).all())
-        verdict = program.verdicts.get(key)
-        if verdict is None:
-            verdict = judge(self._outputs, forward.tape, self._selected)
-            if finite and not forward.routed_by_data:
-                program.verdicts[key] = verdict
-        self.verified = finite
+        verdict = None if forward.routed_by_data else verdicts.get(path)
+        if verdict is None or not self._confirm(verdict):
+            verdict = judge(outputs, forward.tape, self._selected)
+            if verdict.finite and not forward.routed_by_data:
+                verdicts.keep(path, verdict)
+        self.verified = verdict.finite and bool(torch.isfinite(outputs).all())
+        if not verdict.finite:
+            self._analyzer.warnings.append(
+                "some gradient in the model is not finite: results below it are not verified"
+            )
         return verdict
+
+    def _confirm(self, verdict: Verdict) -> bool:
+        """Whether a kept verdict holds for this batch's rows."""
+        # The loss's gradient leaves rows silent that other columns reach, but those do not matter to it.
+        only_gradient = all(r.extension.columns in ("outputs", "gradient") for r in self._analyzer.requests)
+        cotangent = self._gradient if only_gradient else random_cotangent(self._outputs)
+        known = [i for i, tap in enumerate(verdict.taps) if tap.attribution is not None]
+        with reproducible(self._outputs.device):
+            gradients = self._at_taps(known, cotangent)
+            if only_gradient:
+                self._at_hand = gradients
+            return confirm(verdict, self._outputs, self._forward.tape, cotangent, gradients)
 
     # Columns
 
     def _column(self, cotangent: Tensor, accumulators: list[Accumulator]) -> None:
         cotangent = cotangent.to(self._outputs.dtype)
-        taps = self._forward.tape.taps
         needed = sorted({u.tap_index for uses in self._uses.values() for u in uses})
-        gradients: dict[int, Tensor | None] = {}
-        if needed:
-            edges = [taps[i].edges[0] for i in needed]
-            found = torch.autograd.grad(self._outputs, edges, cotangent, retain_graph=True, allow_unused=True)
-            gradients = dict(zip(needed, found, strict=True))
+        at_hand = self._at_hand if cotangent is self._gradient else {}
+        gradients = at_hand if at_hand.keys() >= set(needed) else self._at_taps(needed, cotangent)
         fallbacks = self._fallbacks(cotangent)
         with torch.no_grad():
             for name, parameter in self._selected.items():
@@ -361,6 +392,12 @@ class _Work:
         self._done += 1
         if self._analyzer.progress is not None:
             self._analyzer.progress(self._done, self._total)
+
+    def _at_taps(self, numbers: Sequence[int], cotangent: Tensor) -> dict[int, Tensor | None]:
+        """The gradients of some taps' outputs, by the taps' numbers."""
+        taps = [self._forward.tape.taps[i] for i in numbers]
+        found = backward(self._outputs, [tap.edges[0] for tap in taps], cotangent)
+        return {i: tap.shaped([g])[0] for i, tap, g in zip(numbers, taps, found, strict=True)}
 
     def _closed(self, name: str, parameter: Parameter, gradients: dict[int, Tensor | None]) -> Contribution:
         uses = []
@@ -387,16 +424,23 @@ class _Work:
         restricted = torch.zeros_like(cotangent)
         for n in range(N):
             restricted[n] = cotangent[n]
-            found = torch.autograd.grad(self._outputs, flat, restricted, retain_graph=True, allow_unused=True)
+            found = backward(self._outputs, flat, restricted)
             restricted[n] = 0
             for stack, gradient in zip(stacks, found, strict=True):
                 if gradient is not None:
-                    stack[n] = gradient.to_dense() if gradient.is_sparse else gradient
+                    stack[n] = gradient
         result: dict[str, Contribution] = {}
         for name in names:
             parts = [stacks.pop(0) for _ in tensors[name]]
             result[name] = Materialised(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0))
         return result
+
+
+def _check_whole_number(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
+        raise EngineError(
+            "invalid_option", f"{name} must be a whole number from {least} to {2**63 - 1}; got {value!r}", param=name
+        )
 
 
 def _check_not_empty(inputs: Any, targets: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from curvature_engine.losses import accumulation_dtype
 from curvature_engine.probe import Attribution
 from curvature_engine.rules import Rule
-from curvature_engine.tape import Tap, Use
+from curvature_engine.tape import Tap, Use, backward
 
 
 class Contribution(ABC):
@@ -70,14 +70,12 @@ class Fallback(Contribution):
         restricted = torch.zeros_like(self._cotangent)
         for n in range(len(self._cotangent)):
             restricted[n] = self._cotangent[n]
-            gradients = torch.autograd.grad(
-                self._outputs, self._tensors, restricted, retain_graph=True, allow_unused=True
-            )
+            gradients = backward(self._outputs, self._tensors, restricted)
             restricted[n] = 0
             total = torch.zeros(self.shape, dtype=dtype, device=self._tensors[0].device)
             for gradient in gradients:
                 if gradient is not None:
-                    total += gradient.to_dense() if gradient.is_sparse else gradient
+                    total += gradient
             yield n, total[None]
 
 

@@ -1,5 +1,7 @@
 """The engine's one exception. Its codes are those of the wire protocol."""
 
+import torch
+
 
 class EngineError(Exception):
     """Something about the model, the batch or the request keeps the engine from giving exact numbers.
@@ -17,3 +19,14 @@ class EngineError(Exception):
         self.message = message
         self.param = param
         self.remedy = remedy
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether torch failed for want of memory, on whichever device."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,29 +1,18 @@
 """One run of a compiled program: the value table, and what is noticed on the way."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvature_engine.calls import OperatorCall
 from curvature_engine.contexts import ScriptContext
-from curvature_engine.errors import EngineError
+from curvature_engine.errors import EngineError, first_line, memory_ran_out
 from curvature_engine.operators import ROUTERS
 from curvature_engine.tape import Tape
 
 Decision = bool | int
-
-
-class OperatorCall(NamedTuple):
-    """One tensor operator of the program, resolved."""
-
-    name: str
-    overload: Any
-    positional: int
-    keywords: tuple[str, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    place: str
 
 
 _BATCH_NORMS = {"batch_norm": 5, "native_batch_norm": 5}
@@ -40,8 +29,10 @@ class Run:
 
     device: torch.device
     tape: Tape | None
-    clone_buffers: bool
-    buffer_ids: frozenset[int]
+    edits: bool
+    """Whether tensors may be edited in place: then the program works on copies of whatever outlives the run."""
+    parameter_places: frozenset[int]
+    """Where parameters lie in memory."""
     allow_dropout: bool
 
     def __post_init__(self) -> None:
@@ -51,21 +42,34 @@ class Run:
         self.routed_by_data = False
         self.used_dropout = False
         self._overlay: dict[tuple[int, str], Any] = {}
-        self._clones: dict[int, Tensor] = {}
+        self._clones: dict[int, tuple[Tensor, Tensor]] = {}
         self._entered: list[ScriptContext] = []
 
     def attribute(self, owner: Any, name: str) -> Any:
-        """Read a module's attribute; buffers are clones where the program may edit tensors in place."""
+        """Read a module's attribute.
+
+        Containers, and tensors other than parameters where the program edits tensors, are copies that live as long
+        as the run.
+        """
         if isinstance(owner, ScriptContext):
             return owner.attributes[name]
-        if self._overlay and (key := (hash(owner), name)) in self._overlay:
+        key = (hash(owner), name)
+        if key in self._overlay:
             return self._overlay[key]
         value = owner.getattr(name)
-        if self.clone_buffers and isinstance(value, Tensor) and id(value) in self.buffer_ids:
-            if id(value) not in self._clones:
-                self._clones[id(value)] = value.clone()
-            return self._clones[id(value)]
+        if isinstance(value, list | dict):
+            self._overlay[key] = value
+        if self.edits:
+            return self.private(value)
         return value
+
+    def private(self, value: Any) -> Any:
+        """A copy of a tensor, the same one each time; parameters stay themselves."""
+        if not isinstance(value, Tensor) or value.untyped_storage().data_ptr() in self.parameter_places:
+            return value
+        if id(value) not in self._clones:
+            self._clones[id(value)] = (value, value.clone())  # the original is kept so that its id stays its own
+        return self._clones[id(value)][1]
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
         """Write an attribute for this run only: the next job finds the module as it was."""
@@ -100,6 +104,13 @@ class Run:
         while self._entered:
             self._entered.pop().exit()
 
+    def read_number(self, value: Any) -> None:
+        """Note what the program read from the batch's tensors: it may decide where rows go."""
+        if isinstance(value, bool | int):
+            self.decisions.append(value)
+        else:
+            self.routed_by_data = True
+
     def note_cast(self, source: Any, result: Any) -> None:
         """A method applied to a watched parameter is no gather of it: account for it as an unknown operator."""
         if self.tape is not None and result is not source:
@@ -116,18 +127,17 @@ class Run:
             self._guard(call, arguments)
         if tainted and call.name in ROUTERS and any(self.tainted[s] for s in call.inputs[1:]):
             self.routed_by_data = True
+        for position in call.writes:
+            self._guard_parameters(call, arguments[position])
         try:
-            if call.keywords:
-                options = dict(zip(call.keywords, arguments[call.positional :], strict=True))
-                result = call.overload(*arguments[: call.positional], **options)
-            else:
-                result = call.overload(*arguments)
+            result = call.invoke(arguments)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
             raise _rejection(call, error) from error
         if self.tape is not None:
-            self.tape.observe(call.name, call.overload, arguments, result, static=not tainted, place=call.place)
-        if call.name.endswith("_") and tainted:
-            self.tainted[call.inputs[0]] = True
+            self.tape.observe(call, arguments, result, static=not tainted)
+        if tainted:
+            for position in call.writes:
+                self._taint(call.inputs[position])
         if len(call.outputs) == 1:
             values[call.outputs[0]] = list(result) if isinstance(result, tuple) else result
             self.tainted[call.outputs[0]] = tainted
@@ -135,6 +145,22 @@ class Run:
         for slot, value in zip(call.outputs, result, strict=True):
             values[slot] = value
             self.tainted[slot] = tainted
+
+    def _guard_parameters(self, call: OperatorCall, edited: Any) -> None:
+        """Autograd stops edits of a parameter, but not under no_grad: they would last into the next job."""
+        if isinstance(edited, Tensor) and edited.untyped_storage().data_ptr() in self.parameter_places:
+            raise _edits_parameters(call)
+
+    def _taint(self, slot: int) -> None:
+        """Mark a tensor that now depends on the batch, and every other view of its memory."""
+        self.tainted[slot] = True
+        edited = self.values[slot]
+        if not isinstance(edited, Tensor) or not edited._is_view():
+            return
+        place = edited.untyped_storage().data_ptr()
+        for other, value in enumerate(self.values):
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() == place:
+                self.tainted[other] = True
 
     def _guard(self, call: OperatorCall, arguments: list[Any]) -> None:
         name = call.name.removesuffix("_")
@@ -159,11 +185,11 @@ class Run:
                 remedy="call .eval() on the module before tracing it, or pass eval=False to keep one random mask",
             )
         self.used_dropout = self.used_dropout or bool(dropping)
-        if name == "embedding" and len(arguments) > 3 and arguments[3]:
+        if name in ("embedding", "embedding_bag") and len(arguments) > 3 and arguments[3]:
             raise EngineError(
                 "unsupported_operator",
-                f"embedding with scale_grad_by_freq ({call.place}): its backward is no derivative, and couples samples",
-                param="aten::embedding",
+                f"{name} with scale_grad_by_freq ({call.place}): its backward is no derivative, and couples samples",
+                param=f"aten::{name}",
                 remedy="use an embedding without scale_grad_by_freq",
             )
         if name == "embedding" and len(arguments) > 4:
@@ -171,25 +197,37 @@ class Run:
 
 
 _GUARDED = frozenset(
-    [*_BATCH_NORMS, *_DROPOUTS, *_RECURRENT, "embedding", "dropout_", "feature_dropout_", "alpha_dropout_"]
+    [
+        *_BATCH_NORMS,
+        *_DROPOUTS,
+        *_RECURRENT,
+        "embedding",
+        "embedding_bag",
+        "dropout_",
+        "feature_dropout_",
+        "alpha_dropout_",
+    ]
 )
+
+
+def _edits_parameters(call: OperatorCall) -> EngineError:
+    return EngineError(
+        "unsupported_model",
+        f"the model edits its own parameters in the forward pass: aten::{call.name} ({call.place})",
+        param="model",
+        remedy="make the edit outside forward",
+    )
 
 
 def _rejection(call: OperatorCall, error: Exception) -> EngineError:
     """What a failing operator means: nearly always that the inputs do not fit the model."""
-    text = str(error).strip().splitlines()
-    reason = text[0] if text else type(error).__name__
-    if isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in reason:
+    reason = first_line(error)
+    if memory_ran_out(error):
         return EngineError(
             "out_of_memory", f"memory ran out in aten::{call.name} ({call.place})", remedy="use a smaller batch"
         )
     if "leaf Variable that requires grad" in reason:
-        return EngineError(
-            "unsupported_model",
-            f"the model edits its own parameters in the forward pass: aten::{call.name} ({call.place})",
-            param="model",
-            remedy="make the edit outside forward",
-        )
+        return _edits_parameters(call)
     return EngineError(
         "invalid_inputs",
         f"the model rejected its inputs at aten::{call.name} ({call.place}): {reason}",

@@ -198,7 +198,12 @@ class LossSpec:
         if loss is None or isinstance(loss, str):
             return cls(loss, {}, reduction)
         if isinstance(loss, Mapping) and isinstance(loss.get("name"), str):
-            return cls(loss["name"], loss.get("options") or {}, reduction)
+            options = loss.get("options") or {}
+            if not isinstance(options, Mapping):
+                raise EngineError(
+                    "invalid_option", f"a loss's options are a mapping; got {options!r}", param="loss.options"
+                )
+            return cls(loss["name"], options, reduction)
         raise EngineError(
             "unknown_loss",
             f"a loss is a name, a mapping with a name, or a loss module; got {type(loss).__name__}",
@@ -292,6 +297,7 @@ def _check_class_targets(outputs: Tensor, targets: Tensor, ignore_index: int) ->
             param="targets",
             remedy="cast them",
         )
+    targets = targets.long()  # unsigned types compare with nothing negative
     expected = [outputs.shape[0], *outputs.shape[2:]]
     if list(targets.shape) != expected:
         raise EngineError(

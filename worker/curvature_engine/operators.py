@@ -95,6 +95,9 @@ ROUTERS = _names(
 )
 """Operators through which data decide where rows go: then an attribution of rows is not kept between batches."""
 
+READINGS = _names("item Int Float Bool IntImplicit FloatImplicit ScalarImplicit is_nonzero equal allclose tolist")
+"""Questions about a tensor's values, not its form."""
+
 REFUSED: dict[str, tuple[str, str]] = {
     "embedding_renorm": ("max_norm edits the weights inside the forward pass", "use an embedding without max_norm"),
 }

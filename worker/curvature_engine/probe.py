@@ -4,19 +4,29 @@ Shapes do not say, and a gradient check cannot see it. So ask the program: a ran
 taps, then once more with every sample's part scaled by its own power of two. A row that belongs to one sample comes
 back scaled by exactly that power (powers of two commute with rounding), in any precision; a row that came back
 otherwise mixes samples. As powers are few, a sample's number is sent digit by digit.
+
+What the probe finds holds for the batch it was asked on. Another batch of the same shapes may have other rows alive, or
+other samples coupled (a matrix of neighbours among the inputs, a gate that was shut), so a kept verdict is confirmed
+on every batch, by the same sendings compared with what the verdict predicts.
 """
 
 import math
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from curvature_engine.losses import accumulation_dtype
 from curvature_engine.tape import Tap
 
 UNKNOWN = -1  # no gradient reaches this row, whatever the cotangent
 MIXED = -2
+UNREADABLE = -3  # one does, but too small or too large for its precision to be read
+
+_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+_HALF_TOLERANCE = 2.0**-6
 
 
 @dataclass(frozen=True)
@@ -25,13 +35,20 @@ class Attribution:
 
     Attributes:
         order: "major" (row n·T + t), "minor" (row t·N + n), or "index".
+        determined: whether rows without gradient can be placed, too: there are none, or only this regular order fits.
         index: for "index": [N, T] row numbers, R standing for a row of zeros.
     """
 
     N: int
     order: str
     R: int
+    determined: bool = True
     index: Tensor | None = None
+
+    @property
+    def even(self) -> bool:
+        """Whether every sample has the same number of rows."""
+        return self.index is None or not bool((self.index == self.R).any())
 
     def arrange(self, rows: Tensor, row_axes: int) -> Tensor:
         """Bring a tensor whose first `row_axes` axes are rows into [N, T, …]."""
@@ -60,72 +77,144 @@ class Verdict:
     taps: tuple[TapVerdict, ...]
     mismatched: frozenset[str] = frozenset()
     """Parameters whose summed closed form disagrees with ordinary autograd (never expected)."""
+    finite: bool = True
+    """Whether every gradient of the probe was finite: only then does it prove anything."""
 
 
-def digits_of(N: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(levels, digits): how many powers of two are used, and how many sendings tell N samples apart."""
-    levels = 8 if dtype == torch.float16 else 16
-    digits = 1
-    while levels**digits < N:
-        digits += 1
-    return levels, digits
+class Verdicts:
+    """Kept verdicts by path, the least recently used dropped first."""
+
+    def __init__(self, capacity: int = 64) -> None:
+        self._capacity = capacity
+        self._kept: OrderedDict[Hashable, Verdict] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, path: Hashable) -> Verdict | None:
+        """The verdict kept for a path."""
+        if path in self._kept:
+            self._kept.move_to_end(path)
+        return self._kept.get(path)
+
+    def keep(self, path: Hashable, verdict: Verdict) -> None:
+        """Keep a verdict."""
+        self._kept[path] = verdict
+        self._kept.move_to_end(path)
+        while len(self._kept) > self._capacity:
+            self._kept.popitem(last=False)
 
 
-def scaled_cotangents(u: Tensor) -> list[Tensor]:
-    """`u` [N, …] with sample n's part scaled by 2^digit, for each digit of n."""
-    levels, digits = digits_of(u.shape[0], u.dtype)
-    n = torch.arange(u.shape[0], device=u.device)
-    shape = (-1, *[1] * (u.dim() - 1))
-    return [u * torch.exp2(((n // levels**d) % levels).to(u.dtype)).view(shape) for d in range(digits)]
+@dataclass(frozen=True)
+class Code:
+    """How samples are told apart: sample n is sent as the digits of n to the base `levels`, each as a power of two."""
+
+    N: int
+    levels: int
+
+    @classmethod
+    def for_gradients(cls, N: int, gradients: Sequence[Tensor | None]) -> "Code":
+        """A code whose powers the narrowest of these gradients can hold."""
+        return cls(N, 8 if any(g is not None and g.dtype == torch.float16 for g in gradients) else 64)
+
+    def factors(self, device: torch.device) -> list[Tensor]:
+        """Per digit, the samples' powers of two: [N] each."""
+        n, unit = torch.arange(self.N, device=device), 1
+        factors: list[Tensor] = []
+        while unit < self.N or not factors:
+            factors.append(torch.exp2(((n // unit) % self.levels).double()))
+            unit *= self.levels
+        return factors
 
 
-def samples_of_elements(base: Tensor, scaled: Sequence[Tensor], N: int, dtype: torch.dtype) -> Tensor:
-    """The sample that each element belongs to, `UNKNOWN` where nothing arrives, `MIXED` where several samples meet."""
-    levels, _ = digits_of(N, dtype)
-    tiny = torch.finfo(base.dtype).tiny * 2**24
-    silent = (base.abs() <= tiny) | ~torch.isfinite(base)  # nothing can be read off NaN
-    sample = torch.zeros(base.shape, dtype=torch.int64, device=base.device)
+def scaled(u: Tensor, factors: Tensor) -> Tensor:
+    """`u` [N, …] with each sample's part scaled by its factor [N]."""
+    return u * factors.to(u.dtype).view(-1, *[1] * (u.dim() - 1))
+
+
+def samples_of_elements(base: Tensor, others: Sequence[Tensor], code: Code) -> Tensor:
+    """The sample that each element belongs to, or `UNKNOWN`, `MIXED`, `UNREADABLE`.
+
+    `base` is the gradient under the plain cotangent, `others` those under the cotangents scaled digit by digit.
+    """
+    if base.is_complex():
+        base, others = torch.view_as_real(base), [torch.view_as_real(o) for o in others]
+    info = torch.finfo(base.dtype)
+    tolerance = _TOLERANCE.get(base.dtype, _HALF_TOLERANCE)
+    blurred, negligible = _floors(base)
+    # Nothing can be read off NaN, and the result shows it; what is lost in rounding may go to any sample.
+    silent = (base.abs() <= negligible) | ~torch.isfinite(base)
+    unreadable = ~silent & (base.abs() < blurred)
     mixed = torch.zeros_like(silent)
-    for d, other in enumerate(scaled):
-        power = torch.log2((other / base).double())
-        digit = power.round()
-        # A power that is no whole number, or out of range, is a sum of several samples' parts.
-        wrong = ~torch.isfinite(power) | ((power - digit).abs() > 1e-3) | (digit < 0) | (digit >= levels)
-        mixed |= torch.where(silent, other.abs() > tiny * 2**levels, wrong)
-        sample += digit.nan_to_num(0.0, 0.0, 0.0).clamp(0, levels - 1).long() * levels**d
-    mixed |= ~silent & (sample >= N)
+    sample = torch.zeros(base.shape, dtype=torch.int64, device=base.device)
+    unit = 1
+    for other in others:
+        ratio = other.to(accumulation_dtype(other.dtype)) / base
+        digit = torch.log2(ratio).round()
+        nominal = torch.exp2(digit)
+        # A ratio that is no power of two, or out of range, is a sum of several samples' parts.
+        fits = ((ratio - nominal).abs() <= tolerance * nominal) & (digit >= 0) & (digit < code.levels)
+        loud = other.abs() > max(negligible, info.tiny) * 2.0**code.levels
+        mixed |= torch.where(silent, torch.isfinite(base) & loud, ~fits)
+        unreadable |= ~silent & ~torch.isfinite(other)
+        sample += digit.nan_to_num(0.0, 0.0, 0.0).clamp(0, code.levels - 1).long() * unit
+        unit *= code.levels
+    mixed |= ~silent & (sample >= code.N)
     sample = torch.where(silent, UNKNOWN, sample)
-    return torch.where(mixed, MIXED, sample)
+    sample = torch.where(mixed, MIXED, sample)
+    return torch.where(unreadable, UNREADABLE, sample)
 
 
-def attribute(tap: Tap, base: Sequence[Tensor | None], scaled: Sequence[Sequence[Tensor | None]], N: int) -> TapVerdict:
+def _floors(gradient: Tensor) -> tuple[float, float]:
+    """(below this, rounding to denormals shows; below this, an element is lost in its neighbours' rounding)."""
+    info = torch.finfo(gradient.dtype)
+    blurred = info.tiny * (8 if gradient.dtype == torch.float16 else 2.0**24)
+    largest = float(gradient.abs().nan_to_num(0.0, 0.0, 0.0).max()) if gradient.numel() else 0.0
+    return blurred, min(blurred, info.eps**2 * largest)
+
+
+def attribute(
+    tap: Tap, base: Sequence[Tensor | None], others: Sequence[Sequence[Tensor | None]], code: Code
+) -> TapVerdict:
     """Judge one tap from its gradients under the plain and the scaled cotangents (one per output edge)."""
     pure, samples = True, None
     for edge, plain in enumerate(base):
         if plain is None:
             continue
-        others = [s[edge] for s in scaled]
-        samples = samples_of_elements(plain, [o for o in others if o is not None], N, plain.dtype)
+        samples = samples_of_elements(plain, [o for s in others if (o := s[edge]) is not None], code)
         pure = pure and not bool((samples == MIXED).any())
     if tap.rule is None or samples is None or not pure:
         return TapVerdict(None, pure)
-    rows = tap.rule.canonical(samples)
-    R = math.prod(rows.shape[: tap.rule.row_axes])
-    flat = rows.reshape(R, -1)
-    highest = flat.max(1).values if flat.shape[1] else flat.new_full((R,), UNKNOWN)
-    agrees = ((flat == highest[:, None]) | (flat == UNKNOWN)).all()
-    return TapVerdict(find_order(highest, N) if bool(agrees) else None, pure)
+    rows = _samples_of_rows(tap.rule.canonical(samples), tap.rule.row_axes)
+    return TapVerdict(None if rows is None else find_order(rows, code.N), pure)
+
+
+def _samples_of_rows(samples: Tensor, row_axes: int) -> Tensor | None:
+    """The sample of each row [R]; None where a row holds several samples' elements, or cannot be read."""
+    R = math.prod(samples.shape[:row_axes])
+    if not samples.numel():
+        return samples.new_full((R,), UNKNOWN)
+    flat = samples.reshape(R, -1)
+    highest = flat.max(1).values
+    if not bool(((flat == highest[:, None]) | (flat < 0)).all()):
+        return None
+    unreadable = (highest < 0) & (flat == UNREADABLE).any(1)
+    return None if bool(unreadable.any()) else highest
 
 
 def find_order(rows: Tensor, N: int) -> Attribution | None:
     """The simplest order that explains which sample each row [R] belongs to (rows where nothing arrives fit any)."""
     R = rows.numel()
     known = rows != UNKNOWN
+    whole = bool(known.all())
     if R % N == 0 and R > 0:
         counter = torch.arange(R, device=rows.device)
-        for order, guess in (("major", counter // (R // N)), ("minor", counter % N)):
-            if bool((rows[known] == guess[known]).all()):
-                return Attribution(N, order, R)
+        guesses = {"major": counter // (R // N)}
+        if 1 < N < R:  # else there is but one regular order
+            guesses["minor"] = counter % N
+        fitting = [order for order, guess in guesses.items() if bool((rows[known] == guess[known]).all())]
+        if fitting:
+            return Attribution(N, fitting[0], R, determined=whole or len(fitting) == 1)
     if R == 0 or not bool(known.any()):
         return None
     counts = torch.bincount(rows[known], minlength=N)
@@ -133,4 +222,20 @@ def find_order(rows: Tensor, N: int) -> Attribution | None:
     by_sample = torch.argsort(torch.where(known, rows, N), stable=True)[: int(known.sum())]
     within = torch.arange(len(by_sample), device=rows.device) - (counts.cumsum(0) - counts)[rows[by_sample]]
     index[rows[by_sample], within] = by_sample
-    return Attribution(N, "index", R, index)
+    return Attribution(N, "index", R, determined=whole, index=index)
+
+
+def predicts(tap: Tap, attribution: Attribution, base: Tensor, other: Tensor, factors: Tensor) -> bool:
+    """Whether `other`, the gradient under the scaled cotangent, is `base` scaled as the attribution says."""
+    rule = tap.rule
+    assert rule is not None
+    plain = attribution.arrange(rule.canonical(base), rule.row_axes)
+    found = attribution.arrange(rule.canonical(other), rule.row_axes)
+    expected = scaled(plain, factors)
+    if attribution.index is not None and not attribution.determined:
+        return False  # some rows are in no sample's list: they may have come alive
+    if torch.equal(expected, found):
+        return True
+    tolerance, (_, negligible) = _TOLERANCE.get(base.dtype, _HALF_TOLERANCE), _floors(base)
+    allowed = scaled(tolerance * plain.abs() + negligible, factors)
+    return bool(((found - expected).abs() <= allowed).all())

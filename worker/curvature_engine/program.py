@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvature_engine.errors import EngineError
+from curvature_engine.errors import EngineError, first_line
 from curvature_engine.execution import Decision, Run
-from curvature_engine.probe import Verdict
+from curvature_engine.probe import Verdicts
 from curvature_engine.tape import Tape
 from curvature_engine.torchscript import compile_graph
 
@@ -65,19 +65,20 @@ class Program:
             module.eval()
         self._module = module
         self.parameters, self.aliases = _collect_parameters(module)
-        self._buffer_ids = frozenset(id(b) for b in module.buffers())
-        self._buffers = list(module.buffers())  # keeps the identities alive
+        self._parameter_places = frozenset(
+            t.untyped_storage().data_ptr() for p in self.parameters.values() for t in p.tensors if t.numel()
+        )
         try:
             self._compiled = compile_graph(module.inlined_graph, device)
         except RuntimeError as error:
             raise EngineError(
                 "unsupported_model",
-                f"the module has no forward that can be read: {_first_line(error)}",
+                f"the module has no forward that can be read: {first_line(error)}",
                 param="model",
                 remedy="script or trace the module with torch.jit and save it with torch.jit.save",
             ) from error
         self._schema = module.forward.schema  # type: ignore[attr-defined]
-        self.verdicts: dict[Any, Verdict] = {}
+        self.verdicts = Verdicts()
 
     def run(self, inputs: Inputs, tape: Tape) -> Forward:
         """Run forward once on `inputs`, recording on `tape`.
@@ -89,8 +90,8 @@ class Program:
         run = Run(
             self.device,
             tape,
-            clone_buffers=self._compiled.edits_tensors or self.keeps_training,
-            buffer_ids=self._buffer_ids,
+            edits=self._compiled.edits_tensors or self.keeps_training,
+            parameter_places=self._parameter_places,
             allow_dropout=self.keeps_training,
         )
         try:
@@ -152,9 +153,9 @@ def load(model: Any, *, device: str | torch.device = "cpu", eval: bool = True) -
     Raises:
         EngineError: `invalid_model`, `no_parameters`, `unsupported_model`.
     """
-    device = torch.device(device)
     if isinstance(model, Program):
         return model
+    device = _device(device)
     if isinstance(model, str | os.PathLike):
         return Program(_load_file(Path(model), device), device, eval=eval)
     if isinstance(model, torch.jit.ScriptModule):
@@ -165,7 +166,7 @@ def load(model: Any, *, device: str | torch.device = "cpu", eval: bool = True) -
         except Exception as error:
             raise EngineError(
                 "unsupported_model",
-                f"{type(model).__name__} cannot be scripted: {_first_line(error)}",
+                f"{type(model).__name__} cannot be scripted: {first_line(error)}",
                 param="model",
                 remedy="trace it with torch.jit.trace and pass the result",
             ) from error
@@ -175,6 +176,19 @@ def load(model: Any, *, device: str | torch.device = "cpu", eval: bool = True) -
         f"a model is a path, a ScriptModule or an nn.Module; got {type(model).__name__}",
         param="model",
     )
+
+
+def _device(device: Any) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise EngineError(
+            "invalid_option", f"device {device!r} is not available: {first_line(error)}", param="device"
+        ) from error
+    if found.type == "meta":
+        raise EngineError("invalid_option", "the meta device holds no numbers", param="device")
+    return found
 
 
 def _copy(module: torch.jit.ScriptModule, device: torch.device) -> torch.jit.ScriptModule:
@@ -201,16 +215,11 @@ def _load_file(path: Path, device: torch.device) -> torch.jit.ScriptModule:
     except (RuntimeError, ValueError, OSError) as error:
         raise EngineError(
             "invalid_model",
-            f"{path.name} cannot be read as TorchScript: {_first_line(error)}",
+            f"{path.name} cannot be read as TorchScript: {first_line(error)}",
             param="model",
             remedy=remedy,
         ) from error
     return loaded
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _collect_parameters(module: torch.jit.ScriptModule) -> tuple[dict[str, Parameter], dict[str, str]]:

@@ -17,14 +17,20 @@ class Request:
     options: dict[str, Any]
 
 
-def parse_requests(given: Sequence[Any]) -> list[Request]:
+def parse_requests(given: Any) -> list[Request]:
     """Read extensions given as names or mappings.
 
     Raises:
         EngineError: `unknown_extension`, `invalid_option`, `invalid_request`.
     """
-    if isinstance(given, str):
+    if isinstance(given, str | Mapping):
         given = [given]
+    if not isinstance(given, Sequence):
+        raise EngineError(
+            "invalid_request",
+            f"extensions are a list of names or mappings; got {type(given).__name__}",
+            param="extensions",
+        )
     requests = [_parse(item) for item in given]
     labels = [r.label for r in requests]
     for label in labels:
@@ -55,4 +61,11 @@ def _parse(item: Any) -> Request:
             param="extensions",
             remedy=f"known extensions: {', '.join(EXTENSIONS)}",
         )
-    return Request(extension, item.get("label") or extension.name, extension.complete(item.get("options") or {}))
+    options = item.get("options") or {}
+    if not isinstance(options, Mapping):
+        raise EngineError(
+            "invalid_option",
+            f"{extension.name}'s options are a mapping; got {options!r}",
+            param=f"{extension.name}.options",
+        )
+    return Request(extension, item.get("label") or extension.name, extension.complete(options))

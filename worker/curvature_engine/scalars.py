@@ -29,7 +29,7 @@ def _slice(values: Any, start: int | None, end: int | None, step: int) -> Any:
 
 
 def _truncated_division(a: int, b: int) -> int:
-    return int(a / b)
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
 
 def _derive_index(index: int, start: int, step: int) -> int:
@@ -61,7 +61,7 @@ def _format(template: str, *values: Any) -> str:
 
 
 def _identity_of(a: Any, b: Any) -> bool:
-    return a is b or (not isinstance(a, list | dict) and a is not None and b is not None and bool(a == b))
+    return a is b or (isinstance(a, int | float | str) and isinstance(b, int | float | str) and a == b)
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from curvature_engine.calls import OperatorCall
+from curvature_engine.errors import EngineError, first_line, memory_ran_out
 from curvature_engine.operators import MOVERS
-from curvature_engine.rules import RULES, Rule
+from curvature_engine.rules import RULES, Match, Rule
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,12 @@ class Watched:
     parameter: str
     tensor: Tensor
     index: Tensor | None
+    version: int
+
+    @property
+    def intact(self) -> bool:
+        """Whether the tensor still holds the parameter's elements: a gather may have been edited since."""
+        return self.tensor._version == self.version
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,10 @@ class Tap:
         """Whether the saved inputs are still what the operator saw."""
         return all(t._version == v for t, v in zip(self.saved, self.versions, strict=True))
 
+    def shaped(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients that came to the edges, in the outputs' shapes."""
+        return [None if g is None else g.reshape(s) for g, s in zip(gradients, self.shapes, strict=True)]
+
 
 @dataclass
 class Tape:
@@ -76,12 +88,10 @@ class Tape:
 
     def watch(self, name: str, tensor: Tensor) -> None:
         """Watch a parameter's tensor (several tensors may be one parameter)."""
-        self.watched[id(tensor)] = Watched(name, tensor, None)
+        self.watched[id(tensor)] = Watched(name, tensor, None, tensor._version)
 
-    def observe(
-        self, name: str, overload: Any, arguments: Sequence[Any], result: Any, *, static: bool, place: str
-    ) -> None:
-        """See one operator call; most touch no parameter."""
+    def observe(self, call: OperatorCall, arguments: Sequence[Any], result: Any, *, static: bool) -> None:
+        """See one operator call, `static` where nothing of the batch entered it; most touch no parameter."""
         watched = self.watched
         touched = False
         for argument in arguments:
@@ -93,8 +103,8 @@ class Tape:
                 touched = True
                 break
         if touched:
-            self._place = place
-            self._record(name, overload, arguments, result, static)
+            self._place = call.place
+            self._record(call, arguments, result, static)
 
     def record_generic(self, arguments: Sequence[Any], result: Any, *, static: bool) -> None:
         """Record a consumption that has no rule."""
@@ -102,45 +112,58 @@ class Tape:
         if found:
             self._add("cast", None, tuple(Use(w, "generic") for w in found), result, (), static)
 
-    def _record(self, name: str, overload: Any, arguments: Sequence[Any], result: Any, static: bool) -> None:
+    def _record(self, call: OperatorCall, arguments: Sequence[Any], result: Any, static: bool) -> None:
+        edited = arguments[0] if 0 in call.writes else None
         # An operator that returned a parameter itself (dropout in eval mode) consumed nothing.
-        outputs = [r for r in _flat([result]) if r.requires_grad and id(r) not in self.watched]
+        outputs = [r for r in _flat([result]) if r.requires_grad and (r is edited or id(r) not in self.watched)]
         if not outputs:
             return
-        plain = name.removesuffix("_")
-        if static and self._gather(plain, overload, arguments, result):
-            return
-        positions = {i: self.watched[id(a)] for i, a in enumerate(arguments) if id(a) in self.watched}
-        in_lists = any(id(a) in self.watched for v in arguments if isinstance(v, list) for a in v)
-        if not in_lists and len(outputs) == 1 and not isinstance(result, list):
-            for matcher in RULES.get(plain, ()):
-                match = matcher(plain, arguments, positions, outputs[0])
-                if match is not None:
-                    uses = tuple(Use(positions[p], role) for p, role in match.roles.items())
-                    self._add(plain, match.rule, uses, result, match.saved, static)
-                    return
+        plain = call.name.removesuffix("_")
         found = [self.watched[id(a)] for a in _flat(arguments) if id(a) in self.watched]
-        self._add(plain, None, tuple(Use(w, "generic") for w in found), result, (), static)
+        # Without a rule: an edited gather is one no more, and under autocast the operator saw rounded copies.
+        known = id(edited) not in self.watched and all(w.intact for w in found) and not _autocasting(outputs[0])
+        if known and static and self._gather(plain, call, arguments, result):
+            return
+        match = self._match(plain, arguments, result, edited) if known else None
+        if match is None:
+            self._add(plain, None, tuple(Use(w, "generic") for w in found), result, (), static)
+            return
+        uses = tuple(Use(self.watched[id(arguments[p])], role) for p, role in match.roles.items())
+        self._add(plain, match.rule, uses, result, match.saved, static)
 
-    def _gather(self, name: str, overload: Any, arguments: Sequence[Any], result: Any) -> bool:
+    def _match(self, name: str, arguments: Sequence[Any], result: Any, edited: Tensor | None) -> Match | None:
+        """The rule for a call, or None."""
+        if not isinstance(result, Tensor) or result.is_complex():
+            return None
+        if any(id(a) in self.watched for v in arguments if isinstance(v, list) for a in v):
+            return None
+        # Written into a part of a larger tensor, the output's own edge is not on the way back from that tensor.
+        if edited is not None and edited._is_view():
+            return None
+        positions = {i: self.watched[id(a)] for i, a in enumerate(arguments) if id(a) in self.watched}
+        for matcher in RULES.get(name, ()):
+            match = matcher(name, arguments, positions, result)
+            if match is not None and not any(_same_memory(t, edited) for t in match.saved):
+                return match
+        return None
+
+    def _gather(self, name: str, call: OperatorCall, arguments: Sequence[Any], result: Any) -> bool:
         """Track an operator that only moves a parameter's elements. Returns whether it was one."""
-        source = 0
         if name not in MOVERS and name != "embedding":
             return False
         if name == "embedding" and len(arguments) > 2 and arguments[2] >= 0:
             return False  # a padding row gets no gradient: leave that to the rule
-        watched = self.watched.get(id(arguments[source]))
+        watched = self.watched.get(id(arguments[0]))
         if watched is None or any(id(a) in self.watched for a in _flat(arguments[1:])):
             return False
         index = watched.index
         if index is None:
             index = torch.arange(watched.tensor.numel(), device=watched.tensor.device).view(watched.tensor.shape)
         with torch.no_grad():
-            moved = overload(index, *arguments[1:])
-        tensors, indices = _flat([result]), _flat([moved])
-        for tensor, moved_index in zip(tensors, indices, strict=True):
+            moved = call.invoke([index, *arguments[1:]])
+        for tensor, moved_index in zip(_flat([result]), _flat([moved]), strict=True):
             if id(tensor) not in self.watched:
-                self.watched[id(tensor)] = Watched(watched.parameter, tensor, moved_index)
+                self.watched[id(tensor)] = Watched(watched.parameter, tensor, moved_index, tensor._version)
         return True
 
     def _add(
@@ -154,7 +177,7 @@ class Tape:
                 name,
                 rule,
                 uses,
-                tuple(get_gradient_edge(o) for o in outputs),
+                tuple(get_gradient_edge(o) if rule is None else _edge(o) for o in outputs),
                 tuple(tuple(o.shape) for o in outputs),
                 tuple(t.detach() for t in saved),
                 tuple(t._version for t in saved),
@@ -162,6 +185,52 @@ class Tape:
                 self._place,
             )
         )
+
+
+def backward(outputs: Tensor, targets: Sequence[Any], cotangent: Tensor) -> list[Tensor | None]:
+    """One ordinary backward to tensors and edges; None where nothing can arrive.
+
+    Raises:
+        EngineError: `unsupported_model` where the program cannot be differentiated, `out_of_memory`.
+    """
+    if not targets:
+        return []
+    try:
+        found = torch.autograd.grad(
+            outputs, list(targets), cotangent.to(outputs.dtype), retain_graph=True, allow_unused=True
+        )
+    except RuntimeError as error:
+        if memory_ran_out(error):
+            raise EngineError(
+                "out_of_memory", "memory ran out in the backward pass", remedy="use a smaller batch"
+            ) from error
+        raise EngineError(
+            "unsupported_model",
+            f"the model cannot be differentiated: {first_line(error)}",
+            param="model",
+            remedy="check that backward() works on the model's own loss; an in-place edit may be the cause",
+        ) from error
+    return [g.to_dense() if g is not None and g.is_sparse else g for g in found]
+
+
+def _edge(output: Tensor) -> GradientEdge:
+    """Where the whole gradient of an output arrives.
+
+    Some operators return a view of a tensor of their own (linear on sequences: of a matrix product). An in-place
+    operator right after takes the view's node out of the graph, so take the edge of that inner tensor.
+    """
+    inner = output._base if output._is_view() else None
+    if inner is None or inner.grad_fn is None or inner.numel() != output.numel():
+        return get_gradient_edge(output)
+    return get_gradient_edge(inner if inner.is_contiguous() and output.is_contiguous() else output)
+
+
+def _same_memory(tensor: Tensor, edited: Tensor | None) -> bool:
+    return edited is not None and tensor.untyped_storage().data_ptr() == edited.untyped_storage().data_ptr()
+
+
+def _autocasting(tensor: Tensor) -> bool:
+    return torch.is_autocast_enabled(tensor.device.type)
 
 
 def _flat(values: Sequence[Any]) -> list[Tensor]:

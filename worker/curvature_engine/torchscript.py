@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from curvature_engine import operators, scalars
+from curvature_engine.calls import OperatorCall
 from curvature_engine.contexts import make_context
-from curvature_engine.errors import EngineError
-from curvature_engine.execution import OperatorCall, Run
+from curvature_engine.errors import EngineError, first_line
+from curvature_engine.execution import Run
 
 Step = Callable[[Run], None]
 
@@ -40,7 +41,7 @@ class Compiled:
         self._slots: dict[str, int] = {}
         self._constants: list[tuple[int, Any]] = []
         self.edits_tensors = False
-        """Whether an in-place operator appears anywhere: then buffers are cloned for each run."""
+        """Whether an operator that edits tensors appears anywhere: then each run works on copies."""
         self.call_kinds: set[str] = set()
         inputs = list(graph.inputs())
         self._inputs = [self._slot(value) for value in inputs]
@@ -52,9 +53,9 @@ class Compiled:
         run.values = [None] * len(self._slots)
         run.tainted = [False] * len(self._slots)
         for slot, value in self._constants:
-            run.values[slot] = value
+            run.values[slot] = run.private(value) if self.edits_tensors else value
         for slot, value in zip(self._inputs, arguments, strict=True):
-            run.values[slot] = value
+            run.values[slot] = _map_tensors(run.private, value) if self.edits_tensors else value
             run.tainted[slot] = slot != self._inputs[0]
         for step in self._steps:
             step(run)
@@ -76,12 +77,14 @@ class Compiled:
         self.call_kinds.add(kind)
         handler = _HANDLERS.get(kind)
         if handler is not None:
-            return handler(self, node)
-        if kind.startswith("aten::"):
-            return self._operator(node)
-        if kind in scalars.OPERATORS:
-            return self._scalar(node)
-        return self._refuse(node)
+            step = handler(self, node)
+        elif kind.startswith("aten::"):
+            step = self._operator(node)
+        elif kind in scalars.OPERATORS:
+            step = self._scalar(node)
+        else:
+            step = self._refuse(node)
+        return None if step is None else _explained(step, _place(node))
 
     # Values
 
@@ -242,20 +245,11 @@ class Compiled:
     def _scalar(self, node: Any) -> Step:
         function = scalars.OPERATORS[node.kind()]
         ins, outs = [self._slot(v) for v in node.inputs()], [self._slot(v) for v in node.outputs()]
-        # Containers keep their slot: appending a batch-dependent tensor makes the whole list so.
-        place = _place(node)
 
         def step(run: Run) -> None:
-            try:
-                result = function(*[run.values[i] for i in ins])
-            except EngineError:
-                raise
-            except Exception as error:
-                raise EngineError(
-                    "invalid_inputs", f"the model failed at {place}: {error or type(error).__name__}", param="inputs"
-                ) from error
+            result = function(*[run.values[i] for i in ins])
             tainted = any(run.tainted[i] for i in ins)
-            if tainted and ins:
+            if tainted and ins:  # appending a batch-dependent tensor makes the whole list so
                 run.tainted[ins[0]] = True
             for out in outs[:1]:
                 run.values[out] = result
@@ -286,16 +280,17 @@ class Compiled:
             return self._refuse(node)
         if not operators.is_allowed(name):
             return self._refuse(node)
-        if name.endswith("_") and not name.endswith("__"):
-            self.edits_tensors = True
         return self._call(node, name)
 
     def _question(self, node: Any, function: Callable[..., Any]) -> Step:
         ins, out = [self._slot(v) for v in node.inputs()], self._slot(node.output())
+        reads = node.kind().rpartition("::")[2] in operators.READINGS
 
         def step(run: Run) -> None:
-            run.values[out] = function(*[run.values[i] for i in ins])
+            value = run.values[out] = function(*[run.values[i] for i in ins])
             run.tainted[out] = False
+            if reads and any(run.tainted[i] for i in ins):
+                run.read_number(value)
 
         return step
 
@@ -310,7 +305,10 @@ class Compiled:
             return self._method(node, name)
         positional = sum(not argument.kwarg_only for argument in schema.arguments)
         keywords = tuple(argument.name for argument in schema.arguments[positional:])
-        call = OperatorCall(name, overload, positional, keywords, tuple(ins), tuple(outs), _place(node))
+        formal = overload._schema.arguments
+        writes = tuple(i for i, a in enumerate(formal) if a.alias_info is not None and a.alias_info.is_write)
+        self.edits_tensors = self.edits_tensors or bool(writes)
+        call = OperatorCall(name, overload, positional, keywords, writes, tuple(ins), tuple(outs), _place(node))
 
         def step(run: Run) -> None:
             run.call(call)
@@ -337,6 +335,11 @@ class Compiled:
 
         def step(run: Run) -> None:
             data, dtype, *_ = (run.values[i] for i in ins)
+            if isinstance(data, torch.Tensor):  # `as_tensor` of a tensor is that tensor, with its history
+                run.values[out] = data if dtype is None else data.to(_DTYPE_OF[dtype])
+                run.tainted[out] = run.tainted[ins[0]]
+                run.note_cast(data, run.values[out])
+                return
             run.values[out] = torch.tensor(data, dtype=_dtype(dtype), device=run.device)
             run.tainted[out] = False
 
@@ -355,6 +358,33 @@ class Compiled:
             raise EngineError("unsupported_operator", message, param=kind, remedy=remedy)
 
         return step
+
+
+def _explained(step: Step, place: str) -> Step:
+    """`step`, with whatever it raises told as an error of the model on these inputs."""
+
+    def guarded(run: Run) -> None:
+        try:
+            step(run)
+        except (EngineError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise EngineError(
+                "invalid_inputs", f"the model failed at {place}: {first_line(error)}", param="inputs"
+            ) from error
+
+    return guarded
+
+
+def _map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """Apply to every tensor in nested containers."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_map_tensors(function, v) for v in value)
+    if isinstance(value, dict):
+        return {k: _map_tensors(function, v) for k, v in value.items()}
+    return value
 
 
 _CONTAINER_OPERATORS = frozenset(
@@ -530,7 +560,6 @@ _HANDLERS: dict[str, Callable[[Compiled, Any], Step | None]] = {
     "prim::itemsize": _property(lambda t: t.element_size()),
     "prim::type": _property(lambda d: d.type),
     "prim::tolist": _property(lambda t, *r: t.tolist()),
-    "prim::T": lambda c, n: c._construct(n, lambda v: v[0].T),
     "prim::data": lambda c, n: c._construct(n, lambda v: v[0].detach()),
     "prim::min": _as_scalar,
     "prim::max": _as_scalar,

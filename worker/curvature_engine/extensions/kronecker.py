@@ -71,6 +71,16 @@ class _Kronecker(Accumulator):
         roles = {p.use.role for p in uses}
         if len(roles) > 1 or len({(o.shape[0], o.shape[3]) for o in outputs if o is not None}) > 1:
             return "no Kronecker form: it is tied across layers of different kinds"
+        return self._obstacle_in_rows(uses) if roles == {"weight"} else None
+
+    def _obstacle_in_rows(self, uses: list[PreparedUse]) -> str | None:
+        """Why the inputs' factor cannot be formed, or None. Rows without gradient count in it, too."""
+        averaged = self._approximation == "reduce"
+        for attribution in (p.attribution for p in uses):
+            if not attribution.determined and (averaged or attribution.index is not None):
+                return "no Kronecker form: no gradient reaches some rows of its layer, so their samples are unknown"
+            if averaged and not attribution.even:
+                return "no Kronecker form by reduce: samples have different numbers of positions"
         return None
 
     def _input_factor(self, uses: list[PreparedUse]) -> Tensor | None:
