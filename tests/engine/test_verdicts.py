@@ -114,6 +114,25 @@ def test_a_matrix_of_neighbours_may_route_or_couple_rows(samples, extensions):
         program.check(x, own + 0.01 * own.roll(1, 0), extensions=extensions)
 
 
+class NeighboursOfSequences(nn.Module):
+    """Mixes what a layer without closed form has made."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(3, 2, batch_first=True)
+
+    def forward(self, x, neighbours):
+        return neighbours @ self.rnn(x)[0][:, -1]
+
+
+def test_a_coupling_behind_a_layer_without_closed_form_is_refused_on_later_batches_too():
+    program = Program(NeighboursOfSequences())
+    x, own = torch.randn(SAMPLES, 4, 3, dtype=torch.float64), torch.eye(SAMPLES, dtype=torch.float64)
+    program.check(x, own)
+    with pytest.raises(engine.EngineError, match="coupled"):
+        program.check(x, own + 0.01 * own.roll(1, 0))
+
+
 class Gated(nn.Module):
     """Couples samples only where their mean is large."""
 

@@ -355,7 +355,7 @@ class _Work:
         verdict = None if forward.routed_by_data else verdicts.get(path)
         if verdict is None or not self._confirm(verdict):
             verdict = judge(outputs, forward.tape, self._selected)
-            if verdict.finite and not forward.routed_by_data:
+            if verdict.finite and verdict.confirmable and not forward.routed_by_data:
                 verdicts.keep(path, verdict)
         self.verified = verdict.finite and bool(torch.isfinite(outputs).all())
         if not verdict.finite:

@@ -56,7 +56,8 @@ def judge(outputs: Tensor, tape: Tape, parameters: Mapping[str, Parameter]) -> V
         start = stop
     mismatched = _mismatched(tape, parameters, base, totals)
     finite = all(bool(torch.isfinite(g).all()) for g in first if g is not None)
-    return Verdict(tuple(verdicts), mismatched, finite)
+    confirmable = all(v.attribution is not None or tap.static for tap, v in zip(tape.taps, verdicts, strict=True))
+    return Verdict(tuple(verdicts), mismatched, finite, confirmable)
 
 
 @contextmanager

@@ -79,6 +79,8 @@ class Verdict:
     """Parameters whose summed closed form disagrees with ordinary autograd (never expected)."""
     finite: bool = True
     """Whether every gradient of the probe was finite: only then does it prove anything."""
+    confirmable: bool = True
+    """Whether every operator that the batch enters has rows to confirm; else the next batch is judged anew."""
 
 
 class Verdicts:
