@@ -98,6 +98,7 @@ def _name_tensors(inputs: Any, targets: Any) -> dict[str, Any]:
                     "invalid_batch",
                     f"inputs by name are keyed by the names of forward's arguments; got {name!r}",
                     param="inputs",
+                    remedy="rename it, or give inputs by place as a tuple",
                 )
             named[f"{INPUTS}.{name}"] = tensor
     elif isinstance(inputs, tuple | list):
@@ -105,7 +106,7 @@ def _name_tensors(inputs: Any, targets: Any) -> dict[str, Any]:
     else:
         named[INPUTS] = inputs
     if not named:
-        raise refusal("invalid_batch", "no inputs were given", param="inputs")
+        raise refusal("invalid_batch", "no inputs were given", param="inputs", remedy="give what forward takes")
     return {**{name: _tensor(name, value) for name, value in named.items()}, TARGETS: _tensor(TARGETS, targets)}
 
 

@@ -166,6 +166,7 @@ def _read(item: Any) -> ExtensionRequest:
             "invalid_request",
             f"an extension is a name, a dictionary with a name, or a value such as KFAC(); got {item!r}",
             param="extensions",
+            remedy='e.g. ["diag_ggn_mc", KFAC(mc_samples=4)]',
         )
     try:
         return ExtensionRequest.model_validate(dict(item))

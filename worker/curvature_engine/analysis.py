@@ -160,6 +160,7 @@ class _Analyzer:
                 "invalid_option",
                 f'parameters must be "trainable" or "all"; got {self.parameters!r}',
                 param="parameters",
+                remedy="choose one of the two",
             )
         for name, p in self.program.parameters.items():
             if p.tensor.is_complex() and (self.parameters == "all" or any(t.requires_grad for t in p.tensors)):
@@ -439,14 +440,20 @@ class _Work:
 def _check_whole_number(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
         raise EngineError(
-            "invalid_option", f"{name} must be a whole number from {least} to {2**63 - 1}; got {value!r}", param=name
+            "invalid_option",
+            f"{name} must be a whole number from {least} to {2**63 - 1}; got {value!r}",
+            param=name,
+            remedy="pass an int",
         )
 
 
 def _check_not_empty(inputs: Any, targets: Any) -> None:
     if not isinstance(targets, Tensor):
         raise EngineError(
-            "invalid_targets", f"targets must be one tensor; got {type(targets).__name__}", param="targets"
+            "invalid_targets",
+            f"targets must be one tensor; got {type(targets).__name__}",
+            param="targets",
+            remedy="pass a tensor with one row per sample",
         )
     values = (
         list(inputs.values())
@@ -456,7 +463,7 @@ def _check_not_empty(inputs: Any, targets: Any) -> None:
         else [inputs]
     )
     if not values:
-        raise EngineError("invalid_inputs", "there are no inputs", param="inputs")
+        raise EngineError("invalid_inputs", "there are no inputs", param="inputs", remedy="give what forward takes")
     if targets.numel() == 0 or any(isinstance(v, Tensor) and v.numel() == 0 for v in values):
         raise EngineError(
             "empty_batch",

@@ -9,12 +9,12 @@ class EngineError(Exception):
     Attributes:
         code: machine-readable reason, e.g. `"invalid_targets"`.
         message: what was expected and what came.
-        param: the field, file or parameter at fault.
+        param: the field, file or parameter at fault, if one is.
         remedy: what to do about it.
     """
 
-    def __init__(self, code: str, message: str, *, param: str | None = None, remedy: str | None = None) -> None:
-        super().__init__(message if remedy is None else f"{message}; {remedy}")
+    def __init__(self, code: str, message: str, *, remedy: str, param: str | None = None) -> None:
+        super().__init__(f"{message}; {remedy}")
         self.code = code
         self.message = message
         self.param = param

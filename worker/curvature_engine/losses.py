@@ -176,7 +176,10 @@ class LossSpec:
     def __init__(self, name: str | None, options: Mapping[str, Any], reduction: str) -> None:
         if reduction not in ("mean", "sum"):
             raise EngineError(
-                "invalid_option", f'reduction must be "mean" or "sum"; got {reduction!r}', param="reduction"
+                "invalid_option",
+                f'reduction must be "mean" or "sum"; got {reduction!r}',
+                param="reduction",
+                remedy="choose one of the two",
             )
         self.name, self.options, self.reduction = name, dict(options), reduction
         if name is not None:
@@ -201,7 +204,10 @@ class LossSpec:
             options = loss.get("options") or {}
             if not isinstance(options, Mapping):
                 raise EngineError(
-                    "invalid_option", f"a loss's options are a mapping; got {options!r}", param="loss.options"
+                    "invalid_option",
+                    f"a loss's options are a mapping; got {options!r}",
+                    param="loss.options",
+                    remedy='e.g. {"name": "cross_entropy", "options": {"ignore_index": 0}}',
                 )
             return cls(loss["name"], options, reduction)
         raise EngineError(
@@ -248,6 +254,7 @@ class LossSpec:
                     "invalid_option",
                     f"{name}'s {option} must be of type {known[option].__name__}; got {value!r}",
                     param=f"loss.{option}",
+                    remedy=f"pass one {known[option].__name__}",
                 )
 
     def bind(self, outputs: Tensor, targets: Tensor) -> BoundLoss:
@@ -317,4 +324,9 @@ def _check_class_targets(outputs: Tensor, targets: Tensor, ignore_index: int) ->
             remedy="check the number of classes of the model and of the data",
         )
     if not bool((targets != ignore_index).any()):
-        raise EngineError("invalid_targets", "every target is ignore_index: no term is left", param="targets")
+        raise EngineError(
+            "invalid_targets",
+            "every target is ignore_index: no term is left",
+            param="targets",
+            remedy="leave at least one target that counts",
+        )

@@ -122,6 +122,7 @@ class Program:
                     "invalid_inputs",
                     f"forward takes {len(formal)} inputs ({', '.join(names)}); got {len(values)}",
                     param="inputs",
+                    remedy="give as many inputs as forward takes",
                 )
             given = dict(zip(names, values, strict=False))
         bound = []
@@ -136,6 +137,7 @@ class Program:
                     f"forward's input {argument.name!r} is missing ({len(given)} given, it takes {len(formal)}: "
                     f"{', '.join(names)})",
                     param=f"inputs.{argument.name}",
+                    remedy="give it too, by place or by name",
                 )
         return bound
 
@@ -175,6 +177,7 @@ def load(model: Any, *, device: str | torch.device = "cpu", eval: bool = True) -
         "invalid_model",
         f"a model is a path, a ScriptModule or an nn.Module; got {type(model).__name__}",
         param="model",
+        remedy="script or trace it with torch.jit",
     )
 
 
@@ -184,10 +187,15 @@ def _device(device: Any) -> torch.device:
         torch.empty(0, device=found)
     except (RuntimeError, TypeError, AssertionError) as error:
         raise EngineError(
-            "invalid_option", f"device {device!r} is not available: {first_line(error)}", param="device"
+            "invalid_option",
+            f"device {device!r} is not available: {first_line(error)}",
+            param="device",
+            remedy='pass "cpu", or a device that is there',
         ) from error
     if found.type == "meta":
-        raise EngineError("invalid_option", "the meta device holds no numbers", param="device")
+        raise EngineError(
+            "invalid_option", "the meta device holds no numbers", param="device", remedy='pass "cpu" or "cuda"'
+        )
     return found
 
 
@@ -202,7 +210,7 @@ def _copy(module: torch.jit.ScriptModule, device: torch.device) -> torch.jit.Scr
 def _load_file(path: Path, device: torch.device) -> torch.jit.ScriptModule:
     remedy = "save the model with torch.jit.save(torch.jit.script(model), path)"
     if not path.is_file():
-        raise EngineError("invalid_model", f"there is no file {path.name}", param="model")
+        raise EngineError("invalid_model", f"there is no file {path.name}", param="model", remedy="check the path")
     if not zipfile.is_zipfile(path):
         raise EngineError(
             "invalid_model",

@@ -30,6 +30,7 @@ def parse_requests(given: Any) -> list[Request]:
             "invalid_request",
             f"extensions are a list of names or mappings; got {type(given).__name__}",
             param="extensions",
+            remedy='e.g. ["diag_ggn_mc"]',
         )
     requests = [_parse(item) for item in given]
     labels = [r.label for r in requests]
@@ -52,6 +53,7 @@ def _parse(item: Any) -> Request:
             "invalid_request",
             f"an extension is a name or a mapping with a name; got {item!r}",
             param="extensions",
+            remedy='e.g. "kfac" or {"name": "kfac", "options": {"mc_samples": 4}}',
         )
     extension = EXTENSIONS.get(item["name"])
     if extension is None:
@@ -67,5 +69,6 @@ def _parse(item: Any) -> Request:
             "invalid_option",
             f"{extension.name}'s options are a mapping; got {options!r}",
             param=f"{extension.name}.options",
+            remedy=f"it takes: {', '.join(extension.options) or 'none'}",
         )
     return Request(extension, item.get("label") or extension.name, extension.complete(options))

@@ -136,12 +136,16 @@ class Compiled:
 
     def _unpack(self, node: Any) -> Step:
         source, outs = self._slot(node.input()), [self._slot(v) for v in node.outputs()]
+        place = _place(node)
 
         def step(run: Run) -> None:
             values = run.values[source]
             if len(values) != len(outs):
                 raise EngineError(
-                    "invalid_inputs", f"the model expected {len(outs)} values to unpack, got {len(values)}"
+                    "invalid_inputs",
+                    f"the model expected {len(outs)} values to unpack, got {len(values)} ({place})",
+                    param="inputs",
+                    remedy="give inputs of the shapes that the model was written for",
                 )
             for out, value in zip(outs, values, strict=True):
                 run.values[out] = value
@@ -370,7 +374,10 @@ def _explained(step: Step, place: str) -> Step:
             raise
         except Exception as error:
             raise EngineError(
-                "invalid_inputs", f"the model failed at {place}: {first_line(error)}", param="inputs"
+                "invalid_inputs",
+                f"the model failed at {place}: {first_line(error)}",
+                param="inputs",
+                remedy="give inputs of the shapes and types that the model was written for",
             ) from error
 
     return guarded

@@ -7,13 +7,15 @@ WorkerStopping  the worker is told to stop and hands the job back
 WorkerUnfit     the worker cannot work; in the middle of a job it hands that back, too
 """
 
+TRY_AGAIN = "submit the job again; if it persists, tell the operator"
+
 
 class JobRefused(Exception):
     """The job fails with a reason that the user is told."""
 
     def __init__(self, code: str, detail: str, *, param: str | None = None, remedy: str | None = None) -> None:
         super().__init__(detail)
-        self.code, self.detail, self.param, self.remedy = code, detail, param, remedy
+        self.code, self.detail, self.param, self.remedy = code, detail, param, remedy or TRY_AGAIN
 
 
 class JobStopped(Exception):

@@ -11,7 +11,7 @@ from curvature_protocol.jobs import JobStatus
 from curvature_state import Database, ObjectStore, jobs
 from curvature_worker.attempt import Attempt, Tools
 from curvature_worker.cache import ArtefactCache
-from curvature_worker.errors import JobRefused, JobStopped, LeaseLost, WorkerStopping, WorkerUnfit
+from curvature_worker.errors import TRY_AGAIN, JobRefused, JobStopped, LeaseLost, WorkerStopping, WorkerUnfit
 from curvature_worker.lease import Lease, brief
 from curvature_worker.pool import ChildPool
 from curvature_worker.reporter import Reporter
@@ -92,7 +92,11 @@ class JobRunner:
             self._fail(
                 job,
                 lease,
-                jobs.problem("internal_error", "the worker failed; the operator finds the cause in its log"),
+                jobs.problem(
+                    "internal_error",
+                    "the worker failed; the operator finds the cause in its log",
+                    remedy=TRY_AGAIN,
+                ),
             )
 
     def _fail(self, job: jobs.ClaimedJob, lease: Lease, problem: Problem) -> None:

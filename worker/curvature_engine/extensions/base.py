@@ -106,4 +106,5 @@ class Extension:
                 "invalid_option",
                 f"{self.name}'s {option} must be {expected}; got {value!r}",
                 param=f"{self.name}.{option}",
+                remedy=f"leave it out for {schema['default']!r}",
             )
