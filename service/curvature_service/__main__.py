@@ -2,9 +2,11 @@
 
 import argparse
 import logging
+import socket
 import sys
 
 import uvicorn
+from sqlalchemy.exc import SQLAlchemyError
 
 from curvature_service.app import create_app
 from curvature_service.settings import ServiceSettings
@@ -22,16 +24,25 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     settings = ServiceSettings()
     if arguments.migrate:
-        migrate(settings.database_url)
-    uvicorn.run(
+        _migrate(settings.database_url)
+    config = uvicorn.Config(
         create_app(settings),
         host=arguments.host,
         port=arguments.port,
-        fd=arguments.fd,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=5,
     )
+    # Not uvicorn's own `fd`, which takes any socket for a Unix one: TCP connections would lose their options by it.
+    sockets = None if arguments.fd is None else [socket.socket(fileno=arguments.fd)]
+    uvicorn.Server(config).run(sockets)
+
+
+def _migrate(url: str) -> None:
+    try:
+        migrate(url)
+    except SQLAlchemyError as error:
+        sys.exit(f"curvature_service: the database's tables cannot be brought up to date: {error}")
 
 
 if __name__ == "__main__":

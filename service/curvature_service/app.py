@@ -21,6 +21,7 @@ from curvature_service.extensions.endpoints import router as extensions_router
 from curvature_service.extensions.service import CatalogueCache
 from curvature_service.health.endpoints import router as health_router
 from curvature_service.jobs.endpoints import router as jobs_router
+from curvature_service.openapi import DocumentedApp
 from curvature_service.reconciler import run_reconciler
 from curvature_service.resources import Resources
 from curvature_service.results.endpoints import router as results_router
@@ -49,7 +50,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
             await reconciler
         await resources.close()
 
-    app = FastAPI(
+    app = DocumentedApp(
         title="Curvature",
         version=version("curvature"),
         description=_DESCRIPTION,

@@ -1,20 +1,28 @@
 """The API key."""
 
 import hmac
+from typing import Annotated
 
-from fastapi import Request
+from fastapi import Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from curvature_service.errors import ApiError
 from curvature_service.resources import ResourcesDependency
 
+_bearer = HTTPBearer(
+    auto_error=False, scheme_name="api_key", description="The server's CURVATURE_API_KEY, if it has one"
+)
 
-async def require_key(request: Request, resources: ResourcesDependency) -> None:
+
+async def require_key(
+    resources: ResourcesDependency, given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+) -> None:
     """Refuse requests without the configured key."""
     expected = resources.settings.api_key
-    if expected is None:
+    if not expected:
         return
-    given = request.headers.get("authorization", "")
-    if not hmac.compare_digest(given.encode(), f"Bearer {expected}".encode()):
+    key = "" if given is None else given.credentials
+    if not hmac.compare_digest(key.encode(), expected.encode()):
         raise ApiError(
             "unauthenticated",
             "this server needs an API key; none or a wrong one came",

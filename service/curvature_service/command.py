@@ -19,7 +19,7 @@ def default_data_dir() -> Path:
 
 def serve(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on; 0 takes a free one")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0 takes a free one")] = 8000,
     data_dir: Annotated[Path | None, typer.Option(help="folder for records, uploads and results")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N")] = "cpu",
     workers: Annotated[int, typer.Option(min=1, help="worker processes")] = 1,

@@ -3,24 +3,36 @@
 ApiError                 any refusal, by its code; the code decides the status
 RequestValidationError   FastAPI's, for bodies and parameters of the wrong form
 HTTPException            Starlette's, for unknown paths and methods
+database, Redis, store   503 `unavailable`: a part of the server does not answer
+ClientDisconnect         nobody is left to be told
 Exception                anything unforeseen: 500, logged with its traceback, told without
 """
 
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from obstore.exceptions import BaseError as StoreError
 from redis import RedisError
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from curvature_protocol.errors import Problem, status_of
 
 logger = logging.getLogger("curvature.service")
 
 MEDIA_TYPE = "application/problem+json"
+DATABASE_AWAY = (OperationalError, InterfaceError, PoolTimeoutError)
+"""What the database's drivers raise when it does not answer."""
+
+_SHOWN_CHARACTERS = 100
+_CLIENT_CLOSED_REQUEST = 499
 
 
 class ApiError(Exception):
@@ -47,57 +59,71 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_exception)
-    app.add_exception_handler(OperationalError, _unavailable)
-    app.add_exception_handler(RedisError, _unavailable)
+    app.add_exception_handler(ClientDisconnect, _client_gone)
+    # The store's failures are partly its own, partly the system's (a full disk).
+    for away in (*DATABASE_AWAY, RedisError, StoreError, OSError):
+        app.add_exception_handler(away, _unavailable)
     app.add_exception_handler(Exception, _unforeseen)
 
 
-def _response(
-    request: Request,
-    code: str,
-    detail: str,
-    status: int,
-    *,
-    param: str | None = None,
-    remedy: str | None = None,
-    headers: dict[str, str] | None = None,
-) -> JSONResponse:
+def _response(request: Request, error: ApiError) -> JSONResponse:
+    request_id = getattr(request.state, "request_id", None)
     problem = Problem(
-        title=code.replace("_", " ").capitalize(),
-        status=status,
-        detail=detail,
-        code=code,
-        param=param,
-        remedy=remedy,
-        request_id=getattr(request.state, "request_id", None),
+        title=error.code.replace("_", " ").capitalize(),
+        status=error.status,
+        detail=error.detail,
+        code=error.code,
+        param=error.param,
+        remedy=error.remedy,
+        request_id=request_id,
     )
-    return JSONResponse(problem.model_dump(exclude_none=True), status, headers, MEDIA_TYPE)
+    # A 500 is answered outside of the middleware that sets this header.
+    headers = {**error.headers, **({"X-Request-ID": request_id} if request_id else {})}
+    return JSONResponse(problem.model_dump(exclude_none=True), error.status, headers, MEDIA_TYPE)
 
 
 async def _api_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
-    return _response(
-        request,
-        error.code,
-        error.detail,
-        error.status,
-        param=error.param,
-        remedy=error.remedy,
-        headers=error.headers,
-    )
+    return _response(request, error)
 
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    first: dict[str, Any] = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path", "header"))
+    first = _most_telling(error.errors())
+    path = ".".join(_parts(first["loc"], error.body))
     message = str(first["msg"]).removeprefix("Value error, ")
     came = first.get("input")
-    shown = "" if isinstance(came, dict | list | bytes) or came is None else f"; got {str(came)[:100]!r}"
+    unshown = came is None or first["type"] == "missing" or isinstance(came, dict | list | bytes)
+    shown = "" if unshown else f"; got {str(came)[:_SHOWN_CHARACTERS]!r}"
     detail = f"{path}: {message}{shown}" if path else message
-    return _response(
-        request, "invalid_request", detail, 422, param=path or None, remedy="see /docs for the request's form"
-    )
+    remedy = "see /docs for the request's form"
+    return _response(request, ApiError("invalid_request", detail, param=path or None, remedy=remedy))
+
+
+def _most_telling(errors: Sequence[Any]) -> dict[str, Any]:
+    """The error to tell: of the alternatives of a union, the one that the value fits best (has fewest errors in)."""
+    places = Counter(error["loc"][:-1] for error in errors)
+    chosen: dict[str, Any] = min(errors, key=lambda error: places[error["loc"][:-1]])
+    return chosen
+
+
+def _parts(location: Sequence[str | int], body: Any) -> list[str]:
+    """The location as the caller knows it: pydantic puts in names of union members that are not in the body."""
+    if location and location[0] in ("body", "query", "path", "header"):
+        location = location[1:]
+    if body is None:
+        return [str(part) for part in location]
+    parts = []
+    for place, part in enumerate(location):
+        last = place == len(location) - 1
+        if isinstance(body, dict) and (part in body or last):
+            body = body.get(part)
+        elif isinstance(body, list) and isinstance(part, int):
+            body = body[part]
+        else:
+            continue
+        parts.append(str(part))
+    return parts
 
 
 async def _http_exception(request: Request, error: Exception) -> JSONResponse:
@@ -105,18 +131,26 @@ async def _http_exception(request: Request, error: Exception) -> JSONResponse:
     code = "not_found" if error.status_code in (404, 405) else "invalid_request"
     detail = f"{request.method} {request.url.path}: {error.detail}"
     headers = dict(error.headers or {})
-    return _response(request, code, detail, error.status_code, remedy="see /docs for the API's paths", headers=headers)
+    remedy = "see /docs for the API's paths"
+    return _response(request, ApiError(code, detail, remedy=remedy, status=error.status_code, headers=headers))
+
+
+async def _client_gone(request: Request, error: Exception) -> Response:
+    logger.info("%s %s: the client went away while sending", request.method, request.url.path)
+    return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
 
 async def _unavailable(request: Request, error: Exception) -> JSONResponse:
-    logger.error("a part of the server does not answer: %s", error)
-    return _response(
-        request, "unavailable", "the server's database or broker does not answer", 503, remedy="try again in a moment"
-    )
+    database, broker = isinstance(error, DBAPIError | PoolTimeoutError), isinstance(error, RedisError)
+    part = "database" if database else "broker" if broker else "object store"
+    request_id = getattr(request.state, "request_id", None)
+    logger.error("request %s: the %s does not answer: %s", request_id, part, error)
+    detail = f"the server's {part} does not answer"
+    return _response(request, ApiError("unavailable", detail, remedy="try again in a moment"))
 
 
 async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
-    logger.exception("unforeseen error in %s %s", request.method, request.url.path, exc_info=error)
-    return _response(
-        request, "internal_error", "the server failed; the operator finds the cause in its log by the request id", 500
-    )
+    request_id = getattr(request.state, "request_id", None)
+    logger.error("request %s: %s %s failed", request_id, request.method, request.url.path, exc_info=error)
+    detail = "the server failed; the operator finds the cause in its log by the request id"
+    return _response(request, ApiError("internal_error", detail, remedy="try again; if it persists, tell the operator"))

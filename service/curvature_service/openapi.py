@@ -1,34 +1,92 @@
-"""What the OpenAPI document says of errors."""
+"""What the OpenAPI document says beyond what FastAPI finds out by itself."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from curvature_protocol.errors import Problem
+from fastapi import FastAPI, Path
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from curvature_protocol.errors import Problem, status_of
+from curvature_protocol.events import JobEvent
+from curvature_protocol.requests import JobRequest
+from curvature_service import examples
 from curvature_service.errors import MEDIA_TYPE
 
-_WHEN = {
-    400: "The bytes are not those of the hash in the URL",
-    401: "No API key, or a wrong one",
-    404: "There is no such thing",
-    409: "Not in this state",
-    413: "Too large",
-    416: "The range lies outside the object",
-    422: "The request does not fit: the message says what was expected",
-    503: "The database or the broker does not answer",
+BYTES: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+
+RANGE_HEADER: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": "Range",
+            "in": "header",
+            "required": False,
+            "description": "one range of bytes; `If-Range` with the ETag is honoured",
+            "schema": {"type": "string"},
+            "example": "bytes=0-1023",
+        }
+    ]
 }
 
+JobIdPath = Annotated[str, Path(description="The job's id", examples=[examples.JOB_ID])]
 
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Error responses of an endpoint, all with the one body."""
-    example = Problem(
-        title="Unknown extension",
-        status=422,
-        detail="there is no extension 'batch_gard'",
-        code="unknown_extension",
-        param="extensions.0.name",
-        remedy="known extensions: batch_grad, batch_l2, variance, …",
-        request_id="4f6c1f0e",
-    ).model_dump()
+_TAGS = [
+    {"name": "models", "description": "Uploaded model files, known by the SHA-256 of their bytes."},
+    {"name": "batches", "description": "Uploaded batches: safetensors files with `inputs` and `targets`."},
+    {"name": "jobs", "description": "Submit, watch, list and cancel."},
+    {"name": "results", "description": "What a succeeded job computed."},
+    {"name": "extensions", "description": "What can be computed."},
+    {"name": "health", "description": "Whether the server and its parts answer. No key needed."},
+]
+_EVERYWHERE = ("unauthenticated", "invalid_request", "internal_error", "unavailable")
+
+
+class DocumentedApp(FastAPI):
+    """FastAPI whose document also has the schemas of bodies that we parse, and of errors and events."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document."""
+        if self.openapi_schema is None:
+            document = super().openapi()
+            document["tags"] = _TAGS
+            modes = [(JobRequest, "validation"), (Problem, "serialization"), (JobEvent, "serialization")]
+            _, found = models_json_schema(modes, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+            _admit_bare_names(found["$defs"][JobRequest.__name__]["properties"])
+            document["components"]["schemas"] = {**found["$defs"], **document["components"]["schemas"]}
+        assert self.openapi_schema is not None
+        return self.openapi_schema
+
+
+def _admit_bare_names(properties: dict[str, Any]) -> None:
+    """Say that a name alone stands for an extension or a loss: pydantic's schema does not know of validators."""
+    name = {"type": "string", "description": "the name alone, without label and options"}
+    properties["extensions"]["items"] = {"anyOf": [name, properties["extensions"]["items"]]}
+    properties["loss"]["anyOf"].insert(0, name)
+
+
+def answer(
+    status: int, description: str, example: dict[str, Any], model: type[BaseModel] | None = None
+) -> dict[int | str, dict[str, Any]]:
+    """A JSON answer with its example; `model` only where it is not the endpoint's own."""
+    found: dict[str, Any] = {"description": description, "content": {"application/json": {"example": example}}}
+    return {status: found if model is None else {"model": model, **found}}
+
+
+def json_body(model: type[BaseModel], cases: dict[str, Any]) -> dict[str, Any]:
+    """A JSON request body that the endpoint parses itself."""
+    content = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}, "examples": cases}
+    return {"requestBody": {"required": True, "content": {"application/json": content}}}
+
+
+def problems(*codes: str) -> dict[int | str, dict[str, Any]]:
+    """Error responses of an endpoint by code, each with its example, and those that every endpoint may give."""
+    chosen: dict[int, str] = {}
+    for code in (*codes, *_EVERYWHERE):
+        chosen.setdefault(416 if code == "range_not_satisfiable" else status_of(code), code)
+    schema = {"$ref": f"#/components/schemas/{Problem.__name__}"}
     return {
-        status: {"model": Problem, "description": _WHEN[status], "content": {MEDIA_TYPE: {"example": example}}}
-        for status in (*statuses, 401, 422)
+        status: {
+            "description": examples.PROBLEMS[code]["title"],
+            "content": {MEDIA_TYPE: {"schema": schema, "example": examples.PROBLEMS[code]}},
+        }
+        for status, code in sorted(chosen.items())
     }

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import sys
 import time
 
 from fastapi.concurrency import run_in_threadpool
+from redis import RedisError
 
 from curvature_service.artefacts.service import UPLOADS
 from curvature_service.resources import Resources
@@ -15,6 +17,7 @@ logger = logging.getLogger("curvature.service")
 
 _ABANDONED_SECONDS = 24 * 3600
 _SWEEP_EVERY = 300
+_DEAF = sys.maxsize
 
 
 async def run_reconciler(resources: Resources) -> None:
@@ -22,27 +25,30 @@ async def run_reconciler(resources: Resources) -> None:
     round_number = 0
     while True:
         try:
-            await run_in_threadpool(_reconcile_once, resources)
+            await run_in_threadpool(reconcile_once, resources)
             if round_number % _SWEEP_EVERY == 0:
-                await run_in_threadpool(_remove_abandoned_uploads, resources)
+                await run_in_threadpool(remove_abandoned_uploads, resources)
         except Exception:  # the database may be away for a while
             logger.exception("reconciling failed")
         round_number += 1
         await asyncio.sleep(resources.settings.reconcile_seconds)
 
 
-def _reconcile_once(resources: Resources) -> None:
-    done = reconcile(resources.database)
+def reconcile_once(resources: Resources) -> None:
+    """One round."""
+    try:
+        bells = broker.count_bells(resources.redis)
+    except RedisError:
+        bells = _DEAF  # a broker that does not answer hears no bell either
+    done = reconcile(resources.database, bells=bells)
     for job in done.changed:
         logger.warning("job %s: its worker fell silent in attempt %d; now %s", job.id, job.attempt, job.status)
         events.publish(resources.redis, events.state_event(job))
-    for job_id in done.ring:
-        broker.ring(resources.celery, job_id)
+    for job_id, priority in done.ring.items():
+        if not broker.ring(resources.celery, job_id, priority):
+            break
 
 
-def _remove_abandoned_uploads(resources: Resources) -> None:
+def remove_abandoned_uploads(resources: Resources) -> None:
     """Temporary keys of uploads that this or an earlier process did not live to finish."""
-    oldest = time.time() - _ABANDONED_SECONDS
-    for key, changed_at in resources.objects.list(UPLOADS):
-        if changed_at < oldest:
-            resources.objects.delete(key)
+    resources.objects.delete_older(UPLOADS, time.time() - _ABANDONED_SECONDS)

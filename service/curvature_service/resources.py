@@ -19,8 +19,10 @@ class Resources:
         self.settings = settings
         self.database = Database(settings.database_url)
         self.objects = ObjectStore(settings.storage_url)
-        self.redis = redis.Redis.from_url(settings.redis_url, socket_connect_timeout=2)
-        self.async_redis = redis.asyncio.Redis.from_url(settings.redis_url, socket_connect_timeout=2)
+        # Longer than any blocking read of ours; a Redis that hangs counts as away.
+        url = settings.redis_url
+        self.redis = redis.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=3)
+        self.async_redis = redis.asyncio.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=3)
         self.celery: Celery = celery_app(settings)
 
     async def close(self) -> None:

@@ -1,15 +1,19 @@
 """Settings of the API process."""
 
+from pydantic import Field
+
 from curvature_state import StateSettings
 
 
 class ServiceSettings(StateSettings):
     """Read from `CURVATURE_<NAME>`, as all settings."""
 
-    api_key: str | None = None
-    """If set, requests need `Authorization: Bearer <key>`."""
+    api_key: str | None = Field(default=None, repr=False)
+    """If set (and not empty), requests need `Authorization: Bearer <key>`."""
     max_upload_bytes: int = 64 * 2**30
     inline_batch_bytes: int = 4 * 2**20
     inline_result_bytes: int = 2**20
     max_wait_seconds: float = 60.0
     reconcile_seconds: float = 2.0
+    heartbeat_seconds: float = 15.0
+    """How often an event stream without news sends a comment, so that proxies and clients see that it lives."""

@@ -2,23 +2,40 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Engine, create_engine, event, make_url, text
+from alembic.script import ScriptDirectory
+from sqlalchemy import URL, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
+
+_MIGRATIONS = Path(__file__).parent / "migrations"
+_MIGRATION_LOCK = 0x63757276
+"""Number of the PostgreSQL advisory lock under which tables are changed ("curv")."""
+_CONNECT_SECONDS = 5
 
 
 def make_engine(url: str, *, pooled: bool = True) -> Engine:
     """A SQLAlchemy engine with our SQLite settings: WAL, and transactions that we begin ourselves."""
     parsed = make_url(url)
-    if parsed.get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True) if pooled else create_engine(url, poolclass=NullPool)
-    if parsed.database:
-        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    if parsed.get_backend_name() == "sqlite":
+        return _sqlite_engine(parsed)
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")  # the driver that is installed, not SQLAlchemy's default
+    # A URL of its own mind about the time to connect keeps it.
+    timeout = {} if "connect_timeout" in parsed.query else {"connect_timeout": _CONNECT_SECONDS}
+    if pooled:
+        return create_engine(parsed, pool_pre_ping=True, connect_args=timeout)
+    return create_engine(parsed, poolclass=NullPool, connect_args=timeout)
+
+
+def _sqlite_engine(url: URL) -> Engine:
+    if url.database:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
 
     @event.listens_for(engine, "connect")
@@ -58,9 +75,17 @@ class Database:
                 yield session
 
     def ping(self) -> None:
-        """Raise if the database does not answer."""
+        """Raise if the database does not answer, or its tables are not those of this version."""
         with self.read() as session:
-            session.execute(text("SELECT 1"))
+            connection = session.connection()
+            found = None
+            if inspect(connection).has_table("alembic_version"):
+                found = session.scalar(text("SELECT version_num FROM alembic_version"))
+        if found != newest_revision():
+            raise RuntimeError(
+                f"the database's tables are of version {found}, not {newest_revision()}; "
+                "start the API once with --migrate"
+            )
 
     def close(self) -> None:
         """Close all connections."""
@@ -80,14 +105,22 @@ def _committing(session: Session) -> Iterator[None]:
 def migrate(url: str) -> None:
     """Bring the database's tables to the newest form."""
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))  # a `%` would interpolate
     engine = make_engine(url, pooled=False)
     try:
         with engine.connect() as connection:
             if engine.dialect.name == "sqlite":
                 connection.execute(text("BEGIN IMMEDIATE"))
+            else:  # two servers that start at once take turns
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
             connection.commit()
     finally:
         engine.dispose()
+
+
+@cache
+def newest_revision() -> str | None:
+    """The version of the tables that this code works with."""
+    return ScriptDirectory(str(_MIGRATIONS)).get_current_head()

@@ -1,22 +1,23 @@
 """The life of a job, each step one transaction and a compare-and-set on (status, attempt)."""
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import CursorResult, and_, or_, select, update
+from sqlalchemy import CursorResult, and_, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from curvature_protocol.errors import Problem, status_of
-from curvature_protocol.jobs import FINAL, Job, JobStatus, Progress
+from curvature_protocol.jobs import Job, JobStatus, Progress
 from curvature_state.database import Database
 from curvature_state.tables import JobRow
 
 MAX_ATTEMPTS = 3
 RING_AGAIN_SECONDS = 5.0
+_MOST_BELLS = 1000
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,10 @@ class Created:
 
 @dataclass(frozen=True)
 class Reconciled:
-    """What the reconciler did: jobs it changed, and jobs whose bell is to be rung."""
+    """What the reconciler did: jobs it changed, and jobs whose bell is to be rung, with their priority."""
 
     changed: tuple[Job, ...]
-    ring: tuple[str, ...]
+    ring: Mapping[str, int]
 
 
 def create_job(database: Database, new: NewJob) -> Created:
@@ -76,20 +77,21 @@ def create_job(database: Database, new: NewJob) -> Created:
         created_at=now,
         rung_at=now,
     )
-    if (found := _by_key(database, new)) is not None:
+    if (found := find_by_key(database, new)) is not None:
         return found
     try:
         with database.write() as session:
             session.add(row)
         return Created(view(row), row.body_digest, repeated=False)
     except IntegrityError:  # a twin of this request was faster
-        found = _by_key(database, new)
+        found = find_by_key(database, new)
         if found is None:
             raise
         return found
 
 
-def _by_key(database: Database, new: NewJob) -> Created | None:
+def find_by_key(database: Database, new: NewJob) -> Created | None:
+    """The job that this request's idempotency key made before, if it did."""
     if new.idempotency_key is None:
         return None
     with database.read() as session:
@@ -204,43 +206,60 @@ def request_cancel(database: Database, job_id: str) -> Job | None:
         return None if row is None else view(row)
 
 
-def reconcile(database: Database, max_attempts: int = MAX_ATTEMPTS) -> Reconciled:
-    """Take jobs from workers that fell silent, and find queued jobs whose bell may have been lost."""
+def reconcile(database: Database, max_attempts: int = MAX_ATTEMPTS, *, bells: int = 0) -> Reconciled:
+    """Take jobs from workers that fell silent, and find queued jobs whose bell may have been lost.
+
+    Args:
+        database: the truth.
+        max_attempts: attempts after which a job fails.
+        bells: how many bells wait at the broker. No bell is lost while there are as many as queued jobs; ringing all
+            the same would pile them up for as long as the workers are busy.
+    """
     now = datetime.now(UTC)
-    quiet = now - timedelta(seconds=RING_AGAIN_SECONDS)
+    changed = _take_back_expired(database, now, max_attempts)
+    ring = {job.id: job.priority for job in changed if job.status == JobStatus.QUEUED}
+    return Reconciled(changed, ring | _find_unheard(database, now, bells))
+
+
+def _take_back_expired(database: Database, now: datetime, max_attempts: int) -> tuple[Job, ...]:
+    """Jobs whose lease ran out, as they are after it."""
+    held = [JobStatus.RUNNING, JobStatus.CANCELLING]
+    expired = select(JobRow).where(JobRow.status.in_(held), JobRow.lease_expires_at < now).order_by(JobRow.id)
     with database.read() as session:
-        expired = session.scalars(
-            select(JobRow.id).where(
-                JobRow.status.in_([JobStatus.RUNNING, JobStatus.CANCELLING]), JobRow.lease_expires_at < now
-            )
-        ).all()
-        stale = session.scalars(
-            select(JobRow.id).where(JobRow.status == JobStatus.QUEUED, JobRow.rung_at < quiet).limit(1000)
-        ).all()
-    if not expired and not stale:
-        return Reconciled((), ())
-    changed, ring = [], list(stale)
+        if session.scalar(expired.limit(1)) is None:
+            return ()
     with database.write() as session:
-        for job_id in expired:
-            row = session.get(JobRow, job_id)
-            if row is None or JobStatus(row.status) in FINAL or row.lease_expires_at is None:
-                continue
-            if row.lease_expires_at < now and row.status != JobStatus.QUEUED:
-                _take_back(row, now, max_attempts)
-                changed.append(view(row))
-                if row.status == JobStatus.QUEUED:
-                    ring.append(job_id)
-        session.execute(update(JobRow).where(JobRow.id.in_(ring)).values(rung_at=now))
-    return Reconciled(tuple(changed), tuple(ring))
+        # Locked (PostgreSQL), so that a worker which finishes at this moment is not overwritten.
+        rows = session.scalars(expired.with_for_update()).all()
+        for row in rows:
+            _take_back(row, now, max_attempts)
+        return tuple(view(row) for row in rows)
+
+
+def _find_unheard(database: Database, now: datetime, bells: int) -> dict[str, int]:
+    """Queued jobs (and their priority) that no bell announces any more, marked as rung now."""
+    stale = [JobRow.status == JobStatus.QUEUED, JobRow.rung_at < now - timedelta(seconds=RING_AGAIN_SECONDS)]
+    chosen = select(JobRow.id).where(*stale).order_by(JobRow.priority.desc(), JobRow.created_at).limit(_MOST_BELLS)
+    with database.read() as session:
+        queued = session.scalar(select(func.count()).where(JobRow.status == JobStatus.QUEUED)) or 0
+        ids = session.scalars(chosen).all() if queued > bells else []
+    if not ids:
+        return {}
+    # The conditions once more: of several API processes, one rings.
+    mark = update(JobRow).where(JobRow.id.in_(ids), *stale).values(rung_at=now).returning(JobRow.id, JobRow.priority)
+    with database.write() as session:
+        found = session.execute(mark.execution_options(synchronize_session=False)).all()
+    order = {job_id: place for place, job_id in enumerate(ids)}
+    return {row.id: row.priority for row in sorted(found, key=lambda row: order[row.id])}
 
 
 def _take_back(row: JobRow, now: datetime, max_attempts: int) -> None:
     """What becomes of a job whose worker fell silent."""
-    row.lease_owner = row.lease_expires_at = None
+    row.lease_owner = row.lease_expires_at = row.progress = None
     if row.status == JobStatus.CANCELLING:
         row.status, row.finished_at = JobStatus.CANCELLED, now
     elif row.attempt < max_attempts:
-        row.status = JobStatus.QUEUED
+        row.status, row.rung_at = JobStatus.QUEUED, now
     else:
         row.status, row.finished_at = JobStatus.FAILED, now
         row.error = problem(

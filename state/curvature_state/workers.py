@@ -34,6 +34,12 @@ def remove_worker(database: Database, worker_id: str) -> None:
         session.execute(delete(WorkerRow).where(WorkerRow.id == worker_id))
 
 
+def forget_workers(database: Database) -> None:
+    """Remove all rows: for whoever knows that no worker of this database runs."""
+    with database.write() as session:
+        session.execute(delete(WorkerRow))
+
+
 def list_workers(database: Database) -> list[WorkerView]:
     """Workers seen lately."""
     since = datetime.now(UTC) - timedelta(seconds=ALIVE_SECONDS)

@@ -3,11 +3,13 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
+from fastapi.concurrency import run_in_threadpool
 
 from curvature_protocol.artefacts import SHA256_PATTERN, Artefact, ArtefactKind
 from curvature_protocol.names import artefact_key
+from curvature_service import examples
 from curvature_service.artefacts.service import get_artefact, store_upload, too_large
-from curvature_service.openapi import problems
+from curvature_service.openapi import BYTES, RANGE_HEADER, answer, problems
 from curvature_service.ranges import stream_object
 from curvature_service.resources import ResourcesDependency
 
@@ -16,70 +18,85 @@ Sha256Path = Annotated[
     Path(
         pattern=SHA256_PATTERN,
         description="SHA-256 of the bytes, in lower-case hexadecimal",
-        examples=["9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"],
+        examples=[examples.MODEL_SHA256],
     ),
 ]
+_WHAT: dict[ArtefactKind, str] = {"models": "model file", "batches": "batch (a safetensors file)"}
 
 
 def artefact_router(kind: ArtefactKind) -> APIRouter:
     """The endpoints of one kind of upload."""
     router = APIRouter(prefix=f"/{kind}", tags=[kind])
-    what = "model file" if kind == "models" else "batch (a safetensors file)"
-    body = {
-        "requestBody": {
-            "required": True,
-            "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-        }
-    }
+    _add_upload(router, kind)
+    _add_metadata(router, kind)
+    _add_content(router, kind)
+    return router
 
+
+def _add_upload(router: APIRouter, kind: ArtefactKind) -> None:
     @router.put(
         "/{sha256}",
-        summary=f"Upload a {what}",
+        summary=f"Upload a {_WHAT[kind]}",
         description="Streamed and hashed on the way. 201 if new, 200 if the server had it.",
         response_model=Artefact,
         status_code=201,
-        responses={200: {"model": Artefact, "description": "It was there already"}, **problems(400, 413)},
-        openapi_extra=body,
+        responses={
+            **answer(201, "Stored", examples.ARTEFACT[kind]),
+            **answer(200, "It was there already", examples.ARTEFACT[kind], Artefact),
+            **problems("hash_mismatch", "payload_too_large"),
+        },
+        openapi_extra={"requestBody": {"required": True, "content": BYTES}},
     )
     async def put(sha256: Sha256Path, request: Request, response: Response, resources: ResourcesDependency) -> Artefact:
-        announced = request.headers.get("content-length", "")
-        if announced.isdigit() and int(announced) > resources.settings.max_upload_bytes:
+        announced = request.headers.get("content-length")
+        if announced is not None and int(announced) > resources.settings.max_upload_bytes:
             raise too_large(resources.settings.max_upload_bytes)
         artefact, new = await store_upload(resources, kind, sha256, request.stream())
         response.status_code = 201 if new else 200
         return artefact
 
-    @router.head("/{sha256}", include_in_schema=False)
+
+def _add_metadata(router: APIRouter, kind: ArtefactKind) -> None:
+    absent = "model_not_found" if kind == "models" else "batch_not_found"
+
+    @router.head(
+        "/{sha256}",
+        summary=f"Whether a {_WHAT[kind]} is there",
+        description="The headers of the GET; an upload of what is there is not needed.",
+        responses={200: {"description": "It is"}, **problems(absent)},
+    )
     @router.get(
         "/{sha256}",
-        summary=f"Metadata of an uploaded {what}",
-        response_model=Artefact,
-        responses=problems(404),
+        summary=f"Metadata of an uploaded {_WHAT[kind]}",
+        description="Size and time; the bytes are at `…/content`.",
+        responses={**answer(200, "Its record", examples.ARTEFACT[kind]), **problems(absent)},
     )
     async def get(sha256: Sha256Path, resources: ResourcesDependency) -> Artefact:
-        return await get_artefact(resources, kind, sha256)
+        return await run_in_threadpool(get_artefact, resources, kind, sha256)
 
-    @router.head("/{sha256}/content", include_in_schema=False)
+
+def _add_content(router: APIRouter, kind: ArtefactKind) -> None:
+    absent = "model_not_found" if kind == "models" else "batch_not_found"
+
+    @router.head(
+        "/{sha256}/content",
+        summary=f"Size of an uploaded {_WHAT[kind]}",
+        description="The headers of the GET.",
+        response_class=Response,
+        responses={200: {"description": "Content-Length, ETag, Accept-Ranges"}, **problems(absent)},
+    )
     @router.get(
         "/{sha256}/content",
-        summary=f"Bytes of an uploaded {what}",
+        summary=f"Bytes of an uploaded {_WHAT[kind]}",
         description="Single HTTP ranges are honoured.",
         response_class=Response,
         responses={
-            200: {"content": {"application/octet-stream": {}}},
-            206: {"description": "The range asked for"},
-            **problems(404, 416),
+            200: {"description": "All bytes", "content": BYTES},
+            206: {"description": "The range asked for", "content": BYTES},
+            **problems(absent, "range_not_satisfiable"),
         },
+        openapi_extra=RANGE_HEADER,
     )
     async def content(sha256: Sha256Path, request: Request, resources: ResourcesDependency) -> Response:
-        artefact = await get_artefact(resources, kind, sha256)
-        return stream_object(
-            request,
-            resources.objects,
-            artefact_key(kind, sha256),
-            artefact.size_bytes,
-            etag=sha256,
-            media_type="application/octet-stream",
-        )
-
-    return router
+        artefact = await run_in_threadpool(get_artefact, resources, kind, sha256)
+        return stream_object(request, resources.objects, artefact_key(kind, sha256), artefact.size_bytes, etag=sha256)

@@ -16,17 +16,28 @@ UPLOADS = "uploads"
 
 
 async def store_upload(
-    resources: Resources, kind: ArtefactKind, sha256: str, chunks: AsyncIterator[bytes], limit: int | None = None
+    resources: Resources, kind: ArtefactKind, sha256: str, chunks: AsyncIterator[bytes]
 ) -> tuple[Artefact, bool]:
     """Store the bytes that `chunks` yields; returns the record and whether it is new.
 
     Raises:
         ApiError: `payload_too_large` as soon as the limit is passed, `hash_mismatch` at the end.
     """
-    known = await run_in_threadpool(find_artefact, resources.database, kind, sha256)
-    if known is not None:
+    if (known := await run_in_threadpool(find_stored, resources, kind, sha256)) is not None:
         return known, False
-    limit = resources.settings.max_upload_bytes if limit is None else limit
+    temporary = f"{UPLOADS}/{uuid.uuid4().hex}"
+    try:
+        size = await _store_hashed(resources, temporary, sha256, chunks)
+        if (twin := await run_in_threadpool(find_stored, resources, kind, sha256)) is not None:  # came whole meanwhile
+            return twin, False
+        await run_in_threadpool(resources.objects.move, temporary, artefact_key(kind, sha256))
+        return await run_in_threadpool(record_artefact, resources.database, kind, sha256, size), True
+    finally:
+        await run_in_threadpool(resources.objects.delete, temporary)
+
+
+async def _store_hashed(resources: Resources, key: str, sha256: str, chunks: AsyncIterator[bytes]) -> int:
+    limit = resources.settings.max_upload_bytes
     digest = hashlib.sha256()
 
     async def hashed() -> AsyncIterator[bytes]:
@@ -39,21 +50,15 @@ async def store_upload(
             if chunk:
                 yield chunk
 
-    temporary = f"{UPLOADS}/{uuid.uuid4().hex}"
-    try:
-        size = await resources.objects.put_async_stream(temporary, hashed())
-        if digest.hexdigest() != sha256:
-            raise ApiError(
-                "hash_mismatch",
-                f"the bytes that came have the SHA-256 {digest.hexdigest()}, not {sha256}",
-                param="sha256",
-                remedy="the upload was damaged or cut off: send it again",
-            )
-        await run_in_threadpool(resources.objects.move, temporary, artefact_key(kind, sha256))
-    except BaseException:
-        await run_in_threadpool(resources.objects.delete, temporary)
-        raise
-    return await run_in_threadpool(record_artefact, resources.database, kind, sha256, size), True
+    size = await resources.objects.put_async_stream(key, hashed())
+    if digest.hexdigest() != sha256:
+        raise ApiError(
+            "hash_mismatch",
+            f"the {size} bytes that came have the SHA-256 {digest.hexdigest()}, not {sha256}",
+            param="sha256",
+            remedy="the upload was damaged or cut off: send it again",
+        )
+    return size
 
 
 def too_large(limit: int) -> ApiError:
@@ -65,18 +70,34 @@ def too_large(limit: int) -> ApiError:
     )
 
 
-async def get_artefact(resources: Resources, kind: ArtefactKind, sha256: str) -> Artefact:
+def store_small(resources: Resources, kind: ArtefactKind, sha256: str, data: bytes) -> Artefact:
+    """Store bytes that are in memory already, and of which `sha256` is the hash."""
+    if (known := find_stored(resources, kind, sha256)) is not None:
+        return known
+    resources.objects.put_bytes(artefact_key(kind, sha256), data)
+    return record_artefact(resources.database, kind, sha256, len(data))
+
+
+def find_stored(resources: Resources, kind: ArtefactKind, sha256: str) -> Artefact | None:
+    """The upload's record, if its bytes are there too: what was lost from the store can be uploaded again."""
+    found = find_artefact(resources.database, kind, sha256)
+    if found is None or resources.objects.head(artefact_key(kind, sha256)) != found.size_bytes:
+        return None
+    return found
+
+
+def get_artefact(resources: Resources, kind: ArtefactKind, sha256: str) -> Artefact:
     """The upload's record.
 
     Raises:
         ApiError: `model_not_found` or `batch_not_found`.
     """
-    found = await run_in_threadpool(find_artefact, resources.database, kind, sha256)
+    found = find_stored(resources, kind, sha256)
     if found is None:
         what = "model" if kind == "models" else "batch"
         raise ApiError(
             f"{what}_not_found",
-            f"no {what} with the SHA-256 {sha256} was uploaded",
+            f"no {what} with the SHA-256 {sha256} is stored",
             param=what,
             remedy=f"PUT its bytes to /v1/{kind}/{sha256}",
         )

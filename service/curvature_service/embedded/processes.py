@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 logger = logging.getLogger("curvature.serve")
@@ -81,6 +82,7 @@ class Supervised:
             steady = time.monotonic() - self._started_at > _STEADY_SECONDS
             self._pause = _FIRST_PAUSE_SECONDS if steady else min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
             logger.warning("%s ended (status %s); starting it again", self.name, self._process.returncode)
+            self._end_group(self._process.pid)
             self._forget()
             self._start_again_at = time.monotonic() + self._pause
         if self._process is None and time.monotonic() >= self._start_again_at:
@@ -106,9 +108,15 @@ class Supervised:
             try:
                 process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                self._end_group(process.pid)
                 process.wait()
         self._forget()
+
+    @staticmethod
+    def _end_group(leader: int) -> None:
+        """End what a guardian that was itself killed left behind: it shares the guardian's process group."""
+        with suppress(ProcessLookupError):
+            os.killpg(leader, signal.SIGKILL)
 
     def _forget(self) -> None:
         if self._lifeline >= 0:

@@ -1,32 +1,63 @@
 """A job's events as they happen: from its Redis stream, from the database where that is gone."""
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator
 
+from fastapi.concurrency import run_in_threadpool
 from redis import RedisError
 
 from curvature_protocol.events import JobEvent
-from curvature_protocol.jobs import FINAL, JobStatus
-from curvature_service.jobs.service import POLL_SECONDS, find_job
+from curvature_protocol.jobs import FINAL, Job, JobStatus
+from curvature_service.errors import DATABASE_AWAY
 from curvature_service.resources import Resources
 from curvature_state import events
+from curvature_state.jobs import get_job
+
+POLL_SECONDS = 1.0
+_AT_ONCE = 0.001
 
 
-async def follow_job(resources: Resources, job_id: str, after: str) -> AsyncIterator[tuple[str | None, JobEvent]]:
-    """(stream id or None, event), until the final state."""
-    last: JobStatus | None = None
+async def follow_job(
+    resources: Resources, job_id: str, after: str, seconds: float | None = None
+) -> AsyncIterator[tuple[str | None, JobEvent]]:
+    """(stream id or None, event), until the final state, or for so many seconds.
+
+    What the stream holds comes first; then the state by the database, if the stream did not tell it. The database
+    leads the stream, so a state told from there is not told once more when the stream brings it.
+    """
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
+    told: tuple[JobStatus, int] | None = None
+    patience = _AT_ONCE
     while True:
         try:
-            async for event_id, event in events.follow(resources.async_redis, job_id, after, POLL_SECONDS):
-                after, last = event_id, event.status
+            async for event_id, event in events.follow(resources.async_redis, job_id, after, patience):
+                after = event_id
+                if event.event == "state" and (event.status, event.attempt) == told:
+                    continue
+                told = (event.status, event.attempt)
                 yield event_id, event
+                if time.monotonic() > deadline:
+                    return
         except RedisError:
-            await asyncio.sleep(POLL_SECONDS)
-        if last in FINAL:
+            await asyncio.sleep(patience)
+        if told is not None and told[0] in FINAL:
             return
-        job = await find_job(resources, job_id)
-        if job.status != last and (job.status in FINAL or last is None):
-            last = job.status
+        job = await _read(resources, job_id)
+        if job is not None and (job.status, job.attempt) != told:
+            told = (job.status, job.attempt)
             yield None, events.state_event(job)
-        if job.status in FINAL:
+        if job is not None and job.status in FINAL:
             return
+        patience = min(POLL_SECONDS, deadline - time.monotonic())
+        if patience <= 0:
+            return
+
+
+async def _read(resources: Resources, job_id: str) -> Job | None:
+    """The job, or None while the database is away: a stream once opened outlasts that."""
+    try:
+        return await run_in_threadpool(get_job, resources.database, job_id)
+    except DATABASE_AWAY:
+        return None

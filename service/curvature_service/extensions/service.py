@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import jsonschema
+from jsonschema.exceptions import best_match
 
 from curvature_protocol.catalogue import Catalogue, ExtensionEntry
 from curvature_protocol.requests import ExtensionRequest, JobRequest
@@ -15,6 +16,8 @@ from curvature_service.resources import Resources
 from curvature_state.workers import published_catalogue
 
 FRESH_SECONDS = 2.0
+_SHOWN_CHARACTERS = 64
+_LONGEST_DETAIL = 300
 
 BACKPACK_NAMES = {
     "grad_batch": "batch_grad",
@@ -91,14 +94,21 @@ def _unknown(name: str, place: int, known: list[str]) -> ApiError:
 
 
 def _check_options(extension: ExtensionRequest, place: int, entry: ExtensionEntry) -> None:
-    errors = sorted(jsonschema.Draft202012Validator(entry.options).iter_errors(extension.options), key=str)
-    if not errors:
+    known = list(entry.options.get("properties", {}))
+    remedy = f"{extension.name} takes these options: {', '.join(known) or 'none'}"
+    where = f"extensions.{place}.options"
+    if entry.options.get("additionalProperties") is False:
+        for option in extension.options:
+            if option not in known:
+                close = difflib.get_close_matches(option, known, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                detail = f"{extension.name} has no option {option[:_SHOWN_CHARACTERS]!r}{hint}"
+                raise ApiError("invalid_option", detail, param=where, remedy=remedy)
+    error = best_match(jsonschema.Draft202012Validator(entry.options).iter_errors(extension.options))
+    if error is None:
         return
-    path = ".".join(str(part) for part in errors[0].absolute_path)
-    known = ", ".join(entry.options.get("properties", {})) or "none"
-    raise ApiError(
-        "invalid_option",
-        f"{extension.name}: {path + ': ' if path else ''}{errors[0].message}",
-        param=f"extensions.{place}.options{'.' + path if path else ''}",
-        remedy=f"{extension.name} takes these options: {known}",
-    )
+    path = "".join(f".{part}" for part in error.absolute_path)
+    detail = f"{extension.name}: {path[1:] + ': ' if path else ''}{error.message}"
+    if len(detail) > _LONGEST_DETAIL:  # the message quotes the value, whatever its size
+        detail = f"{detail[:_LONGEST_DETAIL]}…"
+    raise ApiError("invalid_option", detail, param=where + path, remedy=remedy)

@@ -6,21 +6,26 @@ from fastapi import APIRouter, Response
 from fastapi.concurrency import run_in_threadpool
 
 from curvature_protocol.health import Health, Readiness
-from curvature_service.health.service import check_readiness
+from curvature_service import examples
+from curvature_service.health.service import check_readiness, known_workers
+from curvature_service.openapi import answer
 from curvature_service.resources import ResourcesDependency
-from curvature_state.workers import list_workers
 
 router = APIRouter(tags=["health"])
 
 
-@router.get("/health", summary="The process answers; its workers, isolation and limits")
+@router.get(
+    "/health",
+    summary="The process answers; its workers, isolation and limits",
+    responses=answer(200, "It does", examples.HEALTH),
+)
 async def health(resources: ResourcesDependency) -> Health:
-    """Cheap, and without a key."""
+    """Cheap, without a key, and 200 as long as the process lives: `/v1/ready` says whether its parts do."""
     settings = resources.settings
-    workers = await run_in_threadpool(list_workers, resources.database)
+    workers = await run_in_threadpool(known_workers, resources)
     return Health(
         version=version("curvature"),
-        workers=tuple(workers),
+        workers=workers,
         limits={
             "upload_bytes": settings.max_upload_bytes,
             "inline_batch_bytes": settings.inline_batch_bytes,
@@ -33,7 +38,10 @@ async def health(resources: ResourcesDependency) -> Health:
 @router.get(
     "/ready",
     summary="Whether everything the server needs answers",
-    responses={503: {"model": Readiness, "description": "Something does not"}},
+    responses={
+        **answer(200, "Everything answers", examples.READY),
+        **answer(503, "Something does not; `checks` says what", examples.NOT_READY, Readiness),
+    },
 )
 async def ready(resources: ResourcesDependency, response: Response) -> Readiness:
     """Database, storage, broker, worker."""

@@ -2,16 +2,23 @@
 
 from collections.abc import Callable
 
-from curvature_protocol.health import Readiness
+from sqlalchemy.exc import SQLAlchemyError
+
+from curvature_protocol.health import Readiness, WorkerView
 from curvature_service.resources import Resources
 from curvature_state.workers import list_workers
 
 
+def known_workers(resources: Resources) -> tuple[WorkerView, ...]:
+    """Workers seen lately; none while the database cannot say."""
+    try:
+        return tuple(list_workers(resources.database))
+    except SQLAlchemyError:
+        return ()
+
+
 def check_readiness(resources: Resources) -> Readiness:
     """Ask database, storage, broker and workers."""
-
-    def storage() -> None:
-        resources.objects.head("ready")
 
     def worker() -> None:
         if not list_workers(resources.database):
@@ -19,11 +26,13 @@ def check_readiness(resources: Resources) -> Readiness:
 
     probes: dict[str, Callable[[], object]] = {
         "database": resources.database.ping,
-        "storage": storage,
+        "storage": resources.objects.ping,
         "broker": resources.redis.ping,
         "worker": worker,
     }
     checks = {name: _outcome(probe) for name, probe in probes.items()}
+    if checks["database"] != "ok":
+        checks["worker"] = "not known while the database does not answer"
     return Readiness(ready=all(outcome == "ok" for outcome in checks.values()), checks=checks)
 
 

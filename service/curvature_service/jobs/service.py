@@ -4,9 +4,9 @@ import asyncio
 import base64
 import hashlib
 import json
+import re
 import time
-from collections.abc import AsyncIterator
-from datetime import datetime
+from datetime import UTC, datetime
 
 from fastapi.concurrency import run_in_threadpool
 from redis import RedisError
@@ -14,63 +14,93 @@ from redis import RedisError
 from curvature_protocol.jobs import FINAL, InlineResult, Job, JobPage, JobStatus
 from curvature_protocol.names import result_key
 from curvature_protocol.requests import BatchReference, JobRequest
-from curvature_service.artefacts.service import get_artefact, store_upload
+from curvature_service.artefacts.service import get_artefact, store_small
 from curvature_service.errors import ApiError
 from curvature_service.extensions.service import CatalogueCache, check_request
 from curvature_service.resources import Resources
 from curvature_service.results.service import read_manifest
 from curvature_state import broker, events
-from curvature_state.artefacts import find_artefact
-from curvature_state.jobs import NewJob, create_job, get_job, list_jobs, request_cancel
+from curvature_state.jobs import Created, NewJob, create_job, find_by_key, get_job, list_jobs, request_cancel
 
 POLL_SECONDS = 1.0
+MAX_REQUEST_BYTES = 256 * 2**10
+"""Limit on a request without its batch: names, options, metadata. Every list of jobs shows it again."""
+
+_JOB_ID = re.compile(r"[0-9a-f]{32}")
+_LONGEST_CURSOR = 200
 
 
-async def submit(
+def submit(
     resources: Resources, catalogue: CatalogueCache, request: JobRequest, idempotency_key: str | None
 ) -> tuple[Job, bool]:
-    """Write the job and ring the bell; returns the job and whether it is new."""
-    check_request(await run_in_threadpool(catalogue.current), request)
-    digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
-    await get_artefact(resources, "models", request.model)
-    reference = await _settle_batch(resources, request)
-    stored = request.model_copy(update={"batch": reference}).model_dump(mode="json")
-    new = NewJob(stored, digest, idempotency_key, "default", request.priority, request.metadata)
-    created = await run_in_threadpool(create_job, resources.database, new)
-    if created.repeated and created.body_digest != digest:
+    """Write the job and ring the bell; returns the job and whether it is new.
+
+    Raises:
+        ApiError: whatever the request lacks.
+    """
+    reference, inline = _batch_of(resources, request)
+    new = _new_job(request.model_copy(update={"batch": reference}), idempotency_key)
+    # Before any check: what was accepted once stays accepted, whatever became of model, batch and catalogue since.
+    found = find_by_key(resources.database, new)
+    if found is None:
+        check_request(catalogue.current(), request)
+        get_artefact(resources, "models", request.model)
+        if inline is None:
+            get_artefact(resources, "batches", reference.sha256)
+        else:
+            store_small(resources, "batches", reference.sha256, inline)
+        found = create_job(resources.database, new)
+    if found.repeated:
+        return _same(found, new), False
+    events.publish(resources.redis, events.state_event(found.job))
+    broker.ring(resources.celery, found.job.id, found.job.priority)
+    return found.job, True
+
+
+def _new_job(request: JobRequest, idempotency_key: str | None) -> NewJob:
+    text = request.model_dump_json()
+    if len(text) > MAX_REQUEST_BYTES:
         raise ApiError(
-            "idempotency_conflict",
-            f"the idempotency key {idempotency_key!r} was used with another body",
-            param="Idempotency-Key",
-            remedy="use a new key for a new request",
+            "payload_too_large",
+            f"a request may have {MAX_REQUEST_BYTES} bytes without its batch; it has {len(text)}",
+            param="metadata",
+            remedy="shorten metadata, options and warnings",
         )
-    if not created.repeated:
-        await run_in_threadpool(broker.ring, resources.celery, created.job.id)
-    return created.job, not created.repeated
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    stored = request.model_dump(mode="json")
+    return NewJob(stored, digest, idempotency_key, priority=request.priority, metadata=request.metadata)
 
 
-async def _settle_batch(resources: Resources, request: JobRequest) -> BatchReference:
-    """The batch by hash: looked up, or stored if it rode inside the request."""
+def _batch_of(resources: Resources, request: JobRequest) -> tuple[BatchReference, bytes | None]:
+    """The batch by hash, and its bytes if they ride inside the request."""
     if isinstance(request.batch, BatchReference):
-        await get_artefact(resources, "batches", request.batch.sha256)
-        return request.batch
+        return request.batch, None
     data = request.batch.data
     limit = resources.settings.inline_batch_bytes
     if len(data) > limit:
+        raise inline_too_large(limit, f"{len(data)} bytes")
+    return BatchReference(sha256=hashlib.sha256(data).hexdigest()), data
+
+
+def inline_too_large(limit: int, came: str) -> ApiError:
+    """The refusal of a batch too large to ride inside a request."""
+    return ApiError(
+        "payload_too_large",
+        f"a batch inside the request may have {limit} bytes; {came} came",
+        param="batch.data",
+        remedy="PUT it to /v1/batches/{sha256} and refer to it by its hash",
+    )
+
+
+def _same(found: Created, new: NewJob) -> Job:
+    if found.body_digest != new.body_digest:
         raise ApiError(
-            "payload_too_large",
-            f"a batch inside the request may have {limit} bytes; {len(data)} came",
-            param="batch.data",
-            remedy="upload it to /v1/batches and refer to it by its hash",
+            "idempotency_conflict",
+            f"the idempotency key {new.idempotency_key!r} was used with another body, for job {found.job.id}",
+            param="Idempotency-Key",
+            remedy="use a new key for a new request",
         )
-    sha256 = hashlib.sha256(data).hexdigest()
-    if await run_in_threadpool(find_artefact, resources.database, "batches", sha256) is None:
-        await store_upload(resources, "batches", sha256, _once(data))
-    return BatchReference(sha256=sha256)
-
-
-async def _once(data: bytes) -> AsyncIterator[bytes]:
-    yield data
+    return found.job
 
 
 async def find_job(resources: Resources, job_id: str) -> Job:
@@ -79,10 +109,12 @@ async def find_job(resources: Resources, job_id: str) -> Job:
     Raises:
         ApiError: `job_not_found`.
     """
-    job = await run_in_threadpool(get_job, resources.database, job_id)
+    # Only an id of ours is looked up: PostgreSQL refuses some strings outright.
+    known = _JOB_ID.fullmatch(job_id) is not None
+    job = await run_in_threadpool(get_job, resources.database, job_id) if known else None
     if job is None:
         raise ApiError(
-            "job_not_found", f"there is no job {job_id!r}", param="job_id", remedy="GET /v1/jobs lists the jobs"
+            "job_not_found", f"there is no job {job_id[:50]!r}", param="job_id", remedy="GET /v1/jobs lists the jobs"
         )
     return job
 
@@ -110,15 +142,19 @@ async def with_result(resources: Resources, job: Job) -> Job:
     """The job with its result inside, if that is there and small."""
     if job.status != JobStatus.SUCCEEDED:
         return job
-    manifest = await run_in_threadpool(read_manifest, resources, job)
-    if sum(group.file_bytes for group in manifest.groups) > resources.settings.inline_result_bytes:
-        return job
+    return job.model_copy(update={"result": await run_in_threadpool(_read_small, resources, job)})
 
-    def read() -> dict[str, str]:
+
+def _read_small(resources: Resources, job: Job) -> InlineResult | None:
+    try:
+        manifest = read_manifest(resources, job)
+        if sum(group.file_bytes for group in manifest.groups) > resources.settings.inline_result_bytes:
+            return None
         keys = {g.label: result_key(job.id, job.attempt, f"{g.label}.safetensors") for g in manifest.groups}
-        return {label: base64.b64encode(resources.objects.get_bytes(key)).decode() for label, key in keys.items()}
-
-    return job.model_copy(update={"result": InlineResult(manifest=manifest, files=await run_in_threadpool(read))})
+        files = {label: base64.b64encode(resources.objects.get_bytes(key)).decode() for label, key in keys.items()}
+    except (ApiError, FileNotFoundError):  # an old result, removed; the job itself is still the answer
+        return None
+    return InlineResult(manifest=manifest, files=files)
 
 
 async def cancel(resources: Resources, job_id: str) -> Job:
@@ -127,12 +163,18 @@ async def cancel(resources: Resources, job_id: str) -> Job:
     Raises:
         ApiError: `job_not_found`, `job_finished`.
     """
-    await find_job(resources, job_id)
+    before = await find_job(resources, job_id)
     job = await run_in_threadpool(request_cancel, resources.database, job_id)
     assert job is not None
     if job.status in (JobStatus.SUCCEEDED, JobStatus.FAILED):
-        raise ApiError("job_finished", f"job {job_id} has {job.status} already", param="job_id")
-    await run_in_threadpool(events.publish, resources.redis, events.state_event(job))
+        raise ApiError(
+            "job_finished",
+            f"job {job_id} has {job.status} already",
+            param="job_id",
+            remedy="there is nothing to cancel; GET the job for its result or error",
+        )
+    if job.status != before.status:
+        await run_in_threadpool(events.publish, resources.redis, events.state_event(job))
     return job
 
 
@@ -150,9 +192,13 @@ def _write_cursor(job: Job) -> str:
 
 def _read_cursor(cursor: str) -> tuple[datetime, str]:
     try:
+        if len(cursor) > _LONGEST_CURSOR:
+            raise ValueError("too long")
         moment, job_id = json.loads(base64.urlsafe_b64decode(cursor.encode()))
-        return datetime.fromisoformat(moment), str(job_id)
-    except (ValueError, TypeError) as error:
+        if not _JOB_ID.fullmatch(job_id):
+            raise ValueError("no job id")
+        return datetime.fromisoformat(moment).astimezone(UTC), job_id
+    except (ValueError, TypeError, OverflowError) as error:
         raise ApiError(
             "invalid_request",
             f"the cursor {cursor[:50]!r} was not made by this server",

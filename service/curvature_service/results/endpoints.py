@@ -5,44 +5,52 @@ from fastapi.concurrency import run_in_threadpool
 
 from curvature_protocol.names import result_key
 from curvature_protocol.results import Manifest
+from curvature_service import examples
 from curvature_service.jobs.service import find_job
-from curvature_service.openapi import problems
+from curvature_service.openapi import BYTES, RANGE_HEADER, JobIdPath, answer, problems
 from curvature_service.ranges import stream_object
 from curvature_service.resources import ResourcesDependency
-from curvature_service.results.service import find_group, read_manifest
+from curvature_service.results.service import find_file, read_manifest
 
 router = APIRouter(prefix="/jobs/{job_id}/result", tags=["results"])
 
 
-@router.get("", summary="The manifest of a result", responses=problems(404, 409))
-async def get_result(job_id: str, resources: ResourcesDependency) -> Manifest:
+@router.get(
+    "",
+    summary="The manifest of a result",
+    responses={**answer(200, "The manifest", examples.MANIFEST), **problems("job_not_found", "result_not_ready")},
+)
+async def get_result(job_id: JobIdPath, resources: ResourcesDependency) -> Manifest:
     """Every tensor's name, shape, dtype, byte range, convention and provenance."""
     job = await find_job(resources, job_id)
     return await run_in_threadpool(read_manifest, resources, job)
 
 
-@router.head("/{label}.safetensors", include_in_schema=False)
+@router.head(
+    "/{label}.safetensors",
+    summary="Size of the tensors of one label",
+    description="The headers of the GET.",
+    response_class=Response,
+    responses={
+        200: {"description": "Content-Length, ETag, Accept-Ranges"},
+        **problems("result_not_found", "result_not_ready"),
+    },
+)
 @router.get(
     "/{label}.safetensors",
     summary="The tensors of one label",
     description="A safetensors file. Single HTTP ranges are honoured; the manifest says where each tensor lies.",
     response_class=Response,
     responses={
-        200: {"content": {"application/octet-stream": {}}},
-        206: {"description": "The range asked for"},
-        **problems(404, 409, 416),
+        200: {"description": "The whole file", "content": BYTES},
+        206: {"description": "The range asked for", "content": BYTES},
+        **problems("result_not_found", "result_not_ready", "range_not_satisfiable"),
     },
+    openapi_extra=RANGE_HEADER,
 )
-async def get_file(job_id: str, label: str, request: Request, resources: ResourcesDependency) -> Response:
+async def get_file(job_id: JobIdPath, label: str, request: Request, resources: ResourcesDependency) -> Response:
     """Stream the file, or a part of it."""
     job = await find_job(resources, job_id)
-    manifest = await run_in_threadpool(read_manifest, resources, job)
-    group = find_group(manifest, label)
-    return stream_object(
-        request,
-        resources.objects,
-        result_key(job.id, job.attempt, f"{label}.safetensors"),
-        group.file_bytes,
-        etag=f"{job.id}-{job.attempt}-{label}",
-        media_type="application/octet-stream",
-    )
+    size = await run_in_threadpool(find_file, resources, job, label)
+    key = result_key(job.id, job.attempt, f"{label}.safetensors")
+    return stream_object(request, resources.objects, key, size, etag=f"{job.id}-{job.attempt}-{label}")

@@ -2,7 +2,7 @@
 
 from curvature_protocol.jobs import FINAL, Job, JobStatus
 from curvature_protocol.names import result_key
-from curvature_protocol.results import Manifest, ResultGroup
+from curvature_protocol.results import Manifest
 from curvature_service.errors import ApiError
 from curvature_service.resources import Resources
 
@@ -11,36 +11,49 @@ def read_manifest(resources: Resources, job: Job) -> Manifest:
     """The manifest of a succeeded job.
 
     Raises:
-        ApiError: `result_not_ready`, with what became of the job.
+        ApiError: `result_not_ready`, with what became of the job; `result_not_found` if it was removed.
     """
     if job.status != JobStatus.SUCCEEDED:
-        if job.status in FINAL:
-            why = f"job {job.id} was {job.status}" if job.error is None else f"job {job.id} failed: {job.error.detail}"
-            remedy = "submit it again" if job.error is None else job.error.remedy
-        else:
-            why, remedy = f"job {job.id} is {job.status}", "wait for it, e.g. on /v1/jobs/{job_id}/events"
-        raise ApiError("result_not_ready", f"there is no result: {why}", param="job_id", remedy=remedy)
+        raise _not_ready(job)
     try:
         data = resources.objects.get_bytes(result_key(job.id, job.attempt, "manifest.json"))
     except FileNotFoundError as error:
-        raise ApiError(
-            "result_not_found", f"the result of job {job.id} was removed", param="job_id", remedy="submit it again"
-        ) from error
+        raise _removed(job) from error
     return Manifest.model_validate_json(data)
 
 
-def find_group(manifest: Manifest, label: str) -> ResultGroup:
-    """The group of a label.
+def find_file(resources: Resources, job: Job, label: str) -> int:
+    """The size in bytes of a label's file.
 
     Raises:
-        ApiError: `result_not_found`, naming the labels there are.
+        ApiError: `result_not_found`, naming the labels there are; and as `read_manifest`.
     """
-    for group in manifest.groups:
-        if group.label == label:
-            return group
-    raise ApiError(
-        "result_not_found",
-        f"job {manifest.job_id} has no result labelled {label!r}",
-        param="label",
-        remedy=f"its labels: {', '.join(g.label for g in manifest.groups)}",
+    manifest = read_manifest(resources, job)
+    sizes = {group.label: group.file_bytes for group in manifest.groups}
+    if label not in sizes:
+        raise ApiError(
+            "result_not_found",
+            f"job {job.id} has no result labelled {label!r}",
+            param="label",
+            remedy=f"its labels: {', '.join(sizes)}",
+        )
+    if resources.objects.head(result_key(job.id, job.attempt, f"{label}.safetensors")) != sizes[label]:
+        raise _removed(job)
+    return sizes[label]
+
+
+def _not_ready(job: Job) -> ApiError:
+    if job.status not in FINAL:
+        why, remedy = f"job {job.id} is {job.status}", f"wait for it, e.g. on /v1/jobs/{job.id}/events"
+    elif job.error is None:
+        why, remedy = f"job {job.id} was {job.status}", "submit it again"
+    else:
+        why = f"job {job.id} failed: {job.error.code}: {job.error.detail}"
+        remedy = job.error.remedy or "submit it again"
+    return ApiError("result_not_ready", f"there is no result: {why}", param="job_id", remedy=remedy)
+
+
+def _removed(job: Job) -> ApiError:
+    return ApiError(
+        "result_not_found", f"the result of job {job.id} was removed", param="job_id", remedy="submit it again"
     )

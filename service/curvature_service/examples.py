@@ -1,0 +1,245 @@
+"""Examples of the API document: one job's way, from the upload to the manifest. Tests hold them to the schemas."""
+
+from typing import Any
+
+from curvature_protocol.artefacts import ArtefactKind
+from curvature_protocol.errors import status_of
+
+MODEL_SHA256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+BATCH_SHA256 = "60303ae22b998861bce3b28f33eec1be758a213c86c93c076dbe9f558c11c752"
+JOB_ID = "3f2a9c0d5be84f6f9a3f2f4d1c7e8b90"
+
+ARTEFACT: dict[ArtefactKind, dict[str, Any]] = {
+    "models": {
+        "sha256": MODEL_SHA256,
+        "kind": "models",
+        "size_bytes": 4871362,
+        "created_at": "2026-01-15T09:30:00.120000Z",
+    },
+    "batches": {
+        "sha256": BATCH_SHA256,
+        "kind": "batches",
+        "size_bytes": 402896,
+        "created_at": "2026-01-15T09:30:00.480000Z",
+    },
+}
+
+_REQUEST: dict[str, Any] = {
+    "model": MODEL_SHA256,
+    "batch": {"sha256": BATCH_SHA256},
+    "extensions": ["variance", {"name": "kfac", "label": "kfac4", "options": {"mc_samples": 4}}],
+    "loss": "cross_entropy",
+    "reduction": "mean",
+    "seed": 0,
+}
+JOB_REQUESTS: dict[str, dict[str, Any]] = {
+    "uploaded batch": {"summary": "A model and a batch uploaded before, two extensions", "value": _REQUEST},
+    "batch inside": {
+        "summary": "A small batch riding inside the request (with ?wait=30: one round trip)",
+        "value": {
+            "model": MODEL_SHA256,
+            "batch": {"data": "CAAAAAAAAAB7fSAgICAgIA=="},
+            "extensions": ["diag_ggn_mc"],
+        },
+    },
+}
+
+JOB: dict[str, Any] = {
+    "id": JOB_ID,
+    "status": "running",
+    "created_at": "2026-01-15T09:30:01Z",
+    "started_at": "2026-01-15T09:30:01.030000Z",
+    "finished_at": None,
+    "attempt": 1,
+    "priority": 5,
+    "progress": {"phase": "computing", "done": 3, "total": 10},
+    "error": None,
+    "warnings": [],
+    "metadata": {"run": "baseline"},
+    "request": {
+        **_REQUEST,
+        "extensions": [
+            {"name": "variance", "label": None, "options": {}},
+            {"name": "kfac", "label": "kfac4", "options": {"mc_samples": 4}},
+        ],
+        "loss": {"name": "cross_entropy", "options": {}},
+        "parameters": "trainable",
+        "eval": True,
+        "priority": 5,
+        "timeout_seconds": None,
+        "metadata": {"run": "baseline"},
+        "warnings": [],
+    },
+    "result": None,
+}
+CANCELLING_JOB: dict[str, Any] = {**JOB, "status": "cancelling"}
+JOB_PAGE: dict[str, Any] = {"items": [JOB], "next_cursor": "WyIyMDI2LTAxLTE1VDA5OjMwOjAxKzAwOjAwIiwgIjNmMmE5YzBkIl0="}
+
+EVENT_STREAM = (
+    "id: 1768469401031-0\nevent: state\n"
+    f'data: {{"event":"state","job_id":"{JOB_ID}","status":"running","at":"2026-01-15T09:30:01.031Z","attempt":1}}\n\n'
+    "id: 1768469401630-0\nevent: progress\n"
+    f'data: {{"event":"progress","job_id":"{JOB_ID}","status":"running","at":"2026-01-15T09:30:01.630Z",'
+    '"attempt":1,"progress":{"phase":"computing","done":3,"total":10}}\n\n'
+)
+
+MANIFEST: dict[str, Any] = {
+    "job_id": JOB_ID,
+    "attempt": 1,
+    "created_at": "2026-01-15T09:30:02.200000Z",
+    "engine_version": "0.1.0",
+    "loss": 0.3127,
+    "loss_name": "cross_entropy",
+    "reduction": "mean",
+    "Z": 128.0,
+    "seed": 0,
+    "dtype": "float32",
+    "device": "cpu",
+    "isolation": "landlock+seccomp",
+    "aliases": {},
+    "groups": [
+        {
+            "label": "variance",
+            "extension": "variance",
+            "options": {},
+            "kind": "parameters",
+            "convention": "the biased variance over samples of their contributions to L (each with its 1/N under mean)",
+            "file_bytes": 40096,
+            "missing": {},
+            "tensors": [
+                {
+                    "name": "0.weight",
+                    "parameter": "0.weight",
+                    "factor": None,
+                    "dtype": "F32",
+                    "shape": [10, 1000],
+                    "byte_start": 96,
+                    "byte_end": 40096,
+                    "provenance": {
+                        "method": "closed form",
+                        "reduction": "mean",
+                        "Z": 128.0,
+                        "scale": "loss",
+                        "approximation": None,
+                        "seed": None,
+                        "mc_samples": None,
+                        "dtype": "float32",
+                        "device": "cpu",
+                        "engine_version": "0.1.0",
+                        "verified": True,
+                    },
+                }
+            ],
+        }
+    ],
+    "warnings": [],
+    "timings_ms": {"queue": 30.0, "fetch": 2.1, "child": 1140.5, "store": 1.7},
+}
+
+CATALOGUE: dict[str, Any] = {
+    "engine_version": "0.1.0",
+    "extensions": [
+        {
+            "name": "diag_ggn_mc",
+            "summary": "diagonal of the generalised Gauss–Newton matrix, sampled",
+            "kind": "parameters",
+            "shape": "[*p]",
+            "formula": "1/M Σ_m Σ_n (J_nᵀ s_nm)²",
+            "source": "Dangel, Kunstner & Hennig 2020, table 1",
+            "options": {
+                "type": "object",
+                "properties": {"mc_samples": {"type": "integer", "minimum": 1, "default": 1}},
+                "additionalProperties": False,
+            },
+        }
+    ],
+    "losses": ["cross_entropy", "mse"],
+}
+
+HEALTH: dict[str, Any] = {
+    "status": "ok",
+    "version": "0.1.0",
+    "workers": [
+        {
+            "id": "host-4242-a1b2c3",
+            "device": "cpu",
+            "engine_version": "0.1.0",
+            "isolation": "landlock+seccomp",
+            "seen_at": "2026-01-15T09:30:00Z",
+        }
+    ],
+    "limits": {
+        "upload_bytes": 68719476736,
+        "inline_batch_bytes": 4194304,
+        "inline_result_bytes": 1048576,
+        "wait_seconds": 60.0,
+    },
+}
+READY: dict[str, Any] = {
+    "ready": True,
+    "checks": {"database": "ok", "storage": "ok", "broker": "ok", "worker": "ok"},
+}
+NOT_READY: dict[str, Any] = {
+    "ready": False,
+    "checks": {
+        "database": "ok",
+        "storage": "ok",
+        "broker": "Error 111 connecting to 127.0.0.1:6379. Connection refused.",
+        "worker": "ok",
+    },
+}
+
+
+def _problem(code: str, detail: str, param: str | None = None, remedy: str | None = None) -> dict[str, Any]:
+    return {
+        "type": "about:blank",
+        "title": code.replace("_", " ").capitalize(),
+        "status": 416 if code == "range_not_satisfiable" else status_of(code),
+        "detail": detail,
+        "code": code,
+        **({} if param is None else {"param": param}),
+        **({} if remedy is None else {"remedy": remedy}),
+        "request_id": "4f6c1f0e",
+    }
+
+
+_UPLOAD = "PUT its bytes to /v1/{kind}/{sha256}"
+PROBLEMS: dict[str, dict[str, Any]] = {
+    problem["code"]: problem
+    for problem in (
+        _problem(
+            "unauthenticated", "this server needs an API key; none or a wrong one came", None, "set CURVATURE_API_KEY"
+        ),
+        _problem("invalid_request", "seed: Input should be a valid integer; got 'x'", "seed", "see /docs"),
+        _problem(
+            "internal_error",
+            "the server failed; the operator finds the cause in its log by the request id",
+            None,
+            "try again; if it persists, tell the operator",
+        ),
+        _problem("unavailable", "the server's database does not answer", None, "try again in a moment"),
+        _problem(
+            "hash_mismatch", f"the 7 bytes that came have the SHA-256 {BATCH_SHA256}, not {MODEL_SHA256}", "sha256"
+        ),
+        _problem("payload_too_large", "uploads may have 68719476736 bytes; more came", None, "send fewer samples"),
+        _problem("model_not_found", f"no model with the SHA-256 {MODEL_SHA256} is stored", "model", _UPLOAD),
+        _problem("batch_not_found", f"no batch with the SHA-256 {BATCH_SHA256} is stored", "batch", _UPLOAD),
+        _problem("range_not_satisfiable", "the range bytes=9- lies outside the object's 7 bytes", "Range"),
+        _problem("job_not_found", f"there is no job {JOB_ID!r}", "job_id", "GET /v1/jobs lists the jobs"),
+        _problem("job_finished", f"job {JOB_ID} has succeeded already", "job_id"),
+        _problem("result_not_ready", f"there is no result: job {JOB_ID} is running", "job_id", "wait for it"),
+        _problem("result_not_found", f"job {JOB_ID} has no result labelled 'kfac'", "label", "its labels: variance"),
+        _problem(
+            "idempotency_conflict",
+            "the idempotency key 'k1' was used with another body",
+            "Idempotency-Key",
+            "use a new key for a new request",
+        ),
+        _problem(
+            "unknown_extension",
+            "there is no extension 'batch_gard'; did you mean 'batch_grad'?",
+            "extensions.0.name",
+            "known extensions: batch_grad, batch_l2, variance",
+        ),
+    )
+}

@@ -1,0 +1,120 @@
+"""Transactions, migrations, readiness: SQLite and PostgreSQL."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import URL, text
+from sqlalchemy.exc import OperationalError
+
+from curvature_state import Database, jobs, migrate
+from curvature_state.database import make_engine
+from curvature_state.jobs import NewJob
+from curvature_state.tables import Base
+
+
+def test_the_migrations_make_exactly_the_tables_of_the_code(database_url):
+    engine = make_engine(database_url)
+    with engine.connect() as connection:
+        options = {"compare_type": True, "compare_server_default": True}
+        assert compare_metadata(MigrationContext.configure(connection, opts=options), Base.metadata) == []
+    engine.dispose()
+
+
+def test_migrating_twice_is_no_error(database_url):
+    migrate(database_url)
+
+
+def test_a_write_that_fails_leaves_nothing(database):
+    def write_and_fail():
+        with database.write() as session:
+            session.execute(text("INSERT INTO alembic_version VALUES ('9999')"))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_and_fail()
+    with database.read() as session:
+        assert session.scalar(text("SELECT count(*) FROM alembic_version")) == 1
+
+
+def test_the_database_answers(database):
+    database.ping()
+
+
+def test_missing_tables_are_told_with_the_remedy(tmp_path):
+    database = Database(f"sqlite:///{tmp_path / 'empty.db'}")
+    with pytest.raises(RuntimeError, match=r"version None, not \d+; start the API once with --migrate"):
+        database.ping()
+    database.close()
+
+
+def test_tables_of_another_version_are_told(database):
+    with database.write() as session:
+        session.execute(text("UPDATE alembic_version SET version_num = '0000'"))
+    with pytest.raises(RuntimeError, match="version 0000"):
+        database.ping()
+
+
+def test_an_absent_database_raises_soon():
+    database = Database("postgresql://nobody@127.0.0.1:1/none")
+    with pytest.raises(OperationalError):
+        database.ping()
+    database.close()
+
+
+def test_sqlite_makes_the_folder_of_its_file(tmp_path):
+    path = tmp_path / "new folder" / "a%20b?.db"
+    migrate(URL.create("sqlite", database=str(path)).render_as_string())
+    assert path.is_file()
+
+
+def test_sqlite_writes_ahead(tmp_path):
+    engine = make_engine(f"sqlite:///{tmp_path / 'x.db'}")
+    with engine.connect() as connection:
+        assert connection.scalar(text("PRAGMA journal_mode")) == "wal"
+    engine.dispose()
+
+
+@pytest.mark.integration
+def test_two_servers_migrate_at_once(postgres):
+    url = postgres.url(postgres.create_database())
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: migrate(url), range(4)))
+    database = Database(url)
+    database.ping()
+    database.close()
+
+
+_CYCLES = """
+import sys
+from curvature_state import Database, jobs
+from curvature_state.jobs import NewJob
+database = Database(sys.argv[1])
+for n in range(25):
+    job = jobs.create_job(database, NewJob({}, "d")).job
+    held = jobs.claim(database, job.id, "w", 30)
+    assert jobs.renew(database, job.id, held.attempt, 30, None) == "running"
+    jobs.list_jobs(database, status=None, limit=5, before=None)
+    assert jobs.succeed(database, job.id, held.attempt, [])
+database.close()
+"""
+
+
+@pytest.mark.integration
+def test_many_processes_write_without_an_error(database_url):
+    """On SQLite, a deferred transaction that reads and then writes fails here with "database is locked"."""
+    command = [sys.executable, "-c", _CYCLES, database_url]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [(process.communicate()[1], process.returncode) for process in processes] == [("", 0)] * 4
+    database = Database(database_url)
+    assert len(jobs.list_jobs(database, status=None, limit=1000, before=None)) == 100
+    database.close()
+
+
+def test_text_that_databases_dislike_is_kept(database):
+    request = {"metadata": {"a": "nul \x00 and 🙂"}}
+    job = jobs.create_job(database, NewJob(request, "d")).job
+    assert jobs.get_job(database, job.id).request == request

@@ -1,0 +1,139 @@
+"""The object store: a folder and memory, through one interface."""
+
+import asyncio
+import os
+
+import pytest
+
+from curvature_state import ObjectStore
+from curvature_state.objects import PART_BYTES, SENT_BYTES
+
+
+@pytest.fixture(params=["folder", "memory"])
+def objects(request, tmp_path):
+    return ObjectStore((tmp_path / "my objects").as_uri() if request.param == "folder" else "memory:///")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return ObjectStore((tmp_path / "objects").as_uri()), tmp_path / "objects"
+
+
+def files(path):
+    return sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
+
+
+def test_bytes_read_back(objects):
+    objects.put_bytes("a/b", b"hello")
+    assert objects.get_bytes("a/b") == b"hello"
+    assert objects.head("a/b") == 5
+
+
+def test_what_is_not_there(objects):
+    assert objects.head("a") is None
+    objects.delete("a")
+    with pytest.raises(FileNotFoundError):
+        objects.get_bytes("a")
+    with pytest.raises(FileNotFoundError):
+        list(objects.stream("a"))
+
+
+def test_a_stream_of_many_parts_reads_back(objects):
+    data = os.urandom(2 * PART_BYTES + 17)
+    chunks = (data[at : at + 2**20] for at in range(0, len(data), 2**20))
+    assert objects.put_stream("big", chunks) == len(data)
+    assert b"".join(objects.stream("big")) == data
+    assert b"".join(objects.stream("big", PART_BYTES - 3, PART_BYTES + 3)) == data[PART_BYTES - 3 : PART_BYTES + 3]
+
+
+def test_an_asynchronous_stream_reads_back_whole_or_in_part(objects):
+    data = os.urandom(2 * PART_BYTES + 17)
+
+    async def chunks():
+        for at in range(0, len(data), 2**20):
+            yield data[at : at + 2**20]
+
+    async def write_and_read(start, end):
+        await objects.put_async_stream("big", chunks())
+        return b"".join([bytes(part) async for part in objects.async_stream("big", start, end)])
+
+    assert asyncio.run(write_and_read(0, len(data))) == data
+    assert asyncio.run(write_and_read(PART_BYTES - 3, PART_BYTES + 3)) == data[PART_BYTES - 3 : PART_BYTES + 3]
+    assert asyncio.run(write_and_read(5, 5)) == b""
+
+
+def test_a_stream_goes_out_in_small_parts(folder):
+    """What is sent to clients is copied several times on its way; small parts keep the server's memory flat."""
+    objects, _ = folder
+    objects.put_bytes("big", bytes(10 * SENT_BYTES))
+
+    async def sizes():
+        return [len(part) async for part in objects.async_stream("big", 0, 10 * SENT_BYTES)]
+
+    assert max(asyncio.run(sizes())) <= 2 * SENT_BYTES
+
+
+def test_an_empty_stream_stores_an_empty_object(objects):
+    assert objects.put_stream("empty", iter(())) == 0
+    assert objects.get_bytes("empty") == b""
+
+
+def test_a_source_that_breaks_stores_nothing(folder):
+    objects, path = folder
+
+    def breaking():
+        yield bytes(PART_BYTES + 1)
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        objects.put_stream("x", breaking())
+    assert files(path) == []
+
+
+def test_moving_gives_the_final_key(objects):
+    objects.put_bytes("uploads/1", b"x")
+    objects.move("uploads/1", "models/2")
+    assert objects.get_bytes("models/2") == b"x"
+    assert objects.head("uploads/1") is None
+
+
+def test_a_file_is_stored(objects, tmp_path):
+    source = tmp_path / "source"
+    source.write_bytes(b"12345")
+    assert objects.put_file("results/1/x", source) == 5
+    assert objects.get_bytes("results/1/x") == b"12345"
+
+
+def test_an_object_is_copied_to_a_file(objects, tmp_path):
+    objects.put_bytes("a", b"12345")
+    objects.get_to_file("a", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"12345"
+
+
+def test_a_folder_shows_where_its_objects_lie(folder):
+    objects, path = folder
+    assert objects.local_path("models/a") == path / "models/a"
+    assert ObjectStore("memory:///").local_path("models/a") is None
+
+
+def test_only_old_objects_are_removed(folder):
+    objects, path = folder
+    for name in ("old", "new"):
+        objects.put_bytes(f"uploads/{name}", b"x")
+    (path / "uploads/killed#1").write_bytes(b"part of an upload whose process was killed")
+    objects.put_bytes("models/old", b"x")
+    for name in ("uploads/old", "uploads/killed#1", "models/old"):
+        os.utime(path / name, (1000, 1000))
+    objects.delete_older("uploads", before=2000)
+    assert files(path) == ["models/old", "uploads/new"]
+
+
+def test_a_store_that_is_there_answers(objects):
+    objects.ping()
+
+
+def test_a_folder_that_is_gone_is_told(folder):
+    objects, path = folder
+    path.rmdir()
+    with pytest.raises(RuntimeError, match="is gone or cannot be written"):
+        objects.ping()

@@ -1,0 +1,71 @@
+"""Workers publish themselves and their catalogue."""
+
+from datetime import UTC, datetime, timedelta
+
+from curvature_protocol.catalogue import Catalogue, ExtensionEntry
+from curvature_protocol.health import WorkerView
+from curvature_state import workers
+
+
+def entry(name, summary="s"):
+    return ExtensionEntry(
+        name=name, summary=summary, kind="tensor", shape="[N]", formula="f", source="s", options={"type": "object"}
+    )
+
+
+def catalogue(*entries, losses=("mse",), version="1"):
+    return Catalogue(engine_version=version, extensions=entries, losses=losses)
+
+
+def worker(name, seconds_ago=0.0):
+    seen_at = datetime.now(UTC) - timedelta(seconds=seconds_ago)
+    return WorkerView(id=name, device="cpu", engine_version="1", isolation="none", seen_at=seen_at)
+
+
+def test_a_worker_that_published_itself_is_listed(database):
+    workers.publish_worker(database, worker("w1"), catalogue())
+    assert [w.id for w in workers.list_workers(database)] == ["w1"]
+
+
+def test_publishing_again_refreshes(database):
+    workers.publish_worker(database, worker("w1", 10), catalogue())
+    workers.publish_worker(database, worker("w1"), catalogue())
+    (found,) = workers.list_workers(database)
+    assert datetime.now(UTC) - found.seen_at < timedelta(seconds=5)
+
+
+def test_a_silent_worker_is_not_listed_but_its_catalogue_counts(database):
+    workers.publish_worker(database, worker("w1", 60), catalogue(entry("mine")))
+    assert workers.list_workers(database) == []
+    assert [e.name for e in workers.published_catalogue(database).extensions] == ["mine"]
+
+
+def test_a_worker_gone_for_a_day_is_forgotten(database):
+    workers.publish_worker(database, worker("old", 2 * 24 * 3600), catalogue(entry("old")))
+    workers.publish_worker(database, worker("new"), catalogue(entry("new")))
+    assert [e.name for e in workers.published_catalogue(database).extensions] == ["new"]
+
+
+def test_a_worker_that_stops_is_removed(database):
+    workers.publish_worker(database, worker("w1"), catalogue())
+    workers.remove_worker(database, "w1")
+    assert workers.list_workers(database) == []
+    assert workers.published_catalogue(database) is None
+
+
+def test_all_workers_can_be_forgotten(database):
+    for name in ("w1", "w2"):
+        workers.publish_worker(database, worker(name), catalogue())
+    workers.forget_workers(database)
+    assert workers.list_workers(database) == []
+
+
+def test_the_catalogue_is_the_union_and_the_freshest_entry_wins(database):
+    older = catalogue(entry("shared", "old"), entry("a"), losses=("mse",))
+    newer = catalogue(entry("shared", "new"), entry("b"), losses=("mse", "mine"), version="2")
+    workers.publish_worker(database, worker("w1", 5), older)
+    workers.publish_worker(database, worker("w2"), newer)
+    union = workers.published_catalogue(database)
+    assert {e.name: e.summary for e in union.extensions} == {"shared": "new", "a": "s", "b": "s"}
+    assert union.losses == ("mse", "mine")
+    assert union.engine_version == "2"
