@@ -103,7 +103,7 @@ def list_extensions(url: Url = None) -> None:
             for entry in catalogue.extensions
         ],
     )
-    typer.echo(f"\nlosses: {', '.join(catalogue.losses)}")
+    typer.echo(f"\nlosses: {', '.join(loss.name for loss in catalogue.losses)}")
 
 
 @jobs_app.callback()

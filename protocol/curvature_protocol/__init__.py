@@ -1,7 +1,7 @@
 """The wire schema that client, service and worker share: requests, jobs, results, catalogue, errors, names."""
 
 from curvature_protocol.artefacts import Artefact, ArtefactKind
-from curvature_protocol.catalogue import Catalogue, ExtensionEntry
+from curvature_protocol.catalogue import Catalogue, ExtensionEntry, LossEntry
 from curvature_protocol.errors import FAMILIES, ErrorFamily, Problem, family_of
 from curvature_protocol.events import JobEvent
 from curvature_protocol.health import Health, Readiness, WorkerView
@@ -32,6 +32,7 @@ __all__ = [
     "JobPage",
     "JobRequest",
     "JobStatus",
+    "LossEntry",
     "LossRequest",
     "Manifest",
     "Problem",

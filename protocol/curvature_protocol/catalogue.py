@@ -20,9 +20,17 @@ class ExtensionEntry(Reply):
     options: dict[str, Any] = Field(description="JSON schema of the options (an object)")
 
 
+class LossEntry(Reply):
+    """One loss."""
+
+    name: str
+    summary: str
+    options: dict[str, Any] = Field(description="JSON schema of the options (an object)")
+
+
 class Catalogue(Reply):
     """`GET /v1/extensions`."""
 
     engine_version: str
     extensions: tuple[ExtensionEntry, ...]
-    losses: tuple[str, ...]
+    losses: tuple[LossEntry, ...]

@@ -1,8 +1,10 @@
 """What a client asks for: a model, a batch, extensions and a loss."""
 
+import base64
 from typing import Annotated, Any, Literal
 
-from pydantic import Base64Bytes, Field, JsonValue, model_validator
+from pydantic import Base64Encoder, EncodedBytes, Field, JsonValue, model_validator
+from pydantic_core import PydanticCustomError
 
 from curvature_protocol.artefacts import SHA256_PATTERN
 from curvature_protocol.base import Message
@@ -13,6 +15,19 @@ PRIORITIES = range(10)
 
 Label = Annotated[str, Field(pattern=LABEL_PATTERN)]
 Sha256 = Annotated[str, Field(pattern=SHA256_PATTERN)]
+
+
+class _StrictBase64(Base64Encoder):
+    """Standard base64 and nothing else: the usual decoder skips characters it does not know."""
+
+    @classmethod
+    def decode(cls, data: bytes) -> bytes:
+        """The bytes that `data` stands for."""
+        try:
+            return base64.b64decode(data, validate=True)
+        except ValueError as error:
+            reason = {"reason": str(error)}
+            raise PydanticCustomError("base64_decode", "the data are no base64: {reason}", reason) from None
 
 
 class ExtensionRequest(Message):
@@ -44,7 +59,7 @@ class BatchReference(Message):
 class InlineBatch(Message):
     """A small batch riding inside the request: the bytes of a safetensors file, base64 on the wire."""
 
-    data: Base64Bytes
+    data: Annotated[bytes, EncodedBytes(encoder=_StrictBase64)]
 
 
 class JobRequest(Message):
@@ -62,7 +77,9 @@ class JobRequest(Message):
     parameters: Literal["trainable", "all"] = "trainable"
     eval: bool = True
     priority: int = Field(default=5, ge=0, le=9, description="0 (last) to 9 (first)")
-    timeout_seconds: float | None = Field(default=None, gt=0, description="limit on the computation itself")
+    timeout_seconds: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="limit on the computation itself"
+    )
     metadata: dict[str, str] = Field(default_factory=dict, max_length=32)
     warnings: tuple[str, ...] = Field(
         default=(), max_length=32, description="what the client already noticed; repeated with the result"

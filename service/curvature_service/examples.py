@@ -153,7 +153,13 @@ CATALOGUE: dict[str, Any] = {
             },
         }
     ],
-    "losses": ["cross_entropy", "mse"],
+    "losses": [
+        {
+            "name": "mse",
+            "summary": "squared error of outputs and targets of one shape [N, …]",
+            "options": {"type": "object", "properties": {}, "additionalProperties": False},
+        }
+    ],
 }
 
 HEALTH: dict[str, Any] = {

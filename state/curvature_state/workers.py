@@ -59,7 +59,9 @@ def published_catalogue(database: Database) -> Catalogue | None:
         return None
     catalogues = [Catalogue.model_validate(r.catalogue) for r in rows]
     extensions = {e.name: e for c in catalogues for e in c.extensions}
-    losses = dict.fromkeys(name for c in catalogues for name in c.losses)
+    losses = {loss.name: loss for c in catalogues for loss in c.losses}
     return Catalogue(
-        engine_version=catalogues[-1].engine_version, extensions=tuple(extensions.values()), losses=tuple(losses)
+        engine_version=catalogues[-1].engine_version,
+        extensions=tuple(extensions.values()),
+        losses=tuple(losses.values()),
     )

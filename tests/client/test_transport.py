@@ -17,7 +17,7 @@ from curvature_client._downloads import StoredFile
 from curvature_client._transport import Transport
 from curvature_protocol import Problem
 
-CATALOGUE = b'{"engine_version": "1", "extensions": [], "losses": ["mse"]}'
+CATALOGUE = b'{"engine_version": "1", "extensions": [], "losses": [{"name": "mse", "summary": "", "options": {}}]}'
 
 
 def failing(times, status, **headers):
@@ -36,7 +36,7 @@ def failing(times, status, **headers):
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
 def test_a_busy_server_is_asked_again(status):
     with answering(failing(2, status)) as (url, seen), Client(url) as client:
-        assert client.extensions().losses == ("mse",)
+        assert client.extensions().losses[0].name == "mse"
     assert len(seen) == 3
 
 
@@ -65,7 +65,7 @@ def test_a_connection_that_breaks_is_made_again():
             reply(handler, 200, CATALOGUE)
 
     with answering(answer) as (url, _), Client(url) as client:
-        assert client.extensions().losses == ("mse",)
+        assert client.extensions().losses[0].name == "mse"
 
 
 def test_a_download_goes_on_where_it_broke():

@@ -99,8 +99,8 @@ def test_what_only_the_worker_can_see_fails_the_job(client, changed, code, messa
 
 
 FILES = [
-    ("text", b"hello, I am no model", "no zip archive"),
-    ("empty file", b"", "0 bytes"),
+    ("text", b"hello, I am no model", "no TorchScript archive"),
+    ("empty file", b"", "the file is empty"),
     ("truncated", saved(torch.jit.script(MODEL))[:-100], "truncated"),
     ("half", saved(torch.jit.script(MODEL))[:2000], "truncated"),
 ]
@@ -154,6 +154,8 @@ AT_THE_DOOR = [
     ({"extensions": [{"name": "kfac", "options": {"samples": 2}}]}, "invalid_option", "mc_samples"),
     ({"extensions": [{"name": "kfac", "options": {"mc_samples": 0}}]}, "invalid_option", "mc_samples"),
     ({"loss": "hinge"}, "unknown_loss", "known losses: cross_entropy, mse"),
+    ({"loss": {"name": "mse", "options": {"weight": 1}}}, "invalid_option", "mse has no option 'weight'"),
+    ({"loss": {"name": "cross_entropy", "options": {"ignore_index": "x"}}}, "invalid_option", "ignore_index"),
     ({"reduction": "none"}, "invalid_option", "mean"),
     ({"parameters": "some"}, "invalid_request", "trainable"),
     ({"seed": -1}, "invalid_request", "seed"),

@@ -71,7 +71,7 @@ def test_extensions_are_listed(run):
     [
         (["analyze", "model.pt", "batch.safetensors", "-e", "kfca", "-o", "x"], "did you mean 'kfac'"),
         (["analyze", "absent.pt", "batch.safetensors", "-e", "kfac", "-o", "x"], "absent.pt does not exist"),
-        (["analyze", "batch.safetensors", "batch.safetensors", "-e", "kfac", "-o", "x"], "no zip archive"),
+        (["analyze", "batch.safetensors", "batch.safetensors", "-e", "kfac", "-o", "x"], "no TorchScript archive"),
         (["jobs", "show", "nothing"], "there is no job 'nothing'"),
     ],
 )
@@ -108,4 +108,4 @@ def test_a_device_that_does_not_exist_is_refused(run, tmp_path):
         pytest.skip("this machine has a GPU")
     done = run("serve", "--port", "0", "--data-dir", str(tmp_path / "data"), "--device", "cuda")
     assert done.returncode == 1
-    assert "torch sees 0 CUDA devices" in done.stderr
+    assert "sees 0 CUDA devices" in done.stderr

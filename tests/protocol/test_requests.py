@@ -33,3 +33,21 @@ def test_every_code_has_a_status():
     assert {status_of(code) for code in FAMILIES} <= set(STATUS.values())
     assert status_of("job_not_found") == 404
     assert family_of("a code of the future").value == "internal"
+
+
+@pytest.mark.parametrize("data", ["!!!!", "QUJD\n", "QUJ", "QU JD"])
+def test_a_batch_inside_a_request_must_be_base64(data):
+    with pytest.raises(ValidationError, match="no base64"):
+        JobRequest.model_validate({"model": MODEL, "batch": {"data": data}, "extensions": ["kfac"]})
+
+
+def test_a_batch_inside_a_request_comes_out_as_it_went_in():
+    request = JobRequest.model_validate({"model": MODEL, "batch": {"data": "QUJDAA=="}, "extensions": ["kfac"]})
+    assert request.batch.data == b"ABC\x00"
+    assert '"QUJDAA=="' in request.model_dump_json()
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan")])
+def test_a_limit_of_time_is_a_positive_number(seconds):
+    with pytest.raises(ValidationError, match="timeout_seconds"):
+        JobRequest.model_validate({"model": MODEL, "batch": BATCH, "extensions": ["kfac"], "timeout_seconds": seconds})

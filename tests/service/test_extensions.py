@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import pytest
 from tests.service.planting import expect_problem, request_body
 
-from curvature_protocol.catalogue import Catalogue, ExtensionEntry
+from curvature_protocol.catalogue import Catalogue, ExtensionEntry, LossEntry
 from curvature_protocol.health import WorkerView
 from curvature_protocol.requests import JobRequest
 from curvature_service.errors import ApiError
@@ -98,6 +98,10 @@ def test_an_unknown_loss_is_told_with_the_known_ones():
 # Over HTTP, with workers
 
 
+def loss_entry(name):
+    return LossEntry(name=name, summary="s", options={"type": "object"})
+
+
 def publish(server, name, *extensions, losses=("mse",)):
     entries = tuple(
         ExtensionEntry(
@@ -106,7 +110,8 @@ def publish(server, name, *extensions, losses=("mse",)):
         for e in extensions
     )
     view = WorkerView(id=name, device="cpu", engine_version="1", isolation="none", seen_at=datetime.now(UTC))
-    publish_worker(server.resources.database, view, Catalogue(engine_version="1", extensions=entries, losses=losses))
+    catalogue = Catalogue(engine_version="1", extensions=entries, losses=tuple(map(loss_entry, losses)))
+    publish_worker(server.resources.database, view, catalogue)
 
 
 @pytest.mark.integration
@@ -121,7 +126,7 @@ def test_workers_own_extensions_are_shown_and_accepted(server):
     publish(server, "w2", "mine", losses=("mse", "huber"))
     shown = server.client.get("/v1/extensions").json()
     assert {e["name"] for e in shown["extensions"]} == {"variance", "mine"}
-    assert shown["losses"] == ["mse", "huber"]
+    assert [loss["name"] for loss in shown["losses"]] == ["mse", "huber"]
     body = request_body(server.client, extensions=["variance", "mine"], loss="huber")
     assert server.client.post("/v1/jobs", json=body).status_code == 201
 

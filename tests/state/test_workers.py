@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime, timedelta
 
-from curvature_protocol.catalogue import Catalogue, ExtensionEntry
+from curvature_protocol.catalogue import Catalogue, ExtensionEntry, LossEntry
 from curvature_protocol.health import WorkerView
 from curvature_state import workers
 
@@ -13,8 +13,12 @@ def entry(name, summary="s"):
     )
 
 
+def loss_entry(name):
+    return LossEntry(name=name, summary="s", options={"type": "object"})
+
+
 def catalogue(*entries, losses=("mse",), version="1"):
-    return Catalogue(engine_version=version, extensions=entries, losses=losses)
+    return Catalogue(engine_version=version, extensions=entries, losses=tuple(loss_entry(name) for name in losses))
 
 
 def worker(name, seconds_ago=0.0):
@@ -67,5 +71,5 @@ def test_the_catalogue_is_the_union_and_the_freshest_entry_wins(database):
     workers.publish_worker(database, worker("w2"), newer)
     union = workers.published_catalogue(database)
     assert {e.name: e.summary for e in union.extensions} == {"shared": "new", "a": "s", "b": "s"}
-    assert union.losses == ("mse", "mine")
+    assert [loss.name for loss in union.losses] == ["mse", "mine"]
     assert union.engine_version == "2"

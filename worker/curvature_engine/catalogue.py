@@ -4,11 +4,12 @@ from typing import Any
 
 from curvature_engine.extensions import EXTENSIONS
 from curvature_engine.losses import LOSSES
+from curvature_engine.options import options_schema
 from curvature_engine.version import __version__
 
 
 def catalogue() -> dict[str, Any]:
-    """Every extension with its option schema, and the losses by name."""
+    """Every extension with its option schema, and every loss with its own."""
     return {
         "engine_version": __version__,
         "extensions": [
@@ -19,9 +20,12 @@ def catalogue() -> dict[str, Any]:
                 "shape": extension.shape,
                 "formula": extension.formula,
                 "source": extension.source,
-                "options": extension.schema(),
+                "options": options_schema(extension.options),
             }
             for extension in EXTENSIONS.values()
         ],
-        "losses": list(LOSSES),
+        "losses": [
+            {"name": name, "summary": loss.summary, "options": options_schema(loss.options)}
+            for name, loss in LOSSES.items()
+        ],
     }

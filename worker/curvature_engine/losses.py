@@ -6,6 +6,7 @@ A new loss is one class here or in a file of its own, and one line in `LOSSES`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from curvature_engine import draws
 from curvature_engine.errors import EngineError
+from curvature_engine.options import Options, complete_options
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -154,17 +156,22 @@ class SquaredError(BoundLoss):
         return column
 
 
+@dataclass(frozen=True)
 class LossKind:
-    """What a request may say of one loss."""
+    """An entry of the registry of losses."""
 
-    def __init__(self, bind: Callable[..., BoundLoss], options: dict[str, type]) -> None:
-        self.bind = bind
-        self.options = options
+    bind: Callable[..., BoundLoss]
+    summary: str
+    options: Options = field(default_factory=dict)
 
 
 LOSSES: dict[str, LossKind] = {
-    "cross_entropy": LossKind(CrossEntropy, {"ignore_index": int}),
-    "mse": LossKind(SquaredError, {}),
+    "cross_entropy": LossKind(
+        CrossEntropy,
+        "softmax cross-entropy of logits [N, C, …] and class indices [N, …]",
+        {"ignore_index": {"type": "integer", "default": -100, "description": "targets that count for nothing"}},
+    ),
+    "mse": LossKind(SquaredError, "squared error of outputs and targets of one shape [N, …]"),
 }
 
 
@@ -240,22 +247,7 @@ class LossSpec:
                 param="loss",
                 remedy=f"known losses: {', '.join(LOSSES)}",
             )
-        known = LOSSES[name].options
-        for option, value in self.options.items():
-            if option not in known:
-                raise EngineError(
-                    "invalid_option",
-                    f"{name} has no option {option!r}",
-                    param=f"loss.{option}",
-                    remedy=f"it takes: {', '.join(known) or 'none'}",
-                )
-            if not isinstance(value, known[option]) or isinstance(value, bool):
-                raise EngineError(
-                    "invalid_option",
-                    f"{name}'s {option} must be of type {known[option].__name__}; got {value!r}",
-                    param=f"loss.{option}",
-                    remedy=f"pass one {known[option].__name__}",
-                )
+        self.options = complete_options(name, LOSSES[name].options, self.options, "loss")
 
     def bind(self, outputs: Tensor, targets: Tensor) -> BoundLoss:
         """The loss on this batch; the default is cross-entropy for integer targets on [N, C] outputs."""

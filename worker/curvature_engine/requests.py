@@ -6,6 +6,7 @@ from typing import Any
 
 from curvature_engine.errors import EngineError
 from curvature_engine.extensions import EXTENSIONS, Extension
+from curvature_engine.options import complete_options
 
 
 @dataclass(frozen=True)
@@ -71,4 +72,5 @@ def _parse(item: Any) -> Request:
             param=f"{extension.name}.options",
             remedy=f"it takes: {', '.join(extension.options) or 'none'}",
         )
-    return Request(extension, item.get("label") or extension.name, extension.complete(options))
+    complete = complete_options(extension.name, extension.options, options, extension.name)
+    return Request(extension, item.get("label") or extension.name, complete)

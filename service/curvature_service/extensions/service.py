@@ -3,14 +3,16 @@
 import difflib
 import json
 import time
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 from jsonschema.exceptions import best_match
 
-from curvature_protocol.catalogue import Catalogue, ExtensionEntry
-from curvature_protocol.requests import ExtensionRequest, JobRequest
+from curvature_protocol.catalogue import Catalogue
+from curvature_protocol.requests import JobRequest
 from curvature_service.errors import ApiError
 from curvature_service.resources import Resources
 from curvature_state.workers import published_catalogue
@@ -70,14 +72,18 @@ def check_request(catalogue: Catalogue, request: JobRequest) -> None:
         entry = entries.get(extension.name)
         if entry is None:
             raise _unknown(extension.name, place, list(entries))
-        _check_options(extension, place, entry)
-    if request.loss is not None and request.loss.name not in catalogue.losses:
+        _check_options(extension.name, extension.options, f"extensions.{place}.options", entry.options)
+    if request.loss is None:
+        return
+    losses = {loss.name: loss for loss in catalogue.losses}
+    if request.loss.name not in losses:
         raise ApiError(
             "unknown_loss",
             f"there is no loss {request.loss.name!r}",
             param="loss.name",
-            remedy=f"known losses: {', '.join(catalogue.losses)}",
+            remedy=f"known losses: {', '.join(losses)}",
         )
+    _check_options(request.loss.name, request.loss.options, "loss.options", losses[request.loss.name].options)
 
 
 def _unknown(name: str, place: int, known: list[str]) -> ApiError:
@@ -93,22 +99,22 @@ def _unknown(name: str, place: int, known: list[str]) -> ApiError:
     )
 
 
-def _check_options(extension: ExtensionRequest, place: int, entry: ExtensionEntry) -> None:
-    known = list(entry.options.get("properties", {}))
-    remedy = f"{extension.name} takes these options: {', '.join(known) or 'none'}"
-    where = f"extensions.{place}.options"
-    if entry.options.get("additionalProperties") is False:
-        for option in extension.options:
+def _check_options(name: str, options: Mapping[str, Any], where: str, schema: Mapping[str, Any]) -> None:
+    """Check the options of an extension or a loss against its schema."""
+    known = list(schema.get("properties", {}))
+    remedy = f"{name} takes these options: {', '.join(known) or 'none'}"
+    if schema.get("additionalProperties") is False:
+        for option in options:
             if option not in known:
                 close = difflib.get_close_matches(option, known, 1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
-                detail = f"{extension.name} has no option {option[:_SHOWN_CHARACTERS]!r}{hint}"
+                detail = f"{name} has no option {option[:_SHOWN_CHARACTERS]!r}{hint}"
                 raise ApiError("invalid_option", detail, param=where, remedy=remedy)
-    error = best_match(jsonschema.Draft202012Validator(entry.options).iter_errors(extension.options))
+    error = best_match(jsonschema.Draft202012Validator(schema).iter_errors(options))
     if error is None:
         return
     path = "".join(f".{part}" for part in error.absolute_path)
-    detail = f"{extension.name}: {path[1:] + ': ' if path else ''}{error.message}"
+    detail = f"{name}: {path[1:] + ': ' if path else ''}{error.message}"
     if len(detail) > _LONGEST_DETAIL:  # the message quotes the value, whatever its size
         detail = f"{detail[:_LONGEST_DETAIL]}…"
     raise ApiError("invalid_option", detail, param=where + path, remedy=remedy)

@@ -130,7 +130,7 @@ async def wait_for(resources: Resources, job: Job, seconds: float) -> Job:
         try:
             async for event_id, event in events.follow(resources.async_redis, job.id, after, min(left, POLL_SECONDS)):
                 after = event_id
-                if event.status in FINAL:
+                if event.status in FINAL or time.monotonic() >= deadline:  # progress may come without a pause
                     break
         except RedisError:
             await asyncio.sleep(min(left, POLL_SECONDS / 4))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvature_engine.contributions import Contribution
-from curvature_engine.errors import EngineError
+from curvature_engine.options import Options
 
 Columns = Literal["outputs", "gradient", "exact", "sampled"]
 Kind = Literal["tensor", "parameters", "factors"]
@@ -65,46 +65,4 @@ class Extension:
     source: str
     columns: Columns
     accumulator: type[Accumulator] | None = None
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Option name → JSON schema (with a default)."""
-
-    def schema(self) -> dict[str, Any]:
-        """JSON schema of the options."""
-        properties = {name: dict(schema) for name, schema in self.options.items()}
-        return {"type": "object", "properties": properties, "additionalProperties": False}
-
-    def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The options with defaults filled in.
-
-        Raises:
-            EngineError: `invalid_option`, naming the known ones.
-        """
-        for option in given:
-            if option not in self.options:
-                raise EngineError(
-                    "invalid_option",
-                    f"{self.name} has no option {option!r}",
-                    param=f"{self.name}.{option}",
-                    remedy=f"it takes: {', '.join(self.options) or 'none'}",
-                )
-        complete = {name: given.get(name, schema["default"]) for name, schema in self.options.items()}
-        for option, value in complete.items():
-            self._check(option, value)
-        return complete
-
-    def _check(self, option: str, value: Any) -> None:
-        schema = self.options[option]
-        if "enum" in schema:
-            fits, expected = value in schema["enum"], f"one of {', '.join(map(repr, schema['enum']))}"
-        else:
-            least = schema.get("minimum", 0)
-            fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            fits = fits and value <= schema.get("maximum", value)
-            expected = f"a whole number from {least} to {schema.get('maximum')}"
-        if not fits:
-            raise EngineError(
-                "invalid_option",
-                f"{self.name}'s {option} must be {expected}; got {value!r}",
-                param=f"{self.name}.{option}",
-                remedy=f"leave it out for {schema['default']!r}",
-            )
+    options: Options = field(default_factory=dict)
