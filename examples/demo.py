@@ -235,7 +235,8 @@ def main() -> None:
             with step(f"uploading, analyzing {N_CURVATURE} digits"):
                 result = client.analyze(folder / "model.pt", batch, requests, seed=0)
             for name, milliseconds in result.manifest.timings_ms.items():
-                print(f"    {name:<12}{milliseconds:10.1f} ms")
+                part = "  " if name in ("load", "compute", "write") else ""  # of what the child did
+                print(f"    {part + name:<12}{milliseconds:10.1f} ms")
             with step(f"fetching {result.nbytes / 2**20:.0f} MiB of tensors"):
                 result.fetch_all()
             with step("writing them to one file"):

@@ -9,6 +9,7 @@ import httpx
 
 from curvature_client._extensions import ExtensionLike
 from curvature_client._jobs import Job, Jobs
+from curvature_client._progress import has_audience
 from curvature_client._results import Result
 from curvature_client._submission import AnalysisRequest, Submission
 from curvature_client._transport import DEFAULT_TIMEOUT, Transport
@@ -17,6 +18,9 @@ from curvature_protocol.health import Health
 
 FIRST_WAIT_SECONDS = 5.0
 """How long the submitting request itself waits in `analyze`: a small job's tensors come back with it."""
+
+FIRST_WAIT_WATCHED_SECONDS = 1.0
+"""The same where somebody waits for a bar to appear."""
 
 
 class Client:
@@ -108,7 +112,8 @@ class Client:
         request = AnalysisRequest(model, batch, extensions, loss, reduction, seed, parameters, eval, priority, metadata)
         with Submission(self._transport, request, self._progress) as submission:
             try:
-                job = submission.send(FIRST_WAIT_SECONDS if timeout is None else min(FIRST_WAIT_SECONDS, timeout))
+                first = FIRST_WAIT_WATCHED_SECONDS if has_audience(self._progress) else FIRST_WAIT_SECONDS
+                job = submission.send(first if timeout is None else min(first, timeout))
                 job.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
                 return job.result()
             except KeyboardInterrupt:

@@ -52,7 +52,7 @@ def convert(model: Any, batch: Batch, folder: Path, *, eval: bool) -> tuple[Payl
 
 
 def _from_module(module: Any, batch: Batch, eval: bool) -> tuple[Any, list[str]]:
-    notes = []
+    module, notes = _unwrap(module)
     try:
         duplicate = copy.deepcopy(module).cpu()
     except Exception as error:
@@ -84,6 +84,18 @@ def _from_module(module: Any, batch: Batch, eval: bool) -> tuple[Any, list[str]]
     if training and not eval:
         notes.append(TRACED_TRAINING)
     return traced, notes + tracer_notes
+
+
+def _unwrap(module: Any) -> tuple[Any, list[str]]:
+    """The module inside what torch.compile and the data-parallel wrappers made of it."""
+    import torch
+
+    notes = []
+    parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    while hasattr(module, "_orig_mod") or isinstance(module, parallel):
+        notes.append(f"the module inside {type(module).__name__} was analyzed; parameters are named as there")
+        module = module._orig_mod if hasattr(module, "_orig_mod") else module.module
+    return module, notes
 
 
 def _script(module: Any) -> Any:

@@ -215,7 +215,7 @@ class Job:
             return after
         for event_id, event in self._stream(after, seconds):
             after = event_id or after
-            bar.job(event.status, event.progress)
+            bar.job(event)
             if event.status in FINAL:
                 break
         self._view = self._transport.once("GET", self._path, JobView)

@@ -1,10 +1,13 @@
 """A progress bar in terminals and notebooks; silence elsewhere."""
 
 import sys
+import time
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
-from curvature_protocol.jobs import JobStatus, Progress
+from curvature_protocol.events import JobEvent
+from curvature_protocol.jobs import JobStatus
 
 
 class ProgressBar:
@@ -15,9 +18,10 @@ class ProgressBar:
     """
 
     def __init__(self, shown: bool | None) -> None:
-        self.shown = _has_audience() if shown is None else shown
+        self.shown = has_audience(shown)
         self._bar: Any = None
         self._phase = ""
+        self._since = datetime.now(UTC)
 
     def __enter__(self) -> "ProgressBar":
         return self
@@ -37,14 +41,18 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.update(count)
 
-    def job(self, status: JobStatus, progress: Progress | None) -> None:
+    def job(self, event: JobEvent) -> None:
         """A job's state or progress."""
-        phase = status.value if progress is None or status != JobStatus.RUNNING else progress.phase
+        progress = event.progress if event.status == JobStatus.RUNNING else None
+        phase = event.status.value if progress is None else progress.phase
         total = 0 if progress is None else progress.total
         if phase != self._phase or (self._bar is not None and total and self._bar.total != total):
             self._begin(phase, total or None, unit="column")
-        if self._bar is not None and progress is not None and progress.total:
-            self._bar.n = progress.done
+            self._since = event.at
+        if self._bar is not None:
+            # By the server's clock: events of the past come all at once, and must not look like speed.
+            self._bar.start_t = time.time() - (event.at - self._since).total_seconds()
+            self._bar.n = 0 if progress is None else progress.done
             self._bar.refresh()
 
     def _begin(self, phase: str, total: int | None, **options: Any) -> None:
@@ -59,5 +67,6 @@ class ProgressBar:
         self._bar = tqdm(total=total, desc=phase, leave=False, file=sys.stderr, **layout, **options)
 
 
-def _has_audience() -> bool:
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+def has_audience(shown: bool | None) -> bool:
+    """Whether to show a bar: as told, or else where a person looks on."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules if shown is None else shown

@@ -72,6 +72,14 @@ def test_equal_scripts_have_equal_hashes(tmp_path):
     assert converted(script, tmp_path)[2].sha256 == converted(script, tmp_path)[2].sha256
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_wrappers_are_taken_off(tmp_path, wrap):
+    net = nn.Linear(3, 2).eval()
+    loaded, notes, _ = converted(wrap(net), tmp_path)
+    assert {name for name, _ in loaded.named_parameters()} == {"weight", "bias"}
+    assert "was analyzed; parameters are named as there" in notes[0]
+
+
 def test_a_path_goes_as_it_is(tmp_path):
     (tmp_path / "model.pt").write_bytes(b"any bytes")
     payload, notes = convert(tmp_path / "model.pt", Batch((X, Y)), tmp_path, eval=True)

@@ -125,7 +125,8 @@ def test_events_end_when_the_job_is_cancelled(long_job):
 
 
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background have it ignored
 from tests.integration.cases import LONG, long_running
 from curvature_client import Client
 client = Client(sys.argv[1])
@@ -140,11 +141,25 @@ client.analyze(model, batch, LONG["extensions"], loss=LONG["loss"], metadata={"f
 """
 
 
+@pytest.fixture
+def started(server):
+    """Starts the program; whatever happens, it does not outlive the test."""
+    processes = []
+
+    def start(where):
+        command = [sys.executable, "-c", PROGRAM, server.url, where]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return processes[0]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.parametrize("where", ["analyze", "wait"])
-def test_an_interrupt_cancels_in_analyze_and_not_in_wait(client, server, where):
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, server.url, where], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def test_an_interrupt_cancels_in_analyze_and_not_in_wait(client, started, where):
+    process = started(where)
     first = process.stdout.readline().strip()
 
     def running():

@@ -247,7 +247,7 @@ class Attempt:
             self._lease.check()  # a worker that is told to stop still delivers what is computed
             objects.put_file(result_key(job.id, job.attempt, _file_name(label)), path)
         self._lap("store")
-        manifest = manifest.model_copy(update={"timings_ms": {**manifest.timings_ms, **self._timings}})
+        manifest = manifest.model_copy(update={"timings_ms": {**self._timings, **manifest.timings_ms}})
         key = result_key(job.id, job.attempt, "manifest.json")
         objects.put_bytes(key, manifest.model_dump_json().encode())
 
