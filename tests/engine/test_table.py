@@ -106,6 +106,15 @@ def test_closed_forms_serve_all_but_the_named_parameters(name):
     assert all(entry["verified"] for entry in provenance.values())
 
 
+def test_one_forward_pass_serves_all_extensions(monkeypatch):
+    runs = []
+    forward = engine.Program.run
+    monkeypatch.setattr(engine.Program, "run", lambda *arguments: runs.append(1) or forward(*arguments))
+    module, inputs = build(BY_NAME["cnn"])
+    engine.analyze(torch.jit.script(module), inputs, targets_for(module(*inputs), "cross_entropy"), REQUESTS)
+    assert len(runs) == 1
+
+
 @pytest.mark.parametrize("name", ["mlp", "cnn", "layernorm_gelu", "lstm"])
 def test_chunks_do_not_change_results(name):
     module, inputs = build(BY_NAME[name])
