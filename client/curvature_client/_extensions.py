@@ -93,6 +93,36 @@ class DiagGGNMC(Extension):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchDiagGGNExact(Extension):
+    """Diagonal of each sample's summand of the generalized Gauss-Newton matrix, [N, *p]."""
+
+    name = "batch_diag_ggn_exact"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchDiagGGNMC(Extension):
+    """The same diagonals through `mc_samples` draws per sample, [N, *p]."""
+
+    name = "batch_diag_ggn_mc"
+    mc_samples: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SqrtGGNExact(Extension):
+    """Columns whose squares sum to the diagonal, [V, N, *p] with V = C·T; column c·T + t."""
+
+    name = "sqrt_ggn_exact"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SqrtGGNMC(Extension):
+    """Sampled columns whose squares sum to the sampled diagonal, [V, N, *p] with V = `mc_samples`."""
+
+    name = "sqrt_ggn_mc"
+    mc_samples: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class KFAC(Extension):
     """Kronecker factors (B, A) from `mc_samples` draws per sample."""
 
@@ -119,6 +149,10 @@ EXTENSIONS: tuple[type[Extension], ...] = (
     Variance,
     DiagGGNExact,
     DiagGGNMC,
+    BatchDiagGGNExact,
+    BatchDiagGGNMC,
+    SqrtGGNExact,
+    SqrtGGNMC,
     KFAC,
     KFLR,
 )

@@ -75,22 +75,52 @@ class Reference:
     def grad(self):
         return self._gradients(self.loss_value())
 
-    def diag_ggn(self):
-        total = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
+    def jacobian(self, n):
+        """{parameter: ∂f_n/∂θ, [D, *p]}."""
+        f = self.outputs[n].reshape(-1)
+        rows = [self._gradients(f[i]) for i in range(len(f))]
+        return {name: torch.stack([r[name] for r in rows]) for name in self.parameters}
+
+    def columns(self, n):
+        """The square root of sample n's Hessian as the conventions write it, [D, V]; column index c·T + t."""
+        f = self.outputs[n].detach()
+        D = f.numel()
+        if self.loss == "mse":
+            return torch.eye(D, dtype=f.dtype) * (2 / (self.outputs.numel() if self.reduction == "mean" else 1)) ** 0.5
+        Z = int((self.targets != -100).sum()) if self.reduction == "mean" else 1
+        C, T = f.shape[0], D // f.shape[0]
+        p = f.softmax(0).reshape(C, T)
+        counts = (self.targets[n] != -100).reshape(T)
+        S = torch.zeros(C, T, C, T, dtype=f.dtype)
+        for t in range(T):
+            S[:, t, :, t] = counts[t] * (torch.diag(p[:, t].sqrt()) - torch.outer(p[:, t], p[:, t].sqrt())) / Z**0.5
+        return S.reshape(D, D)
+
+    def batch_diag_ggn(self):
+        found = {name: [] for name in self.parameters}
         for n in range(self.N):
-            f = self.outputs[n].reshape(-1)
-            rows = [self._gradients(f[i]) for i in range(len(f))]
             H = self.hessian(n)
-            for name in total:
-                J = torch.stack([r[name].reshape(-1) for r in rows])
-                total[name] += torch.einsum("ip,ij,jp->p", J, H, J).view(total[name].shape)
-        return total
+            for name, J in self.jacobian(n).items():
+                found[name].append(torch.einsum("i...,ij,j...->...", J, H, J))
+        return {name: torch.stack(rows) for name, rows in found.items()}
+
+    def sqrt_ggn(self):
+        found = {name: [] for name in self.parameters}
+        for n in range(self.N):
+            S = self.columns(n)
+            for name, J in self.jacobian(n).items():
+                found[name].append(torch.einsum("i...,iv->v...", J, S))
+        return {name: torch.stack(rows, 1) for name, rows in found.items()}
 
     def expected(self, extension):
         if extension == "grad":
             return self.grad()
+        if extension == "batch_diag_ggn_exact":
+            return self.batch_diag_ggn()
         if extension == "diag_ggn_exact":
-            return self.diag_ggn()
+            return {n: b.sum(0) for n, b in self.batch_diag_ggn().items()}
+        if extension == "sqrt_ggn_exact":
+            return self.sqrt_ggn()
         g = self.batch_grad()
         reduce = {
             "batch_grad": lambda b: b,

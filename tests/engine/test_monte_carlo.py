@@ -40,6 +40,38 @@ def test_unbiased_within_four_standard_errors(name, loss):
             assert torch.equal(runs[0]["kfac"][parameter].A, expected.A)
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "extra_axis"])
+def test_per_sample_quantities_are_unbiased_too(name, loss):
+    script, inputs, targets = setup(name, loss)
+    program = engine.load(script)
+    exact = engine.analyze(program, inputs, targets, ["batch_diag_ggn_exact", "sqrt_ggn_exact"], loss=loss)
+    M = DRAWS // BATCHES
+    requests = [mc("batch_diag_ggn_mc", M), mc("sqrt_ggn_mc", M)]
+    runs = [engine.analyze(program, inputs, targets, requests, loss=loss, seed=seed) for seed in range(BATCHES)]
+    for parameter, expected in exact["batch_diag_ggn_exact"].items():
+        check_mean(torch.stack([r["batch_diag_ggn_mc"][parameter] for r in runs]), expected)
+    # Whole blocks, not their diagonals alone, of the last layer's bias: [V, N, C] → [N, C, C].
+    parameter = list(exact["sqrt_ggn_exact"])[-1]
+    expected = block(exact["sqrt_ggn_exact"][parameter])
+    check_mean(torch.stack([block(r["sqrt_ggn_mc"][parameter]) for r in runs]), expected)
+
+
+def block(columns):
+    return torch.einsum("vna,vnb->nab", columns, columns)
+
+
+def test_sampled_quantities_share_their_draws():
+    script, inputs, targets = setup("cnn", "cross_entropy")
+    requests = [mc("diag_ggn_mc", 3), mc("batch_diag_ggn_mc", 3), mc("sqrt_ggn_mc", 3)]
+    result = engine.analyze(script, inputs, targets, requests)
+    for parameter, diagonal in result["diag_ggn_mc"].items():
+        assert result["sqrt_ggn_mc"][parameter].shape == (3, 4, *diagonal.shape)
+        torch.testing.assert_close(result["batch_diag_ggn_mc"][parameter].sum(0), diagonal, rtol=1e-12, atol=1e-14)
+        squares = result["sqrt_ggn_mc"][parameter].square().sum((0, 1))
+        torch.testing.assert_close(squares, diagonal, rtol=1e-12, atol=1e-14)
+
+
 def check_mean(batches, expected):
     """Each batch is a mean of M draws; their spread gives the standard error of the mean over all draws.
 

@@ -10,7 +10,16 @@ from tests.engine.reference import Reference
 import curvature_engine as engine
 
 TOLERANCE = 1e-10
-PER_PARAMETER = ["grad", "batch_grad", "batch_l2", "sum_grad_squared", "variance", "diag_ggn_exact"]
+PER_PARAMETER = [
+    "grad",
+    "batch_grad",
+    "batch_l2",
+    "sum_grad_squared",
+    "variance",
+    "diag_ggn_exact",
+    "batch_diag_ggn_exact",
+    "sqrt_ggn_exact",
+]
 APPROXIMATIONS = ["expand", "reduce", "backpack"]
 REQUESTS = [
     "batch_loss",
@@ -120,10 +129,11 @@ def test_chunks_do_not_change_results(name):
     module, inputs = build(BY_NAME[name])
     targets = targets_for(module(*inputs), "cross_entropy")
     script = torchscript(module, inputs, "traced")
-    requests = [*PER_PARAMETER, {"name": "diag_ggn_mc", "options": {"mc_samples": 3}}]
+    sampled = ["diag_ggn_mc", "batch_diag_ggn_mc", "sqrt_ggn_mc"]
+    requests = [*PER_PARAMETER, *({"name": name, "options": {"mc_samples": 3}} for name in sampled)]
     whole = engine.analyze(script, inputs, targets, requests)
     small = engine.analyze(script, inputs, targets, requests, budget_bytes=1)
-    for request in [*PER_PARAMETER, "diag_ggn_mc"]:
+    for request in [*PER_PARAMETER, *sampled]:
         for parameter, value in whole[request].items():
             assert error(small[request][parameter], value) <= 1e-12
 

@@ -87,7 +87,7 @@ class BackwardPasses:
             self._column(column, [a for r, a in sampled if m < int(r.options["mc_samples"])])
         for request, accumulator in accumulators:
             group = groups[request.label]
-            group.by_parameter = accumulator.finish(int(request.options.get("mc_samples", 1)))
+            group.by_parameter = accumulator.finish()
             group.missing = accumulator.missing
         assert len(groups) == len(requests)
 
@@ -101,12 +101,17 @@ class BackwardPasses:
             )
 
     def _accumulators(self) -> list[tuple[Request, Accumulator]]:
-        shapes = {name: p.tensor.shape for name, p in self._selected.items()}
         return [
-            (r, r.extension.accumulator(Setting(self._bound.N, shapes, r.options)))
+            (r, r.extension.accumulator(self._setting(r)))
             for r in self._order.requests
             if r.extension.accumulator is not None
         ]
+
+    def _setting(self, request: Request) -> Setting:
+        sampled = request.extension.columns == "sampled"
+        draws = int(request.options["mc_samples"]) if sampled else 1
+        columns = self._bound.columns if request.extension.columns == "exact" else draws
+        return Setting(self._bound.N, columns, draws, request.options)
 
     def _fill_gradient(self, groups: dict[str, Group]) -> None:
         labels = [r.label for r in self._order.requests if r.extension.name == "grad"]

@@ -5,7 +5,9 @@ A new extension is one file here and one line below.
 
 from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting
 from curvature_engine.extensions.first_order import BATCH_GRAD, BATCH_L2, SUM_GRAD_SQUARED, VARIANCE
+from curvature_engine.extensions.ggn_batch_diagonal import BATCH_DIAG_GGN_EXACT, BATCH_DIAG_GGN_MC
 from curvature_engine.extensions.ggn_diagonal import DIAG_GGN_EXACT, DIAG_GGN_MC
+from curvature_engine.extensions.ggn_square_root import SQRT_GGN_EXACT, SQRT_GGN_MC
 from curvature_engine.extensions.kronecker import KFAC, KFLR
 
 BATCH_LOSS = Extension(
@@ -32,6 +34,10 @@ EXTENSIONS: dict[str, Extension] = {
         VARIANCE,
         DIAG_GGN_EXACT,
         DIAG_GGN_MC,
+        BATCH_DIAG_GGN_EXACT,
+        BATCH_DIAG_GGN_MC,
+        SQRT_GGN_EXACT,
+        SQRT_GGN_MC,
         KFAC,
         KFLR,
     )

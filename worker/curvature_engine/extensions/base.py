@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from curvature_engine.contributions import Contribution
@@ -24,10 +23,18 @@ class KroneckerFactors(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """What is the same for all extensions of one request."""
+    """What an accumulator knows beforehand.
+
+    Attributes:
+        N: the number of samples.
+        columns: how many columns will come.
+        draws: M for sampled columns, over which results are averaged; else 1.
+        options: the request's, complete.
+    """
 
     N: int
-    shapes: Mapping[str, torch.Size]
+    columns: int
+    draws: int
     options: Mapping[str, Any]
 
 
@@ -43,8 +50,8 @@ class Accumulator(ABC):
         """Take one column's contribution of one parameter."""
 
     @abstractmethod
-    def finish(self, columns: int) -> dict[str, Tensor | KroneckerFactors]:
-        """The result by parameter; `columns` is M for sampled columns, else 1."""
+    def finish(self) -> dict[str, Tensor | KroneckerFactors]:
+        """The result by parameter."""
 
 
 @dataclass(frozen=True)

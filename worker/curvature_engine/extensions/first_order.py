@@ -24,7 +24,7 @@ class _PerParameter(Accumulator):
     def reduce(self, contribution: Contribution) -> Tensor:
         """The result from the one column."""
 
-    def finish(self, columns: int) -> dict[str, Tensor | KroneckerFactors]:
+    def finish(self) -> dict[str, Tensor | KroneckerFactors]:
         return dict(self._results)
 
 

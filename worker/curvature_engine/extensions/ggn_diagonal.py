@@ -4,14 +4,7 @@ from torch import Tensor
 
 from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting
-
-MC_SAMPLES = {
-    "type": "integer",
-    "minimum": 1,
-    "maximum": 100_000,
-    "default": 1,
-    "description": "number of draws M from the model's likelihood",
-}
+from curvature_engine.extensions.schemas import MC_SAMPLES
 
 
 class _Diagonal(Accumulator):
@@ -28,8 +21,8 @@ class _Diagonal(Accumulator):
         else:
             self._sums[parameter] = part
 
-    def finish(self, columns: int) -> dict[str, Tensor | KroneckerFactors]:
-        return {name: total / columns if columns > 1 else total for name, total in self._sums.items()}
+    def finish(self) -> dict[str, Tensor | KroneckerFactors]:
+        return {name: total / self.setting.draws for name, total in self._sums.items()}
 
 
 DIAG_GGN_EXACT = Extension(

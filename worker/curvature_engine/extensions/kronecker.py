@@ -16,7 +16,7 @@ from torch import Tensor
 
 from curvature_engine.contributions import Absent, ClosedForm, Contribution, PreparedUse
 from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting
-from curvature_engine.extensions.ggn_diagonal import MC_SAMPLES
+from curvature_engine.extensions.schemas import MC_SAMPLES
 from curvature_engine.tape import Use
 
 _APPROXIMATION = {
@@ -57,8 +57,8 @@ class _Kronecker(Accumulator):
             self._B[parameter] = B
             self._A[parameter] = self._input_factor([p for p, _ in contribution.uses])
 
-    def finish(self, columns: int) -> dict[str, Tensor | KroneckerFactors]:
-        return {name: self._pair(B / columns if columns > 1 else B, self._A[name]) for name, B in self._B.items()}
+    def finish(self) -> dict[str, Tensor | KroneckerFactors]:
+        return {name: self._pair(B / self.setting.draws, self._A[name]) for name, B in self._B.items()}
 
     def _obstacle(self, contribution: ClosedForm, outputs: list[Tensor | None]) -> str | None:
         """Why there is no Kronecker form, or None."""

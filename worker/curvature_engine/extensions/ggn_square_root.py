@@ -1,0 +1,51 @@
+"""The square root of the generalized Gauss-Newton matrix: every sample's back-propagated columns, written out."""
+
+from torch import Tensor
+
+from curvature_engine.contributions import Contribution
+from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting
+from curvature_engine.extensions.schemas import MC_SAMPLES
+
+
+class _SquareRoot(Accumulator):
+    """The columns one after the other, [V, N, *p]."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self._columns: dict[str, Tensor] = {}
+        self._filled: dict[str, int] = {}
+
+    def add(self, parameter: str, contribution: Contribution) -> None:
+        v = self._filled.get(parameter, 0)
+        for first, block in contribution.blocks():
+            if parameter not in self._columns:
+                shape = (self.setting.columns, self.setting.N, *contribution.shape)
+                self._columns[parameter] = block.new_zeros(shape)
+            self._columns[parameter][v, first : first + len(block)] = block
+        self._filled[parameter] = v + 1
+
+    def finish(self) -> dict[str, Tensor | KroneckerFactors]:
+        return {name: columns.div_(self.setting.draws**0.5) for name, columns in self._columns.items()}
+
+
+SQRT_GGN_EXACT = Extension(
+    "sqrt_ggn_exact",
+    "square root of the generalized Gauss-Newton matrix, column by column",
+    "parameters",
+    "[V, N, *p]",
+    "J_nᵀ s_nv with Σ_v s_nv s_nvᵀ = H_n; V = C·T, column v = c·T + t; Σ over v and n of the squares is diag_ggn_exact",
+    "Dangel, Tatzel & Hennig 2022",
+    "exact",
+    _SquareRoot,
+)
+SQRT_GGN_MC = Extension(
+    "sqrt_ggn_mc",
+    "square root of the generalized Gauss-Newton matrix by sampled columns",
+    "parameters",
+    "[V, N, *p]",
+    "J_nᵀ s_nm/√M, s from targets drawn from the likelihood; V = M; Σ over m and n of the squares is diag_ggn_mc",
+    "Dangel, Tatzel & Hennig 2022",
+    "sampled",
+    _SquareRoot,
+    {"mc_samples": MC_SAMPLES},
+)
