@@ -12,6 +12,8 @@ from pydantic import ValidationError
 from curvature_client._errors import refusal
 from curvature_protocol.requests import ExtensionRequest
 
+Scale = Literal["loss", "sample"]
+Over = Literal["parameter", "model"]
 Approximation = Literal["expand", "reduce", "backpack"]
 
 
@@ -51,16 +53,28 @@ class Grad(Extension):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchGrad(Extension):
-    """Gradient of each sample's contribution, [N, *p] (includes 1/N under mean)."""
+    """Gradient of each sample's contribution, [N, *p] (includes 1/N under mean, unless scale="sample")."""
 
     name = "batch_grad"
+    scale: Scale = "loss"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchL2(Extension):
-    """Squared norm of each sample's gradient, [N] per parameter."""
+    """Squared norm of each sample's gradient, [N] per parameter; over="model": one tensor over all parameters."""
 
     name = "batch_l2"
+    over: Over = "parameter"
+    scale: Scale = "loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchDot(Extension):
+    """Inner products of the samples' gradients, [N, N] per parameter; over="model": one tensor over all parameters."""
+
+    name = "batch_dot"
+    over: Over = "parameter"
+    scale: Scale = "loss"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +82,7 @@ class SumGradSquared(Extension):
     """Sum of the squared individual gradients, [*p]."""
 
     name = "sum_grad_squared"
+    scale: Scale = "loss"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +90,7 @@ class Variance(Extension):
     """Biased variance of the individual gradients, [*p]."""
 
     name = "variance"
+    scale: Scale = "loss"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +161,7 @@ EXTENSIONS: tuple[type[Extension], ...] = (
     Grad,
     BatchGrad,
     BatchL2,
+    BatchDot,
     SumGradSquared,
     Variance,
     DiagGGNExact,

@@ -26,15 +26,18 @@ class Reference:
 
     # Losses
 
+    @property
+    def Z(self):
+        if self.reduction == "sum":
+            return 1
+        return self.outputs.numel() if self.loss == "mse" else int((self.targets != -100).sum())
+
     def contributions(self):
         if self.loss == "mse":
             terms = (self.outputs - self.targets) ** 2
-            count = terms.numel()
         else:
             terms = F.cross_entropy(self.outputs, self.targets, reduction="none")
-            count = int((self.targets != -100).sum())
-        Z = count if self.reduction == "mean" else 1
-        return terms.reshape(self.N, -1).sum(1) / Z
+        return terms.reshape(self.N, -1).sum(1) / self.Z
 
     def loss_value(self):
         loss = F.mse_loss if self.loss == "mse" else F.cross_entropy
@@ -42,10 +45,7 @@ class Reference:
 
     def hessian(self, n):
         """Autodiff Hessian of sample n's contribution in its outputs, [D, D]."""
-        f = self.outputs[n].detach()
-        Z = 1
-        if self.reduction == "mean":
-            Z = self.outputs.numel() if self.loss == "mse" else int((self.targets != -100).sum())
+        f, Z = self.outputs[n].detach(), self.Z
 
         def contribution(flat):
             row = flat.view(f.shape)[None]
@@ -86,14 +86,15 @@ class Reference:
         f = self.outputs[n].detach()
         D = f.numel()
         if self.loss == "mse":
-            return torch.eye(D, dtype=f.dtype) * (2 / (self.outputs.numel() if self.reduction == "mean" else 1)) ** 0.5
-        Z = int((self.targets != -100).sum()) if self.reduction == "mean" else 1
+            return torch.eye(D, dtype=f.dtype) * (2 / self.Z) ** 0.5
         C, T = f.shape[0], D // f.shape[0]
         p = f.softmax(0).reshape(C, T)
         counts = (self.targets[n] != -100).reshape(T)
         S = torch.zeros(C, T, C, T, dtype=f.dtype)
         for t in range(T):
-            S[:, t, :, t] = counts[t] * (torch.diag(p[:, t].sqrt()) - torch.outer(p[:, t], p[:, t].sqrt())) / Z**0.5
+            S[:, t, :, t] = (
+                counts[t] * (torch.diag(p[:, t].sqrt()) - torch.outer(p[:, t], p[:, t].sqrt())) / self.Z**0.5
+            )
         return S.reshape(D, D)
 
     def batch_diag_ggn(self):
@@ -125,6 +126,7 @@ class Reference:
         reduce = {
             "batch_grad": lambda b: b,
             "batch_l2": lambda b: b.reshape(self.N, -1).square().sum(1),
+            "batch_dot": lambda b: b.reshape(self.N, -1) @ b.reshape(self.N, -1).T,
             "sum_grad_squared": lambda b: b.square().sum(0),
             "variance": lambda b: ((b - b.mean(0)) ** 2).sum(0) / self.N,
         }[extension]

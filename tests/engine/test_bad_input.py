@@ -145,7 +145,7 @@ def test_nan_is_delivered_with_a_warning():
         ({"name": "kfac", "options": {"samples": 2}}, "invalid_option", "mc_samples"),
         ({"name": "kfac", "options": {"mc_samples": 0}}, "invalid_option", "from 1"),
         ({"name": "kfac", "options": {"approximation": "exact"}}, "invalid_option", "'expand'"),
-        ({"name": "variance", "options": {"x": 1}}, "invalid_option", "none"),
+        ({"name": "grad", "options": {"x": 1}}, "invalid_option", "none"),
     ],
 )
 def test_unknown_extensions_and_options(extension, code, match):

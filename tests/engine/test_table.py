@@ -14,6 +14,7 @@ PER_PARAMETER = [
     "grad",
     "batch_grad",
     "batch_l2",
+    "batch_dot",
     "sum_grad_squared",
     "variance",
     "diag_ggn_exact",

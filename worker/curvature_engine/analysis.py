@@ -203,12 +203,11 @@ class _Analyzer:
                     group.tensors[parameter] = result.contiguous()
             for key, tensor in group.tensors.items():
                 parameter = key if key in group.by_parameter else key.rpartition("/")[0]
-                method = work.methods.get(parameter, "autograd")
                 group.provenance[key] = {
-                    "method": "autograd" if request.extension.accumulator is None else method,
+                    "method": "autograd" if request.extension.accumulator is None else work.method(parameter),
                     "reduction": self.spec.reduction,
                     "Z": bound.Z,
-                    "scale": "loss",
+                    "scale": request.options.get("scale", "loss"),
                     "approximation": request.options.get("approximation"),
                     "seed": self.seed if sampled else None,
                     "mc_samples": request.options.get("mc_samples") if sampled else None,
@@ -275,6 +274,10 @@ def _convention(request: Request) -> str:
         text += "; approximation backpack overestimates a convolution's block by about its number of positions"
     elif approximation is not None:
         text += f"; approximation {approximation}"
+    if request.options.get("over") == "model":
+        text += "; over all parameters together"
+    if request.options.get("scale") == "sample":
+        text += "; scale sample: g_n without the division by Z"
     return text
 
 

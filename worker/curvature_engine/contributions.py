@@ -24,8 +24,8 @@ class Contribution(ABC):
     shape: tuple[int, ...]
 
     @abstractmethod
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first sample, gradients [n, *shape]), block after block."""
+    def blocks(self, start: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """(first sample, gradients [n, *shape]), block after block, from sample `start` on."""
 
     def sum_squared(self, center: Tensor | None = None) -> Tensor:
         """Σ_n (g_n − center)², [*shape]."""
@@ -65,10 +65,10 @@ class Fallback(Contribution):
         self._outputs, self._tensors, self._cotangent = outputs, list(tensors), cotangent
         self.shape = tuple(tensors[0].shape)
 
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+    def blocks(self, start: int = 0) -> Iterator[tuple[int, Tensor]]:
         dtype = accumulation_dtype(self._tensors[0].dtype)
         restricted = torch.zeros_like(self._cotangent)
-        for n in range(len(self._cotangent)):
+        for n in range(start, len(self._cotangent)):
             restricted[n] = self._cotangent[n]
             gradients = backward(self._outputs, self._tensors, restricted)
             restricted[n] = 0
@@ -86,8 +86,9 @@ class Materialised(Contribution):
         self._gradients = gradients
         self.shape = tuple(gradients.shape[1:])
 
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        yield 0, self._gradients
+    def blocks(self, start: int = 0) -> Iterator[tuple[int, Tensor]]:
+        if start < len(self._gradients):
+            yield start, self._gradients[start:]
 
 
 class Absent(Contribution):
@@ -97,9 +98,9 @@ class Absent(Contribution):
         self._like, self._N = like, N
         self.shape = tuple(like.shape)
 
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+    def blocks(self, start: int = 0) -> Iterator[tuple[int, Tensor]]:
         dtype = accumulation_dtype(self._like.dtype)
-        for n in range(self._N):
+        for n in range(start, self._N):
             yield n, torch.zeros((1, *self.shape), dtype=dtype, device=self._like.device)
 
 
@@ -152,12 +153,12 @@ class ClosedForm(Contribution):
             worst = max(worst, max(sizes) * kernel * element)
         return worst
 
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        for first in range(0, self._N, self._block):
+    def blocks(self, start: int = 0) -> Iterator[tuple[int, Tensor]]:
+        for first in range(start, self._N, self._block):
             yield first, self._gradients(slice(first, first + self._block))
 
     def sum_squared(self, center: Tensor | None = None) -> Tensor:
-        if center is None and (single := self._single()) is not None:
+        if center is None and (single := self.single()) is not None:
             prepared, g, rule = single
             total: Tensor | None = None
             for block in self._slices():
@@ -170,7 +171,7 @@ class ClosedForm(Contribution):
         return super().sum_squared(center)
 
     def squared_norms(self) -> Tensor:
-        if (single := self._single()) is not None:
+        if (single := self.single()) is not None:
             prepared, g, rule = single
             parts = []
             for block in self._slices():
@@ -186,7 +187,7 @@ class ClosedForm(Contribution):
         size = max(self._block, min(self._N, 1024))
         return (slice(first, first + size) for first in range(0, self._N, size))
 
-    def _single(self) -> tuple[PreparedUse, Tensor, Rule] | None:
+    def single(self) -> tuple[PreparedUse, Tensor, Rule] | None:
         """The one use of the parameter as it is, which a rule's own reductions may serve."""
         if len(self.uses) != 1:
             return None

@@ -19,7 +19,7 @@ from curvature_engine.contributions import (
     prepare_use,
 )
 from curvature_engine.errors import EngineError
-from curvature_engine.extensions import Accumulator, Setting
+from curvature_engine.extensions import WHOLE, Accumulator, Setting
 from curvature_engine.judgement import confirm, judge, random_cotangent, reproducible
 from curvature_engine.losses import BoundLoss, accumulation_dtype
 from curvature_engine.probe import Verdict
@@ -87,9 +87,21 @@ class BackwardPasses:
             self._column(column, [a for r, a in sampled if m < int(r.options["mc_samples"])])
         for request, accumulator in accumulators:
             group = groups[request.label]
-            group.by_parameter = accumulator.finish()
+            found = accumulator.finish()
+            if request.extension.kind == "tensor":
+                whole = found[WHOLE]
+                assert isinstance(whole, Tensor)
+                group.tensors[request.label] = whole
+            else:
+                group.by_parameter = found
             group.missing = accumulator.missing
         assert len(groups) == len(requests)
+
+    def method(self, key: str) -> str:
+        """How a result came about: a parameter's method, or for several together the least of theirs."""
+        if key in self.methods:
+            return self.methods[key]
+        return "fallback" if "fallback" in self.methods.values() else "closed form"
 
     def _check_differentiable(self) -> None:
         if not self._outputs.requires_grad:
@@ -111,7 +123,7 @@ class BackwardPasses:
         sampled = request.extension.columns == "sampled"
         draws = int(request.options["mc_samples"]) if sampled else 1
         columns = self._bound.columns if request.extension.columns == "exact" else draws
-        return Setting(self._bound.N, columns, draws, request.options)
+        return Setting(self._bound.N, self._bound.Z, columns, draws, self._order.budget_bytes, request.options)
 
     def _fill_gradient(self, groups: dict[str, Group]) -> None:
         labels = [r.label for r in self._order.requests if r.extension.name == "grad"]

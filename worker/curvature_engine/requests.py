@@ -11,7 +11,7 @@ from curvature_engine.options import complete_options
 
 @dataclass(frozen=True)
 class Request:
-    """One extension asked for, its options complete."""
+    """One extension asked for, its options complete, and the extension as they make it."""
 
     extension: Extension
     label: str
@@ -73,4 +73,4 @@ def _parse(item: Any) -> Request:
             remedy=f"it takes: {', '.join(extension.options) or 'none'}",
         )
     complete = complete_options(extension.name, extension.options, options, extension.name)
-    return Request(extension, item.get("label") or extension.name, complete)
+    return Request(extension.under(complete), item.get("label") or extension.name, complete)

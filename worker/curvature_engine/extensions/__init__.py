@@ -3,7 +3,8 @@
 A new extension is one file here and one line below.
 """
 
-from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting
+from curvature_engine.extensions.base import WHOLE, Accumulator, Extension, KroneckerFactors, Setting
+from curvature_engine.extensions.batch_dot import BATCH_DOT
 from curvature_engine.extensions.first_order import BATCH_GRAD, BATCH_L2, SUM_GRAD_SQUARED, VARIANCE
 from curvature_engine.extensions.ggn_batch_diagonal import BATCH_DIAG_GGN_EXACT, BATCH_DIAG_GGN_MC
 from curvature_engine.extensions.ggn_diagonal import DIAG_GGN_EXACT, DIAG_GGN_MC
@@ -30,6 +31,7 @@ EXTENSIONS: dict[str, Extension] = {
         GRAD,
         BATCH_GRAD,
         BATCH_L2,
+        BATCH_DOT,
         SUM_GRAD_SQUARED,
         VARIANCE,
         DIAG_GGN_EXACT,
@@ -43,4 +45,4 @@ EXTENSIONS: dict[str, Extension] = {
     )
 }
 
-__all__ = ["EXTENSIONS", "Accumulator", "Extension", "KroneckerFactors", "Setting"]
+__all__ = ["EXTENSIONS", "WHOLE", "Accumulator", "Extension", "KroneckerFactors", "Setting"]

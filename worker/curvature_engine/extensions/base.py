@@ -1,8 +1,8 @@
 """What an extension is: its declaration, and the accumulator that makes its result."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -12,6 +12,9 @@ from curvature_engine.options import Options
 
 Columns = Literal["outputs", "gradient", "exact", "sampled"]
 Kind = Literal["tensor", "parameters", "factors"]
+
+WHOLE = "*"
+"""Key of a result over all parameters together; no parameter can have it as its name."""
 
 
 class KroneckerFactors(NamedTuple):
@@ -27,14 +30,18 @@ class Setting:
 
     Attributes:
         N: the number of samples.
+        Z: what the loss divided by.
         columns: how many columns will come.
         draws: M for sampled columns, over which results are averaged; else 1.
+        budget_bytes: memory for intermediates.
         options: the request's, complete.
     """
 
     N: int
+    Z: float
     columns: int
     draws: int
+    budget_bytes: int
     options: Mapping[str, Any]
 
 
@@ -51,7 +58,7 @@ class Accumulator(ABC):
 
     @abstractmethod
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
-        """The result by parameter."""
+        """The result by parameter; of kind "tensor", one under `WHOLE`."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class Extension:
         columns: what is propagated back: nothing ("outputs"), the loss's gradient, or columns of the square root of
             the loss's Hessian.
         accumulator: makes the result; None for quantities of the outputs and for `grad`.
+        adapt: options → the fields that they change (kind, shape, columns); the fields above are those by default.
     """
 
     name: str
@@ -73,3 +81,8 @@ class Extension:
     columns: Columns
     accumulator: type[Accumulator] | None = None
     options: Options = field(default_factory=dict)
+    adapt: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+
+    def under(self, options: Mapping[str, Any]) -> "Extension":
+        """The extension as complete options make it."""
+        return self if self.adapt is None else replace(self, **self.adapt(options))

@@ -1,24 +1,33 @@
 """Quantities of the individual gradients g_n, the gradients of the samples' contributions to L."""
 
 from abc import abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
 from curvature_engine.contributions import Contribution
-from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting
+from curvature_engine.extensions.base import WHOLE, Accumulator, Extension, KroneckerFactors, Setting
+from curvature_engine.extensions.schemas import OVER, SCALE, adapt_to_over
 
 _SOURCE = "Dangel, Kunstner & Hennig 2020, table 1"
 
 
-class _PerParameter(Accumulator):
-    """One reduction of one column."""
+class PerParameter(Accumulator):
+    """One reduction of one column, per parameter or summed over all."""
+
+    power: ClassVar[int] = 2
+    """Of g_n in the result: what `scale` multiplies by is Z to this power."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self._results: dict[str, Tensor] = {}
+        self._factor = setting.Z**self.power if setting.options["scale"] == "sample" else 1.0
 
     def add(self, parameter: str, contribution: Contribution) -> None:
-        self._results[parameter] = self.reduce(contribution)
+        result = self.reduce(contribution)
+        result = result if self._factor == 1.0 else result * self._factor
+        key = WHOLE if self.setting.options.get("over") == "model" else parameter
+        self._results[key] = self._results[key] + result if key in self._results else result
 
     @abstractmethod
     def reduce(self, contribution: Contribution) -> Tensor:
@@ -28,22 +37,24 @@ class _PerParameter(Accumulator):
         return dict(self._results)
 
 
-class _BatchGrad(_PerParameter):
+class _BatchGrad(PerParameter):
+    power = 1
+
     def reduce(self, contribution: Contribution) -> Tensor:
         return contribution.materialised()
 
 
-class _BatchL2(_PerParameter):
+class _BatchL2(PerParameter):
     def reduce(self, contribution: Contribution) -> Tensor:
         return contribution.squared_norms()
 
 
-class _SumGradSquared(_PerParameter):
+class _SumGradSquared(PerParameter):
     def reduce(self, contribution: Contribution) -> Tensor:
         return contribution.sum_squared()
 
 
-class _Variance(_PerParameter):
+class _Variance(PerParameter):
     # Centred before squaring: the difference of two large sums gave negative variances for near-duplicates.
     def reduce(self, contribution: Contribution) -> Tensor:
         N = self.setting.N
@@ -59,16 +70,19 @@ BATCH_GRAD = Extension(
     _SOURCE,
     "gradient",
     _BatchGrad,
+    {"scale": SCALE},
 )
 BATCH_L2 = Extension(
     "batch_l2",
-    "squared norms of the individual gradients, per parameter",
+    "squared norms of the individual gradients",
     "parameters",
     "[N]",
     "‖g_n‖²",
     _SOURCE,
     "gradient",
     _BatchL2,
+    {"over": OVER, "scale": SCALE},
+    adapt_to_over,
 )
 SUM_GRAD_SQUARED = Extension(
     "sum_grad_squared",
@@ -79,6 +93,7 @@ SUM_GRAD_SQUARED = Extension(
     _SOURCE,
     "gradient",
     _SumGradSquared,
+    {"scale": SCALE},
 )
 VARIANCE = Extension(
     "variance",
@@ -89,4 +104,5 @@ VARIANCE = Extension(
     _SOURCE,
     "gradient",
     _Variance,
+    {"scale": SCALE},
 )

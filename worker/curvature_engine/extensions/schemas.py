@@ -1,4 +1,7 @@
-"""Options that several extensions take, as JSON schemas."""
+"""Options that several extensions take, as JSON schemas, and what they change."""
+
+from collections.abc import Mapping
+from typing import Any
 
 MC_SAMPLES = {
     "type": "integer",
@@ -7,3 +10,20 @@ MC_SAMPLES = {
     "default": 1,
     "description": "number of draws M from the model's likelihood",
 }
+SCALE = {
+    "type": "string",
+    "enum": ["loss", "sample"],
+    "default": "loss",
+    "description": 'of g_n: "loss" as it enters L, "sample" without the division by Z',
+}
+OVER = {
+    "type": "string",
+    "enum": ["parameter", "model"],
+    "default": "parameter",
+    "description": '"model": one tensor, under the label, over all parameters together',
+}
+
+
+def adapt_to_over(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `over` changes: one tensor in place of one per parameter."""
+    return {"kind": "tensor"} if options["over"] == "model" else {}
