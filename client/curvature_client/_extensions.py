@@ -25,9 +25,10 @@ class Extension:
     label: str | None = None
 
     def request(self) -> dict[str, Any]:
-        """As the server reads it."""
+        """As the server reads it; an option that is None is left to the server."""
         options = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "label"}
-        return {"name": self.name, "label": self.label, "options": options}
+        given = {name: _plain(value) for name, value in options.items() if value is not None}
+        return {"name": self.name, "label": self.label, "options": given}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,7 @@ class BatchGrad(Extension):
 
     name = "batch_grad"
     scale: Scale = "loss"
+    subsampling: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,7 @@ class BatchL2(Extension):
     name = "batch_l2"
     over: Over = "parameter"
     scale: Scale = "loss"
+    subsampling: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,7 @@ class BatchDot(Extension):
     name = "batch_dot"
     over: Over = "parameter"
     scale: Scale = "loss"
+    subsampling: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +87,7 @@ class SumGradSquared(Extension):
 
     name = "sum_grad_squared"
     scale: Scale = "loss"
+    subsampling: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +96,7 @@ class Variance(Extension):
 
     name = "variance"
     scale: Scale = "loss"
+    subsampling: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +104,7 @@ class DiagGGNExact(Extension):
     """Diagonal of the generalized Gauss-Newton matrix, [*p]."""
 
     name = "diag_ggn_exact"
+    subsampling: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +113,7 @@ class DiagGGNMC(Extension):
 
     name = "diag_ggn_mc"
     mc_samples: int = 1
+    subsampling: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +121,7 @@ class BatchDiagGGNExact(Extension):
     """Diagonal of each sample's summand of the generalized Gauss-Newton matrix, [N, *p]."""
 
     name = "batch_diag_ggn_exact"
+    subsampling: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +130,7 @@ class BatchDiagGGNMC(Extension):
 
     name = "batch_diag_ggn_mc"
     mc_samples: int = 1
+    subsampling: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +138,7 @@ class SqrtGGNExact(Extension):
     """Columns whose squares sum to the diagonal, [V, N, *p] with V = C·T; column c·T + t."""
 
     name = "sqrt_ggn_exact"
+    subsampling: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +147,7 @@ class SqrtGGNMC(Extension):
 
     name = "sqrt_ggn_mc"
     mc_samples: int = 1
+    subsampling: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +214,13 @@ def read_extensions(given: ExtensionLike | Sequence[ExtensionLike]) -> list[dict
                 remedy="give each request of one extension its own label=",
             )
     return [request.model_dump(exclude_none=True) for request in requests]
+
+
+def _plain(value: Any) -> Any:
+    """Indices as a list, whatever holds them: a range, a tensor of torch or NumPy."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def _read(item: Any) -> ExtensionRequest:

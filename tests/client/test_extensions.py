@@ -1,10 +1,12 @@
 """Extensions and losses as a request reads them."""
 
+from dataclasses import fields
+
 import pytest
 from torch import nn, ones
 
 from curvature_client._errors import UnprocessableError
-from curvature_client._extensions import EXTENSIONS, KFAC, DiagGGNMC, read_extensions
+from curvature_client._extensions import EXTENSIONS, KFAC, BatchGrad, DiagGGNMC, read_extensions
 from curvature_client._losses import read_loss
 from curvature_engine import catalogue
 
@@ -12,7 +14,7 @@ from curvature_engine import catalogue
 def test_every_extension_of_the_engine_has_a_value_with_its_options() -> None:
     published = {entry["name"]: set(entry["options"].get("properties", {})) for entry in catalogue()["extensions"]}
 
-    assert {kind.name: set(kind().request()["options"]) for kind in EXTENSIONS} == published
+    assert {kind.name: {field.name for field in fields(kind)} - {"label"} for kind in EXTENSIONS} == published
 
 
 def test_names_dictionaries_and_values_mix() -> None:
@@ -22,6 +24,10 @@ def test_names_dictionaries_and_values_mix() -> None:
         {"name": "kfac", "label": "kfac4", "options": {"mc_samples": 4, "approximation": "expand"}},
         {"name": "diag_ggn_mc", "options": {"mc_samples": 1}},
     ]
+
+
+def test_samples_may_be_any_sequence() -> None:
+    assert read_extensions(BatchGrad(subsampling=range(2)))[0]["options"] == {"scale": "loss", "subsampling": [0, 1]}
 
 
 def test_one_extension_needs_no_list() -> None:

@@ -122,15 +122,19 @@ class Reference:
             return {n: b.sum(0) for n, b in self.batch_diag_ggn().items()}
         if extension == "sqrt_ggn_exact":
             return self.sqrt_ggn()
-        g = self.batch_grad()
-        reduce = {
-            "batch_grad": lambda b: b,
-            "batch_l2": lambda b: b.reshape(self.N, -1).square().sum(1),
-            "batch_dot": lambda b: b.reshape(self.N, -1) @ b.reshape(self.N, -1).T,
-            "sum_grad_squared": lambda b: b.square().sum(0),
-            "variance": lambda b: ((b - b.mean(0)) ** 2).sum(0) / self.N,
-        }[extension]
-        return {n: reduce(b) for n, b in g.items()}
+        return {n: self.reduced(extension, b) for n, b in self.batch_grad().items()}
+
+    @staticmethod
+    def reduced(extension, b):
+        """A first-order quantity of individual gradients [n, *p]."""
+        n = len(b)
+        return {
+            "batch_grad": lambda: b,
+            "batch_l2": lambda: b.reshape(n, -1).square().sum(1),
+            "batch_dot": lambda: b.reshape(n, -1) @ b.reshape(n, -1).T,
+            "sum_grad_squared": lambda: b.square().sum(0),
+            "variance": lambda: ((b - b.mean(0)) ** 2).sum(0) / n,
+        }[extension]()
 
     # Kronecker factors
 

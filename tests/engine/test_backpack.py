@@ -56,3 +56,21 @@ def test_equals_backpack(name, extension, loss, reduction):
             if extension == "sqrt_ggn_exact":  # a column's sign is of no consequence
                 a, b = a.abs(), b.abs()
             assert (a - b).abs().max() <= 1e-10 * b.abs().max(), parameter
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("name", NETS)
+def test_subsampling_equals_backpack(name, loss):
+    samples = [3, 0, 3]
+    module, inputs = build(NETS[name])
+    targets = targets_for(module(*inputs), loss)
+    requests = [{"name": e, "options": {"subsampling": samples}} for e in ("batch_grad", "sqrt_ggn_exact")]
+    ours = engine.analyze(torch.jit.script(module), inputs, targets, requests, loss=loss)
+    module = extend(module)
+    criterion = extend((nn.MSELoss if loss == "mse" else nn.CrossEntropyLoss)())
+    with backpack(peer.BatchGrad(subsampling=samples), peer.SqrtGGNExact(subsampling=samples)):
+        criterion(module(*inputs), targets).backward()
+    for parameter, tensor in module.named_parameters():
+        torch.testing.assert_close(ours["batch_grad"][parameter], tensor.grad_batch, rtol=1e-10, atol=1e-12)
+        root = ours["sqrt_ggn_exact"][parameter]
+        torch.testing.assert_close(root.abs(), tensor.sqrt_ggn_exact.abs(), rtol=1e-10, atol=1e-12)

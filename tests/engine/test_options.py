@@ -91,3 +91,76 @@ def test_dot_products_never_write_all_gradients_out(monkeypatch):
     x, targets = torch.randn(64, 40, 30), torch.randn(64, 40, 3)
     engine.analyze(torch.jit.script(module), x, targets, ["batch_dot"], loss="mse", budget_bytes=40_000)
     assert max(largest) <= 20_000
+
+
+# Subsampling
+
+SAMPLES = [2, 0, 2]
+SECOND_ORDER = ["diag_ggn", "batch_diag_ggn", "sqrt_ggn"]
+
+
+def of_samples(reference, extension):
+    """Brute force on some samples, Z left alone."""
+    if extension in FIRST_ORDER:
+        g = {p: b[SAMPLES] for p, b in reference.batch_grad().items()}
+        return {p: reference.reduced(extension, b) for p, b in g.items()}
+    whole = reference.sqrt_ggn() if extension == "sqrt_ggn_exact" else reference.batch_diag_ggn()
+    if extension == "sqrt_ggn_exact":
+        return {p: b[:, SAMPLES] for p, b in whole.items()}
+    return {p: b[SAMPLES].sum(0) if extension == "diag_ggn_exact" else b[SAMPLES] for p, b in whole.items()}
+
+
+@pytest.mark.parametrize("budget_bytes", [None, 1])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("name", [*NAMES, "embedding", "masked_rows", "residual_batchnorm", "if_and_loop"])
+def test_subsampling_takes_these_samples_with_the_whole_batch_s_Z(name, loss, reduction, budget_bytes):
+    reference = setup(name, loss, reduction)[2]
+    extensions = [*FIRST_ORDER, *(f"{e}_exact" for e in SECOND_ORDER)]
+    requests = [asked(e, subsampling=SAMPLES) for e in extensions]
+    result = analyze(name, loss, reduction, requests, budget_bytes=budget_bytes)
+    for extension in extensions:
+        for parameter, value in of_samples(reference, extension).items():
+            close(result[extension][parameter], value)
+
+
+@pytest.mark.parametrize("name", ["mlp", "extra_axis", "lstm"])
+def test_a_subsample_keeps_its_draws(name):
+    whole = analyze(name, "cross_entropy", "mean", [asked("sqrt_ggn_mc", mc_samples=3)])["sqrt_ggn_mc"]
+    some = analyze(
+        name,
+        "cross_entropy",
+        "mean",
+        [asked(f"{e}_mc", mc_samples=3, subsampling=SAMPLES) for e in SECOND_ORDER],
+    )
+    for parameter, columns in whole.items():
+        columns = columns[:, SAMPLES]
+        close(some["sqrt_ggn_mc"][parameter], columns)
+        close(some["batch_diag_ggn_mc"][parameter], columns.square().sum(0))
+        close(some["diag_ggn_mc"][parameter], columns.square().sum((0, 1)))
+
+
+def test_a_subsample_beside_the_whole():
+    requests = ["batch_grad", {"name": "batch_grad", "label": "some", "options": {"subsampling": SAMPLES}}]
+    result = analyze("cnn", "cross_entropy", "mean", requests)
+    for parameter, gradients in result["batch_grad"].items():
+        close(result["some"][parameter], gradients[SAMPLES])
+    assert "subsampling" in result.groups["some"].convention
+
+
+@pytest.mark.parametrize(
+    ("indices", "match"),
+    [
+        ([0, 4], r"names sample 4; the batch has 4 \(0 … 3\)"),
+        ([-1], "list of at least one whole number from 0; got .-1."),
+        ([], r"got \[\]"),
+        ([0.5], "0.5"),
+        ([True], "True"),
+        (2, "got 2"),
+        ("01", "list"),
+    ],
+)
+def test_a_subsample_that_is_none_is_refused(indices, match):
+    with pytest.raises(engine.EngineError, match=match) as caught:
+        analyze("mlp", "cross_entropy", "mean", [asked("batch_grad", subsampling=indices)])
+    assert (caught.value.code, caught.value.param) == ("invalid_option", "batch_grad.subsampling")

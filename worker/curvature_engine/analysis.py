@@ -276,6 +276,8 @@ def _convention(request: Request) -> str:
         text += f"; approximation {approximation}"
     if request.options.get("over") == "model":
         text += "; over all parameters together"
+    if request.options.get("subsampling") is not None:
+        text += "; of the samples that subsampling names, with the full batch's Z"
     if request.options.get("scale") == "sample":
         text += "; scale sample: g_n without the division by Z"
     return text

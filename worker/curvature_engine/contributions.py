@@ -7,7 +7,7 @@ asked for: reductions go over blocks of samples that fit the budget, or use a ru
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,10 @@ class Contribution(ABC):
     @abstractmethod
     def blocks(self, start: int = 0) -> Iterator[tuple[int, Tensor]]:
         """(first sample, gradients [n, *shape]), block after block, from sample `start` on."""
+
+    @abstractmethod
+    def select(self, samples: Tensor) -> "Contribution":
+        """The same of some samples [n], in their order; one may come more than once."""
 
     def sum_squared(self, center: Tensor | None = None) -> Tensor:
         """Σ_n (g_n − center)², [*shape]."""
@@ -61,14 +65,20 @@ class Fallback(Contribution):
     Slow, and right wherever samples are not coupled: it is ordinary autograd on the recorded graph.
     """
 
-    def __init__(self, outputs: Tensor, tensors: Sequence[Tensor], cotangent: Tensor) -> None:
+    def __init__(
+        self, outputs: Tensor, tensors: Sequence[Tensor], cotangent: Tensor, samples: Sequence[int] | None = None
+    ) -> None:
         self._outputs, self._tensors, self._cotangent = outputs, list(tensors), cotangent
+        self._samples = range(len(cotangent)) if samples is None else samples
         self.shape = tuple(tensors[0].shape)
+
+    def select(self, samples: Tensor) -> Contribution:
+        return Fallback(self._outputs, self._tensors, self._cotangent, [self._samples[n] for n in samples.tolist()])
 
     def blocks(self, start: int = 0) -> Iterator[tuple[int, Tensor]]:
         dtype = accumulation_dtype(self._tensors[0].dtype)
         restricted = torch.zeros_like(self._cotangent)
-        for n in range(start, len(self._cotangent)):
+        for place, n in enumerate(self._samples[start:], start):
             restricted[n] = self._cotangent[n]
             gradients = backward(self._outputs, self._tensors, restricted)
             restricted[n] = 0
@@ -76,7 +86,7 @@ class Fallback(Contribution):
             for gradient in gradients:
                 if gradient is not None:
                     total += gradient
-            yield n, total[None]
+            yield place, total[None]
 
 
 class Materialised(Contribution):
@@ -85,6 +95,9 @@ class Materialised(Contribution):
     def __init__(self, gradients: Tensor) -> None:
         self._gradients = gradients
         self.shape = tuple(gradients.shape[1:])
+
+    def select(self, samples: Tensor) -> Contribution:
+        return Materialised(self._gradients[samples])
 
     def blocks(self, start: int = 0) -> Iterator[tuple[int, Tensor]]:
         if start < len(self._gradients):
@@ -97,6 +110,9 @@ class Absent(Contribution):
     def __init__(self, like: Tensor, N: int) -> None:
         self._like, self._N = like, N
         self.shape = tuple(like.shape)
+
+    def select(self, samples: Tensor) -> Contribution:
+        return Absent(self._like, len(samples))
 
     def blocks(self, start: int = 0) -> Iterator[tuple[int, Tensor]]:
         dtype = accumulation_dtype(self._like.dtype)
@@ -138,11 +154,15 @@ class ClosedForm(Contribution):
 
     def __init__(self, uses: list[tuple[PreparedUse, Tensor]], like: Tensor, N: int, budget_bytes: int) -> None:
         self.uses = uses
-        self._N = N
+        self._like, self._N, self._budget_bytes = like, N, budget_bytes
         self.shape = tuple(like.shape)
         element = torch.empty(0, dtype=accumulation_dtype(like.dtype)).element_size()
         per_sample = max(1, like.numel()) * element
         self._block = max(1, min(N, budget_bytes // max(per_sample, self._working_bytes(element))))
+
+    def select(self, samples: Tensor) -> Contribution:
+        uses = [(replace(p, saved=tuple(s[samples] for s in p.saved)), g[samples]) for p, g in self.uses]
+        return ClosedForm(uses, self._like, len(samples), self._budget_bytes)
 
     def _working_bytes(self, element: int) -> int:
         """What one sample's intermediates take: a convolution's patches are its input times the kernel's size."""

@@ -6,7 +6,7 @@ from typing import Any
 from curvature_engine.errors import EngineError
 
 Options = Mapping[str, Mapping[str, Any]]
-"""Option name → JSON schema with a default: an `enum`, or an `integer` with its bounds."""
+"""Option name → JSON schema with a default: an `enum`, an `integer` with its bounds, or an `array` of such."""
 
 
 def options_schema(options: Options) -> dict[str, Any]:
@@ -42,18 +42,35 @@ def complete_options(owner: str, options: Options, given: Mapping[str, Any], whe
 
 
 def _check(owner: str, option: str, value: Any, schema: Mapping[str, Any], where: str) -> None:
-    if "enum" in schema:
-        fits, expected = value in schema["enum"], f"one of {', '.join(map(repr, schema['enum']))}"
-    else:
-        least, most = schema.get("minimum"), schema.get("maximum")
-        fits = isinstance(value, int) and not isinstance(value, bool)
-        fits = fits and (least is None or value >= least) and (most is None or value <= most)
-        bounds = [f"from {least}"] * (least is not None) + [f"to {most}"] * (most is not None)
-        expected = " ".join(["a whole number", *bounds])
-    if not fits:
+    if not _fits(value, schema):
+        default = "the default" if schema["default"] is None else repr(schema["default"])
         raise EngineError(
             "invalid_option",
-            f"{owner}'s {option} must be {expected}; got {value!r}",
+            f"{owner}'s {option} must be {_expected(schema)}; got {value!r:.200}",
             param=f"{where}.{option}",
-            remedy=f"leave it out for {schema['default']!r}",
+            remedy=f"leave it out for {default}",
         )
+
+
+def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
+    if "enum" in schema:
+        return value in schema["enum"]
+    kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    if value is None:
+        return "null" in kinds
+    if "array" in kinds:
+        whole = isinstance(value, list | tuple) and len(value) >= schema.get("minItems", 0)
+        return whole and all(_fits(item, schema["items"]) for item in value)
+    least, most = schema.get("minimum"), schema.get("maximum")
+    fits = isinstance(value, int) and not isinstance(value, bool)
+    return fits and (least is None or value >= least) and (most is None or value <= most)
+
+
+def _expected(schema: Mapping[str, Any]) -> str:
+    if "enum" in schema:
+        return f"one of {', '.join(map(repr, schema['enum']))}"
+    if "array" in schema["type"]:
+        some = "a list of at least one" if schema.get("minItems") else "a list, each"
+        return f"{some} {_expected(schema['items']).removeprefix('a ')}"
+    bounds = [f"{word} {schema[key]}" for word, key in (("from", "minimum"), ("to", "maximum")) if key in schema]
+    return " ".join(["a whole number", *bounds])

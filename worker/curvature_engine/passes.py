@@ -43,6 +43,25 @@ class Order:
     warnings: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Task:
+    """One request's accumulator, and the samples that it takes (None for all)."""
+
+    request: Request
+    accumulator: Accumulator
+    samples: Tensor | None
+
+    @property
+    def columns(self) -> str:
+        """What is propagated back for it."""
+        return self.request.extension.columns
+
+    def take(self, parameter: str, contribution: Contribution) -> None:
+        """Take one column's contribution of one parameter."""
+        chosen = contribution if self.samples is None else contribution.select(self.samples)
+        self.accumulator.add(parameter, chosen)
+
+
 class BackwardPasses:
     """The backward passes of one request.
 
@@ -67,35 +86,24 @@ class BackwardPasses:
     def compute(self, groups: dict[str, Group]) -> None:
         """Fill the groups of all extensions that need a backward pass."""
         self._check_differentiable()
-        requests = self._order.requests
-        accumulators = self._accumulators()
-        if accumulators:
+        tasks = [self._task(r) for r in self._order.requests if r.extension.accumulator is not None]
+        if tasks:
             self._prepare()
         self._fill_gradient(groups)
-        exact = [(r, a) for r, a in accumulators if r.extension.columns == "exact"]
-        sampled = [(r, a) for r, a in accumulators if r.extension.columns == "sampled"]
-        first = [(r, a) for r, a in accumulators if r.extension.columns == "gradient"]
-        draws = max((int(r.options["mc_samples"]) for r, _ in sampled), default=0)
-        total = bool(first) + (self._bound.columns if exact else 0) + draws
-        self._done, self._total = 0, total
+        first = [t for t in tasks if t.columns == "gradient"]
+        exact = [t for t in tasks if t.columns == "exact"]
+        sampled = [t for t in tasks if t.columns == "sampled"]
+        draws = max((t.accumulator.setting.draws for t in sampled), default=0)
+        self._done, self._total = 0, bool(first) + (self._bound.columns if exact else 0) + draws
         if first:
-            self._column(self._gradient, [a for _, a in first])
+            self._column(self._gradient, first)
         for v in range(self._bound.columns if exact else 0):
-            self._column(self._bound.exact_column(v), [a for _, a in exact])
+            self._column(self._bound.exact_column(v), exact)
         for m in range(draws):
             column = self._bound.sampled_column(self._order.seed, m)
-            self._column(column, [a for r, a in sampled if m < int(r.options["mc_samples"])])
-        for request, accumulator in accumulators:
-            group = groups[request.label]
-            found = accumulator.finish()
-            if request.extension.kind == "tensor":
-                whole = found[WHOLE]
-                assert isinstance(whole, Tensor)
-                group.tensors[request.label] = whole
-            else:
-                group.by_parameter = found
-            group.missing = accumulator.missing
-        assert len(groups) == len(requests)
+            self._column(column, [t for t in sampled if m < t.accumulator.setting.draws])
+        for task in tasks:
+            _fill(groups[task.request.label], task.accumulator)
 
     def method(self, key: str) -> str:
         """How a result came about: a parameter's method, or for several together the least of theirs."""
@@ -112,18 +120,36 @@ class BackwardPasses:
                 remedy="check for no_grad, detach, or integer outputs in the model",
             )
 
-    def _accumulators(self) -> list[tuple[Request, Accumulator]]:
-        return [
-            (r, r.extension.accumulator(self._setting(r)))
-            for r in self._order.requests
-            if r.extension.accumulator is not None
-        ]
+    def _task(self, request: Request) -> Task:
+        assert request.extension.accumulator is not None
+        samples = self._samples(request)
+        N = self._bound.N if samples is None else len(samples)
+        return Task(request, request.extension.accumulator(self._setting(request, N)), samples)
 
-    def _setting(self, request: Request) -> Setting:
+    def _samples(self, request: Request) -> Tensor | None:
+        """The samples that a request picks, [n]; None for all.
+
+        Raises:
+            EngineError: `invalid_option` where the batch has no such sample.
+        """
+        indices = request.options.get("subsampling")
+        if indices is None:
+            return None
+        N = self._bound.N
+        if beyond := [n for n in indices if n >= N]:
+            raise EngineError(
+                "invalid_option",
+                f"{request.label}'s subsampling names sample {beyond[0]}; the batch has {N} (0 … {N - 1})",
+                param=f"{request.extension.name}.subsampling",
+                remedy="name samples of this batch",
+            )
+        return torch.tensor(indices, device=self._outputs.device)
+
+    def _setting(self, request: Request, N: int) -> Setting:
         sampled = request.extension.columns == "sampled"
         draws = int(request.options["mc_samples"]) if sampled else 1
         columns = self._bound.columns if request.extension.columns == "exact" else draws
-        return Setting(self._bound.N, self._bound.Z, columns, draws, self._order.budget_bytes, request.options)
+        return Setting(N, self._bound.Z, columns, draws, self._order.budget_bytes, request.options)
 
     def _fill_gradient(self, groups: dict[str, Group]) -> None:
         labels = [r.label for r in self._order.requests if r.extension.name == "grad"]
@@ -204,7 +230,7 @@ class BackwardPasses:
 
     # Columns
 
-    def _column(self, cotangent: Tensor, accumulators: list[Accumulator]) -> None:
+    def _column(self, cotangent: Tensor, tasks: list[Task]) -> None:
         cotangent = cotangent.to(self._outputs.dtype)
         needed = sorted({u.tap_index for uses in self._uses.values() for u in uses})
         at_hand = self._at_hand if cotangent is self._gradient else {}
@@ -213,8 +239,8 @@ class BackwardPasses:
         with torch.no_grad():
             for name, parameter in self._selected.items():
                 contribution = fallbacks.get(name) or self._closed(name, parameter, gradients)
-                for accumulator in accumulators:
-                    accumulator.add(name, contribution)
+                for task in tasks:
+                    task.take(name, contribution)
         self._done += 1
         if self._order.progress is not None:
             self._order.progress(self._done, self._total)
@@ -260,3 +286,14 @@ class BackwardPasses:
             parts = [stacks.pop(0) for _ in tensors[name]]
             result[name] = Materialised(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0))
         return result
+
+
+def _fill(group: Group, accumulator: Accumulator) -> None:
+    found = accumulator.finish()
+    group.missing = accumulator.missing
+    if group.kind != "tensor":
+        group.by_parameter = found
+        return
+    whole = found[WHOLE]
+    assert isinstance(whole, Tensor)
+    group.tensors[group.label] = whole

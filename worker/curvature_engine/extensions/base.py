@@ -29,7 +29,7 @@ class Setting:
     """What an accumulator knows beforehand.
 
     Attributes:
-        N: the number of samples.
+        N: the number of samples that contributions will hold: of the batch, or of the request's subsample.
         Z: what the loss divided by.
         columns: how many columns will come.
         draws: M for sampled columns, over which results are averaged; else 1.

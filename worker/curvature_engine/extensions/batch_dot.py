@@ -6,7 +6,7 @@ from curvature_engine.contributions import Contribution
 from curvature_engine.dot_products import dot_products
 from curvature_engine.extensions.base import Extension
 from curvature_engine.extensions.first_order import PerParameter
-from curvature_engine.extensions.schemas import OVER, SCALE, adapt_to_over
+from curvature_engine.extensions.schemas import OVER, SCALE, SUBSAMPLING, adapt_to_over
 
 
 class _BatchDot(PerParameter):
@@ -23,6 +23,6 @@ BATCH_DOT = Extension(
     "definition; Gram form after Goodfellow 2015",
     "gradient",
     _BatchDot,
-    {"over": OVER, "scale": SCALE},
+    {"over": OVER, "scale": SCALE, "subsampling": SUBSAMPLING},
     adapt_to_over,
 )

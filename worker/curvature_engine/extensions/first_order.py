@@ -7,7 +7,7 @@ from torch import Tensor
 
 from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.base import WHOLE, Accumulator, Extension, KroneckerFactors, Setting
-from curvature_engine.extensions.schemas import OVER, SCALE, adapt_to_over
+from curvature_engine.extensions.schemas import OVER, SCALE, SUBSAMPLING, adapt_to_over
 
 _SOURCE = "Dangel, Kunstner & Hennig 2020, table 1"
 
@@ -70,7 +70,7 @@ BATCH_GRAD = Extension(
     _SOURCE,
     "gradient",
     _BatchGrad,
-    {"scale": SCALE},
+    {"scale": SCALE, "subsampling": SUBSAMPLING},
 )
 BATCH_L2 = Extension(
     "batch_l2",
@@ -81,7 +81,7 @@ BATCH_L2 = Extension(
     _SOURCE,
     "gradient",
     _BatchL2,
-    {"over": OVER, "scale": SCALE},
+    {"over": OVER, "scale": SCALE, "subsampling": SUBSAMPLING},
     adapt_to_over,
 )
 SUM_GRAD_SQUARED = Extension(
@@ -93,7 +93,7 @@ SUM_GRAD_SQUARED = Extension(
     _SOURCE,
     "gradient",
     _SumGradSquared,
-    {"scale": SCALE},
+    {"scale": SCALE, "subsampling": SUBSAMPLING},
 )
 VARIANCE = Extension(
     "variance",
@@ -104,5 +104,5 @@ VARIANCE = Extension(
     _SOURCE,
     "gradient",
     _Variance,
-    {"scale": SCALE},
+    {"scale": SCALE, "subsampling": SUBSAMPLING},
 )

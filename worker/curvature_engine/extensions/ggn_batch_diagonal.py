@@ -4,7 +4,7 @@ from torch import Tensor
 
 from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting
-from curvature_engine.extensions.schemas import MC_SAMPLES
+from curvature_engine.extensions.schemas import MC_SAMPLES, SUBSAMPLING
 
 
 class _BatchDiagonal(Accumulator):
@@ -33,6 +33,7 @@ BATCH_DIAG_GGN_EXACT = Extension(
     "Dangel, Kunstner & Hennig 2020, eq. 19",
     "exact",
     _BatchDiagonal,
+    {"subsampling": SUBSAMPLING},
 )
 BATCH_DIAG_GGN_MC = Extension(
     "batch_diag_ggn_mc",
@@ -43,5 +44,5 @@ BATCH_DIAG_GGN_MC = Extension(
     "Dangel, Kunstner & Hennig 2020, eq. 20",
     "sampled",
     _BatchDiagonal,
-    {"mc_samples": MC_SAMPLES},
+    {"mc_samples": MC_SAMPLES, "subsampling": SUBSAMPLING},
 )

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting
-from curvature_engine.extensions.schemas import MC_SAMPLES
+from curvature_engine.extensions.schemas import MC_SAMPLES, SUBSAMPLING
 
 
 class _Diagonal(Accumulator):
@@ -34,6 +34,7 @@ DIAG_GGN_EXACT = Extension(
     "Dangel, Kunstner & Hennig 2020, eq. 19",
     "exact",
     _Diagonal,
+    {"subsampling": SUBSAMPLING},
 )
 DIAG_GGN_MC = Extension(
     "diag_ggn_mc",
@@ -44,5 +45,5 @@ DIAG_GGN_MC = Extension(
     "Dangel, Kunstner & Hennig 2020, eq. 20",
     "sampled",
     _Diagonal,
-    {"mc_samples": MC_SAMPLES},
+    {"mc_samples": MC_SAMPLES, "subsampling": SUBSAMPLING},
 )

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting
-from curvature_engine.extensions.schemas import MC_SAMPLES
+from curvature_engine.extensions.schemas import MC_SAMPLES, SUBSAMPLING
 
 
 class _SquareRoot(Accumulator):
@@ -37,6 +37,7 @@ SQRT_GGN_EXACT = Extension(
     "Dangel, Tatzel & Hennig 2022",
     "exact",
     _SquareRoot,
+    {"subsampling": SUBSAMPLING},
 )
 SQRT_GGN_MC = Extension(
     "sqrt_ggn_mc",
@@ -47,5 +48,5 @@ SQRT_GGN_MC = Extension(
     "Dangel, Tatzel & Hennig 2022",
     "sampled",
     _SquareRoot,
-    {"mc_samples": MC_SAMPLES},
+    {"mc_samples": MC_SAMPLES, "subsampling": SUBSAMPLING},
 )

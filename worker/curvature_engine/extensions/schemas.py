@@ -22,6 +22,13 @@ OVER = {
     "default": "parameter",
     "description": '"model": one tensor, under the label, over all parameters together',
 }
+SUBSAMPLING = {
+    "type": ["array", "null"],
+    "items": {"type": "integer", "minimum": 0},
+    "minItems": 1,
+    "default": None,
+    "description": "indices of the samples to take, in this order, duplicates allowed; Z stays that of the full batch",
+}
 
 
 def adapt_to_over(options: Mapping[str, Any]) -> Mapping[str, Any]:
