@@ -100,6 +100,13 @@ class Variance(Extension):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GradientNoiseScale(Extension):
+    """Gradient noise scale, one number per layer (keyed by the layer's name) and, under "*", over all parameters."""
+
+    name = "gradient_noise_scale"
+
+
+@dataclass(frozen=True, kw_only=True)
 class DiagGGNExact(Extension):
     """Diagonal of the generalized Gauss-Newton matrix, [*p]."""
 
@@ -151,6 +158,15 @@ class SqrtGGNMC(Extension):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Saliency(Extension):
+    """½ θ² times the diagonal of the generalized Gauss-Newton matrix, exact or (diagonal="mc") sampled, [*p]."""
+
+    name = "saliency"
+    diagonal: Literal["exact", "mc"] = "exact"
+    mc_samples: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class KFAC(Extension):
     """Kronecker factors (B, A) from `mc_samples` draws per sample."""
 
@@ -176,12 +192,14 @@ EXTENSIONS: tuple[type[Extension], ...] = (
     BatchDot,
     SumGradSquared,
     Variance,
+    GradientNoiseScale,
     DiagGGNExact,
     DiagGGNMC,
     BatchDiagGGNExact,
     BatchDiagGGNMC,
     SqrtGGNExact,
     SqrtGGNMC,
+    Saliency,
     KFAC,
     KFLR,
 )

@@ -120,6 +120,8 @@ class Reference:
             return self.batch_diag_ggn()
         if extension == "diag_ggn_exact":
             return {n: b.sum(0) for n, b in self.batch_diag_ggn().items()}
+        if extension == "saliency":
+            return {n: self.parameters[n].detach() ** 2 * b.sum(0) / 2 for n, b in self.batch_diag_ggn().items()}
         if extension == "sqrt_ggn_exact":
             return self.sqrt_ggn()
         return {n: self.reduced(extension, b) for n, b in self.batch_grad().items()}
@@ -135,6 +137,13 @@ class Reference:
             "sum_grad_squared": lambda: b.square().sum(0),
             "variance": lambda: ((b - b.mean(0)) ** 2).sum(0) / n,
         }[extension]()
+
+    def noise_scale(self, names):
+        """B of some parameters together, from single samples' gradients (their mean is the batch's)."""
+        batch_grad = self.batch_grad()
+        h = self.N * torch.cat([batch_grad[name].reshape(self.N, -1) for name in names], 1)
+        trace = h.var(0, unbiased=True).sum()
+        return trace / (h.mean(0).square().sum() - trace / self.N)
 
     # Kronecker factors
 

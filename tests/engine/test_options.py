@@ -164,3 +164,25 @@ def test_a_subsample_that_is_none_is_refused(indices, match):
     with pytest.raises(engine.EngineError, match=match) as caught:
         analyze("mlp", "cross_entropy", "mean", [asked("batch_grad", subsampling=indices)])
     assert (caught.value.code, caught.value.param) == ("invalid_option", "batch_grad.subsampling")
+
+
+# Saliency, noise scale
+
+
+def test_saliency_takes_either_diagonal():
+    parameters = setup("cnn", "cross_entropy", "mean")[2].parameters
+    requests = [asked("saliency", diagonal="mc", mc_samples=3), asked("diag_ggn_mc", mc_samples=3)]
+    result = analyze("cnn", "cross_entropy", "mean", requests)
+    for parameter, diagonal in result["diag_ggn_mc"].items():
+        close(result["saliency"][parameter], parameters[parameter].detach() ** 2 * diagonal / 2)
+    assert result.groups["saliency"].provenance["0.weight"]["mc_samples"] == 3
+    exact = analyze("cnn", "cross_entropy", "mean", [asked("saliency", mc_samples=3), "diag_ggn_exact"])
+    for parameter, diagonal in exact["diag_ggn_exact"].items():
+        close(exact["saliency"][parameter], parameters[parameter].detach() ** 2 * diagonal / 2)
+    assert exact.groups["saliency"].provenance["0.weight"]["mc_samples"] is None
+
+
+def test_one_sample_has_no_noise_scale():
+    module = torch.nn.Linear(3, 2)
+    with pytest.raises(engine.EngineError, match="at least two samples; got 1; give a larger batch"):
+        engine.analyze(torch.jit.script(module), torch.randn(1, 3), torch.tensor([1]), ["gradient_noise_scale"])

@@ -20,12 +20,14 @@ PER_PARAMETER = [
     "diag_ggn_exact",
     "batch_diag_ggn_exact",
     "sqrt_ggn_exact",
+    "saliency",
 ]
 APPROXIMATIONS = ["expand", "reduce", "backpack"]
 REQUESTS = [
     "batch_loss",
     "outputs",
     *PER_PARAMETER,
+    "gradient_noise_scale",
     *({"name": "kflr", "label": a, "options": {"approximation": a}} for a in APPROXIMATIONS),
 ]
 BY_NAME = {case.name: case for case in CASES}
@@ -81,6 +83,24 @@ def test_equals_brute_force(name, loss, reduction, way):
         assert set(result[extension]) == set(expected)
         for parameter, value in expected.items():
             assert error(result[extension][parameter], value) <= TOLERANCE, (extension, parameter)
+
+
+@pytest.mark.parametrize(("name", "loss", "reduction", "way"), COMBINATIONS)
+def test_noise_scale_of_layers_and_in_all_equals_brute_force(name, loss, reduction, way):
+    _, _, result = analysis_of(name, loss, reduction, way)
+    reference = reference_of(name, loss, reduction)
+    layers = {}
+    for parameter in reference.parameters:
+        layers.setdefault(parameter.rpartition(".")[0] or parameter, []).append(parameter)
+    scales = result["gradient_noise_scale"]
+    assert set(scales) == {*layers, "*"}
+    torch.testing.assert_close(scales["*"], reference.noise_scale(reference.parameters), rtol=1e-9, atol=0)
+    for layer, names in layers.items():
+        expected = reference.noise_scale(names)
+        if bool(torch.isfinite(expected)):  # without any gradient there is no scale
+            torch.testing.assert_close(scales[layer], expected, rtol=1e-9, atol=0)
+        else:
+            assert not bool(torch.isfinite(scales[layer]))
 
 
 @pytest.mark.parametrize(

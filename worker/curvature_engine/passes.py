@@ -149,7 +149,8 @@ class BackwardPasses:
         sampled = request.extension.columns == "sampled"
         draws = int(request.options["mc_samples"]) if sampled else 1
         columns = self._bound.columns if request.extension.columns == "exact" else draws
-        return Setting(N, self._bound.Z, columns, draws, self._order.budget_bytes, request.options)
+        parameters = {name: p.tensor.detach() for name, p in self._selected.items()}
+        return Setting(N, self._bound.Z, columns, draws, self._order.budget_bytes, parameters, request.options)
 
     def _fill_gradient(self, groups: dict[str, Group]) -> None:
         labels = [r.label for r in self._order.requests if r.extension.name == "grad"]

@@ -10,6 +10,8 @@ from curvature_engine.extensions.ggn_batch_diagonal import BATCH_DIAG_GGN_EXACT,
 from curvature_engine.extensions.ggn_diagonal import DIAG_GGN_EXACT, DIAG_GGN_MC
 from curvature_engine.extensions.ggn_square_root import SQRT_GGN_EXACT, SQRT_GGN_MC
 from curvature_engine.extensions.kronecker import KFAC, KFLR
+from curvature_engine.extensions.noise_scale import GRADIENT_NOISE_SCALE
+from curvature_engine.extensions.saliency import SALIENCY
 
 BATCH_LOSS = Extension(
     "batch_loss",
@@ -34,12 +36,14 @@ EXTENSIONS: dict[str, Extension] = {
         BATCH_DOT,
         SUM_GRAD_SQUARED,
         VARIANCE,
+        GRADIENT_NOISE_SCALE,
         DIAG_GGN_EXACT,
         DIAG_GGN_MC,
         BATCH_DIAG_GGN_EXACT,
         BATCH_DIAG_GGN_MC,
         SQRT_GGN_EXACT,
         SQRT_GGN_MC,
+        SALIENCY,
         KFAC,
         KFLR,
     )

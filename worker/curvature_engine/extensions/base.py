@@ -34,6 +34,7 @@ class Setting:
         columns: how many columns will come.
         draws: M for sampled columns, over which results are averaged; else 1.
         budget_bytes: memory for intermediates.
+        parameters: those asked for, by name.
         options: the request's, complete.
     """
 
@@ -42,6 +43,7 @@ class Setting:
     columns: int
     draws: int
     budget_bytes: int
+    parameters: Mapping[str, Tensor]
     options: Mapping[str, Any]
 
 

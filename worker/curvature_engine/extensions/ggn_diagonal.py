@@ -7,7 +7,7 @@ from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFa
 from curvature_engine.extensions.schemas import MC_SAMPLES, SUBSAMPLING
 
 
-class _Diagonal(Accumulator):
+class Diagonal(Accumulator):
     """Σ over columns and samples of the squared back-propagated column."""
 
     def __init__(self, setting: Setting) -> None:
@@ -33,7 +33,7 @@ DIAG_GGN_EXACT = Extension(
     "diag Σ_n J_nᵀ H_n J_n",
     "Dangel, Kunstner & Hennig 2020, eq. 19",
     "exact",
-    _Diagonal,
+    Diagonal,
     {"subsampling": SUBSAMPLING},
 )
 DIAG_GGN_MC = Extension(
@@ -44,6 +44,6 @@ DIAG_GGN_MC = Extension(
     "diag Σ_n J_nᵀ (1/M Σ_m s_nm s_nmᵀ) J_n, s from targets drawn from the model's likelihood",
     "Dangel, Kunstner & Hennig 2020, eq. 20",
     "sampled",
-    _Diagonal,
+    Diagonal,
     {"mc_samples": MC_SAMPLES, "subsampling": SUBSAMPLING},
 )
