@@ -14,6 +14,7 @@ from curvature_protocol.requests import ExtensionRequest
 
 Scale = Literal["loss", "sample"]
 Over = Literal["parameter", "model"]
+Fisher = Literal["mc", "type2", "empirical"]
 Approximation = Literal["expand", "reduce", "backpack"]
 
 
@@ -168,11 +169,18 @@ class Saliency(Extension):
 
 @dataclass(frozen=True, kw_only=True)
 class KFAC(Extension):
-    """Kronecker factors (B, A) from `mc_samples` draws per sample."""
+    """Kronecker factors (B, A) from `mc_samples` draws per sample.
+
+    `fisher="type2"` takes the exact columns of the loss Hessian (as `KFLR`), `"empirical"` the gradient; `joint_bias`
+    puts a layer's bias into its weight's block; `strict` refuses where a parameter has no such factors.
+    """
 
     name = "kfac"
     mc_samples: int = 1
     approximation: Approximation = "expand"
+    fisher: Fisher = "mc"
+    joint_bias: bool = False
+    strict: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +189,8 @@ class KFLR(Extension):
 
     name = "kflr"
     approximation: Approximation = "expand"
+    joint_bias: bool = False
+    strict: bool = False
 
 
 EXTENSIONS: tuple[type[Extension], ...] = (

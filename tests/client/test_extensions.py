@@ -18,10 +18,11 @@ def test_every_extension_of_the_engine_has_a_value_with_its_options() -> None:
 
 
 def test_names_dictionaries_and_values_mix() -> None:
+    defaults = {"approximation": "expand", "fisher": "mc", "joint_bias": False, "strict": False}
     assert read_extensions(["grad", {"name": "kflr", "label": "k"}, KFAC(mc_samples=4, label="kfac4"), DiagGGNMC]) == [
         {"name": "grad", "options": {}},
         {"name": "kflr", "label": "k", "options": {}},
-        {"name": "kfac", "label": "kfac4", "options": {"mc_samples": 4, "approximation": "expand"}},
+        {"name": "kfac", "label": "kfac4", "options": {**defaults, "mc_samples": 4}},
         {"name": "diag_ggn_mc", "options": {"mc_samples": 1}},
     ]
 

@@ -147,7 +147,12 @@ class Reference:
 
     # Kronecker factors
 
-    def kflr(self, approximation):
+    def loss_gradient(self, n):
+        """The gradient of sample n's contribution in its outputs, with 1/√Z in place of 1/Z, [D, 1]."""
+        (found,) = torch.autograd.grad(self.contributions()[n], self.outputs, retain_graph=True)
+        return found[n].reshape(-1, 1) * self.Z**0.5
+
+    def kflr(self, approximation, fisher="type2", joint_bias=False):
         """{parameter: (B, A or None)} for parameters of linear and convolution modules, used once or more."""
         uses = {}
 
@@ -160,11 +165,14 @@ class Reference:
         outputs = self.module(*self.inputs)
         for handle in handles:
             handle.remove()
-        roots = [self.hessian_root(n) for n in range(self.N)]
+        roots = [self.hessian_root(n) if fisher == "type2" else self.loss_gradient(n) for n in range(self.N)]
         names = {p: n for n, p in self.parameters.items()}
         result = {}
         for module, calls in uses.items():
             x = torch.cat([_inputs_of(module, a) for a, _ in calls], 2)  # [G, N, T, in]
+            joint = joint_bias and module.bias is not None and {module.weight, module.bias} <= names.keys()
+            if joint:
+                x = torch.cat([x, torch.ones_like(x[..., :1])], 3)
             B = 0
             for v in range(roots[0].shape[1]):
                 cotangent = torch.stack([r[:, v] for r in roots]).view(outputs.shape)
@@ -183,7 +191,7 @@ class Reference:
                 B, A = B[0], A[0]
             if module.weight in names:
                 result[names[module.weight]] = (B, A)
-            if module.bias is not None and module.bias in names:
+            if module.bias is not None and module.bias in names and not joint:
                 result[names[module.bias]] = (B, None)
         return result
 

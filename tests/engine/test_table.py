@@ -29,6 +29,15 @@ REQUESTS = [
     *PER_PARAMETER,
     "gradient_noise_scale",
     *({"name": "kflr", "label": a, "options": {"approximation": a}} for a in APPROXIMATIONS),
+    *(
+        {
+            "name": "kfac",
+            "label": f"{fisher}_{a}",
+            "options": {"approximation": a, "fisher": fisher, "joint_bias": True},
+        }
+        for fisher in ("type2", "empirical")
+        for a in APPROXIMATIONS
+    ),
 ]
 BY_NAME = {case.name: case for case in CASES}
 COMBINATIONS = [
@@ -52,8 +61,8 @@ def expected_of(name, loss, reduction, extension):
 
 
 @cache
-def factors_of(name, loss, reduction, approximation):
-    return reference_of(name, loss, reduction).kflr(approximation)
+def factors_of(name, loss, reduction, *options):
+    return reference_of(name, loss, reduction).kflr(*options)
 
 
 @cache
@@ -109,13 +118,32 @@ def test_noise_scale_of_layers_and_in_all_equals_brute_force(name, loss, reducti
 def test_kronecker_factors_equal_brute_force(name, loss, reduction, way):
     _, _, result = analysis_of(name, loss, reduction, way)
     for approximation in APPROXIMATIONS:
-        expected = factors_of(name, loss, reduction, approximation)
-        for parameter, (B, A) in expected.items():
-            pair = result[approximation][parameter]
-            assert error(pair.B, B) <= TOLERANCE, (approximation, parameter)
-            assert (pair.A is None) == (A is None)
-            if A is not None:
-                assert error(pair.A, A) <= TOLERANCE, (approximation, parameter)
+        check_factors(result[approximation], factors_of(name, loss, reduction, approximation))
+
+
+@pytest.mark.parametrize("fisher", ["type2", "empirical"])
+@pytest.mark.parametrize(
+    ("name", "loss", "reduction", "way"), [c for c in COMBINATIONS if BY_NAME[c.values[0]].kronecker]
+)
+def test_joint_kronecker_factors_of_both_fishers_equal_brute_force(name, loss, reduction, way, fisher):
+    _, _, result = analysis_of(name, loss, reduction, way)
+    for approximation in APPROXIMATIONS:
+        group = result[f"{fisher}_{approximation}"]
+        expected = factors_of(name, loss, reduction, approximation, fisher, True)
+        check_factors(group, expected)
+        assert set(group).isdisjoint(set(group.missing))
+        for parameter, reason in group.missing.items():
+            assert parameter not in expected
+            assert ("is part of that of" in reason) == (parameter.removesuffix("bias") + "weight" in group), reason
+
+
+def check_factors(group, expected):
+    for parameter, (B, A) in expected.items():
+        pair = group[parameter]
+        assert error(pair.B, B) <= TOLERANCE, parameter
+        assert (pair.A is None) == (A is None)
+        if A is not None:
+            assert error(pair.A, A) <= TOLERANCE, parameter
 
 
 @pytest.mark.parametrize(("name", "loss", "reduction", "way"), COMBINATIONS)

@@ -63,7 +63,7 @@ def test_an_unknown_option_is_told_with_the_likely_one_and_all_known():
     error = refused(**extension({"mc_sample": 4}))
     assert (error.code, error.param) == ("invalid_option", "extensions.1.options")
     assert error.detail == "kfac has no option 'mc_sample'; did you mean 'mc_samples'?"
-    assert error.remedy == "kfac takes these options: mc_samples, approximation"
+    assert error.remedy == "kfac takes these options: mc_samples, approximation, fisher, joint_bias, strict"
 
 
 def test_an_option_of_an_extension_without_options():

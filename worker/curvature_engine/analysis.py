@@ -274,6 +274,8 @@ def _convention(request: Request) -> str:
         text += "; approximation backpack overestimates a convolution's block by about its number of positions"
     elif approximation is not None:
         text += f"; approximation {approximation}"
+    if request.options.get("joint_bias"):
+        text += "; where a layer adds a bias, x ends with a one and the block is that of [weight, bias]"
     if request.options.get("over") == "model":
         text += "; over all parameters together"
     if request.options.get("subsampling") is not None:

@@ -6,7 +6,7 @@ from typing import Any
 from curvature_engine.errors import EngineError
 
 Options = Mapping[str, Mapping[str, Any]]
-"""Option name → JSON schema with a default: an `enum`, an `integer` with its bounds, or an `array` of such."""
+"""Option name → JSON schema with a default: an `enum`, a `boolean`, an `integer` with its bounds, or an `array`."""
 
 
 def options_schema(options: Options) -> dict[str, Any]:
@@ -58,6 +58,8 @@ def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
     kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     if value is None:
         return "null" in kinds
+    if "boolean" in kinds:
+        return isinstance(value, bool)
     if "array" in kinds:
         whole = isinstance(value, list | tuple) and len(value) >= schema.get("minItems", 0)
         return whole and all(_fits(item, schema["items"]) for item in value)
@@ -69,6 +71,8 @@ def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
 def _expected(schema: Mapping[str, Any]) -> str:
     if "enum" in schema:
         return f"one of {', '.join(map(repr, schema['enum']))}"
+    if schema["type"] == "boolean":
+        return "true or false"
     if "array" in schema["type"]:
         some = "a list of at least one" if schema.get("minItems") else "a list, each"
         return f"{some} {_expected(schema['items']).removeprefix('a ')}"

@@ -80,6 +80,7 @@ class BackwardPasses:
         self._selected = selected
         self._gradient = bound.gradient().to(outputs.dtype)
         self._at_hand: dict[int, Tensor | None] = {}
+        self._uses: dict[str, list[PreparedUse]] = {}
         self.methods: dict[str, str] = {}
         self.verified = False
 
@@ -150,7 +151,9 @@ class BackwardPasses:
         draws = int(request.options["mc_samples"]) if sampled else 1
         columns = self._bound.columns if request.extension.columns == "exact" else draws
         parameters = {name: p.tensor.detach() for name, p in self._selected.items()}
-        return Setting(N, self._bound.Z, columns, draws, self._order.budget_bytes, parameters, request.options)
+        return Setting(
+            N, self._bound.Z, columns, draws, self._order.budget_bytes, parameters, self._uses, request.options
+        )
 
     def _fill_gradient(self, groups: dict[str, Group]) -> None:
         labels = [r.label for r in self._order.requests if r.extension.name == "grad"]
@@ -175,7 +178,6 @@ class BackwardPasses:
     def _prepare(self) -> None:
         verdict = self._verdict()
         taps = self._forward.tape.taps
-        self._uses: dict[str, list[PreparedUse]] = {}
         for name in self._selected:
             uses = [(i, tap, use) for i, tap in enumerate(taps) for use in tap.uses if use.watched.parameter == name]
             closed = all(
@@ -219,8 +221,10 @@ class BackwardPasses:
 
     def _confirm(self, verdict: Verdict) -> bool:
         """Whether a kept verdict holds for this batch's rows."""
-        # The loss's gradient leaves rows silent that other columns reach, but those do not matter to it.
-        only_gradient = all(r.extension.columns in ("outputs", "gradient") for r in self._order.requests)
+        # The loss's gradient leaves rows silent that other columns reach, but those do not matter to it, except among
+        # the inputs of Kronecker factors.
+        extensions = [r.extension for r in self._order.requests]
+        only_gradient = all(e.columns in ("outputs", "gradient") and e.kind != "factors" for e in extensions)
         cotangent = self._gradient if only_gradient else random_cotangent(self._outputs)
         known = [i for i, tap in enumerate(verdict.taps) if tap.attribution is not None]
         with reproducible(self._outputs.device):

@@ -1,13 +1,13 @@
 """What an extension is: its declaration, and the accumulator that makes its result."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from curvature_engine.contributions import Contribution
+from curvature_engine.contributions import Contribution, PreparedUse
 from curvature_engine.options import Options
 
 Columns = Literal["outputs", "gradient", "exact", "sampled"]
@@ -35,6 +35,7 @@ class Setting:
         draws: M for sampled columns, over which results are averaged; else 1.
         budget_bytes: memory for intermediates.
         parameters: those asked for, by name.
+        uses: of parameters with closed forms, by name; known once columns come.
         options: the request's, complete.
     """
 
@@ -44,6 +45,7 @@ class Setting:
     draws: int
     budget_bytes: int
     parameters: Mapping[str, Tensor]
+    uses: Mapping[str, Sequence[PreparedUse]]
     options: Mapping[str, Any]
 
 

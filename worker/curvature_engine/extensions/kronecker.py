@@ -1,4 +1,4 @@
-"""Kronecker factors: KFAC (sampled columns) and KFLR (exact columns), with three ways to treat shared positions.
+"""Kronecker factors: KFAC (sampled columns, or the gradient) and KFLR (exact ones), shared positions in three ways.
 
 Per weight a pair B [out, out], A [in, in] with block ≈ B ⊗ A; per bias B alone. With s the back-propagated column
 and x the input at each of T positions:
@@ -7,14 +7,20 @@ and x the input at each of T positions:
 - reduce: s summed and x averaged over positions, A = 1/N Σ x xᵀ (Eschenhagen et al. 2023);
 - backpack: B as in reduce, A = 1/N Σ over all positions (what BackPACK returns; it overestimates convolutions).
 
+With `joint_bias` the inputs of a layer with a bias end with a one, and the block is that of [weight, bias].
+
 Uses of one parameter by several layers of a kind count as further positions. Grouped convolutions have one pair per
 group: [groups, out/groups, out/groups] and so on.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvature_engine.contributions import Absent, ClosedForm, Contribution, PreparedUse
+from curvature_engine.errors import EngineError
 from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting
 from curvature_engine.extensions.schemas import MC_SAMPLES
 from curvature_engine.tape import Use
@@ -25,12 +31,30 @@ _APPROXIMATION = {
     "default": "expand",
     "description": "how positions that share a weight are treated",
 }
+_FISHER = {
+    "type": "string",
+    "enum": ["mc", "type2", "empirical"],
+    "default": "mc",
+    "description": 'where s comes from: "mc" targets drawn from the likelihood, "type2" all columns of the square root '
+    'of H_n (kflr), "empirical" the gradient at the batch\'s own targets',
+}
+_JOINT_BIAS = {
+    "type": "boolean",
+    "default": False,
+    "description": "one block for a layer's weight and bias together, under the weight's name",
+}
+_STRICT = {
+    "type": "boolean",
+    "default": False,
+    "description": "refuse where a parameter has no Kronecker form, instead of leaving it out with the reason",
+}
 
 
 class _Kronecker(Accumulator):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self._approximation = str(setting.options["approximation"])
+        self._joint = bool(setting.options["joint_bias"])
         self._B: dict[str, Tensor] = {}
         self._A: dict[str, Tensor | None] = {}
 
@@ -38,16 +62,14 @@ class _Kronecker(Accumulator):
         if parameter in self.missing:
             return
         if not isinstance(contribution, ClosedForm):
-            self.missing[parameter] = (
-                "does not reach the outputs"
-                if isinstance(contribution, Absent)
-                else "no Kronecker form: its individual gradients come from the universal fallback"
-            )
+            absent = isinstance(contribution, Absent)
+            fallback = "no Kronecker form: its individual gradients come from the universal fallback"
+            self._leave_out(parameter, "does not reach the outputs" if absent else fallback)
             return
         outputs = [p.tap.rule.factor_outputs(p.use.role, g) for p, g in contribution.uses if p.tap.rule is not None]
         reason = self._obstacle(contribution, outputs)
         if reason is not None:
-            self.missing[parameter] = reason
+            self._leave_out(parameter, reason)
             return
         s = torch.cat([o for o in outputs if o is not None], dim=2)  # [groups, N, positions, out]
         B = self._second_moment(s if self._approximation == "expand" else s.sum(2, keepdim=True))
@@ -55,10 +77,41 @@ class _Kronecker(Accumulator):
             self._B[parameter].add_(B)
         else:
             self._B[parameter] = B
-            self._A[parameter] = self._input_factor([p for p, _ in contribution.uses])
+            joint = self._joint and self._bias_of(parameter) is not None
+            self._A[parameter] = self._input_factor([p for p, _ in contribution.uses], joint)
 
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
-        return {name: self._pair(B / self.setting.draws, self._A[name]) for name, B in self._B.items()}
+        if self._joint:
+            for weight in list(self._B):
+                bias = self._bias_of(weight)
+                if bias is not None:
+                    self._B.pop(bias, None)
+                    self.missing[bias] = f"its block is part of that of {weight}, after the weight's columns"
+        # The gradient carries 1/Z, and s only 1/√Z.
+        empirical = self.setting.options.get("fisher") == "empirical"
+        scale = self.setting.Z if empirical else 1 / self.setting.draws
+        return {name: self._pair(B * scale, self._A[name]) for name, B in self._B.items()}
+
+    def _leave_out(self, parameter: str, reason: str) -> None:
+        self.missing[parameter] = reason
+        if self.setting.options["strict"]:
+            raise EngineError(
+                "unsupported_model",
+                f"strict: {parameter} has no Kronecker factors ({reason})",
+                param=parameter,
+                remedy="leave strict out to have such parameters listed, or name others in parameters=",
+            )
+
+    def _bias_of(self, weight: str) -> str | None:
+        """The bias that every layer of this weight adds, and that no other layer adds."""
+        uses = self.setting.uses.get(weight, ())
+        if any(p.use.role != "weight" for p in uses):
+            return None
+        added = [[u for u in p.tap.uses if u.role == "bias" and u.watched.index is None] for p in uses]
+        names = {biases[0].watched.parameter if len(biases) == 1 else "" for biases in added}
+        bias = names.pop() if len(names) == 1 else ""
+        taps = sorted(p.tap_index for p in uses)
+        return bias if bias and taps == sorted(p.tap_index for p in self.setting.uses.get(bias, ())) else None
 
     def _obstacle(self, contribution: ClosedForm, outputs: list[Tensor | None]) -> str | None:
         """Why there is no Kronecker form, or None."""
@@ -83,7 +136,7 @@ class _Kronecker(Accumulator):
                 return "no Kronecker form by reduce: samples have different numbers of positions"
         return None
 
-    def _input_factor(self, uses: list[PreparedUse]) -> Tensor | None:
+    def _input_factor(self, uses: list[PreparedUse], joint: bool) -> Tensor | None:
         if uses[0].use.role != "weight":
             return None
         inputs, rows = [], 0
@@ -91,7 +144,7 @@ class _Kronecker(Accumulator):
             rule = prepared.tap.rule
             x = None if rule is None else rule.factor_inputs(prepared.saved)
             assert x is not None
-            inputs.append(x)
+            inputs.append(_with_one(x, prepared) if joint else x)
             # Padding rows of zeros (irregular attributions) do not count as positions.
             rows += prepared.attribution.R * (x.shape[2] // prepared.saved[0].shape[1])
         x = torch.cat(inputs, dim=2)
@@ -111,6 +164,26 @@ class _Kronecker(Accumulator):
         if B.shape[0] > 1:
             return KroneckerFactors(B, A)
         return KroneckerFactors(B[0], None if A is None else A[0])
+
+
+def _with_one(x: Tensor, prepared: PreparedUse) -> Tensor:
+    """Inputs [groups, N, positions, in] with what the bias is multiplied by after them; padding rows stay zero."""
+    attribution, rule = prepared.attribution, prepared.tap.rule
+    assert rule is not None
+    ones = attribution.arrange(x.new_full((attribution.R, 1), rule.bias_scale), 1)  # [N, T, 1]
+    ones = ones.repeat_interleave(x.shape[2] // ones.shape[1], dim=1)
+    return torch.cat([x, ones.expand(x.shape[0], *ones.shape)], dim=3)
+
+
+def _columns(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    columns = {"mc": "sampled", "type2": "exact", "empirical": "gradient"}
+    source = {
+        "mc": "s from targets drawn from the model's likelihood (M draws, averaged)",
+        "type2": "s from all columns of the square root of H_n",
+        "empirical": "s the gradient of the sample's loss at its own targets",
+    }
+    fisher = options["fisher"]
+    return {"columns": columns[fisher], "formula": f"block ≈ B ⊗ A; {source[fisher]}"}
 
 
 def _is_whole(use: Use) -> bool:
@@ -133,7 +206,14 @@ KFAC = Extension(
     "Martens & Grosse 2015, eq. 1; Grosse & Martens 2016; Eschenhagen et al. 2023",
     "sampled",
     _Kronecker,
-    {"mc_samples": MC_SAMPLES, "approximation": _APPROXIMATION},
+    {
+        "mc_samples": MC_SAMPLES,
+        "approximation": _APPROXIMATION,
+        "fisher": _FISHER,
+        "joint_bias": _JOINT_BIAS,
+        "strict": _STRICT,
+    },
+    _columns,
 )
 KFLR = Extension(
     "kflr",
@@ -144,5 +224,5 @@ KFLR = Extension(
     "Botev, Ritter & Barber 2017; Eschenhagen et al. 2023",
     "exact",
     _Kronecker,
-    {"approximation": _APPROXIMATION},
+    {"approximation": _APPROXIMATION, "joint_bias": _JOINT_BIAS, "strict": _STRICT},
 )

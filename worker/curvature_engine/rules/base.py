@@ -17,9 +17,11 @@ class Rule(ABC):
 
     Attributes:
         row_axes: how many leading axes of `canonical(g)` are rows.
+        bias_scale: what the operator multiplies its bias by.
     """
 
     row_axes: int
+    bias_scale: float = 1
 
     def canonical(self, g: Tensor) -> Tensor:
         """The output's gradient with the row axes first."""

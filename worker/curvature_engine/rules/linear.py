@@ -18,7 +18,7 @@ class LinearRule(Rule):
         self.row_axes = row_axes
         self._transposed = transposed
         self._swapped = swapped  # y = W x: rows stand along the last axis
-        self._alpha, self._beta = alpha, beta
+        self._alpha, self.bias_scale = alpha, beta
 
     def canonical(self, g: Tensor) -> Tensor:
         return g.transpose(-1, -2) if self._swapped else g
@@ -28,14 +28,14 @@ class LinearRule(Rule):
 
     def per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor:
         if role == "bias":
-            return self._scaled(g.sum(1), self._beta)
+            return self._scaled(g.sum(1), self.bias_scale)
         x = saved[0]
         product = torch.bmm(x.transpose(1, 2), g) if self._transposed else torch.bmm(g.transpose(1, 2), x)
         return self._scaled(product, self._alpha)
 
     def sum_squared(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor | None:
         if role == "bias":
-            return self._scaled(g.sum(1), self._beta).square().sum(0)
+            return self._scaled(g.sum(1), self.bias_scale).square().sum(0)
         x = saved[0]
         if x.shape[1] != 1:
             return None
@@ -44,7 +44,7 @@ class LinearRule(Rule):
 
     def squared_norms(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor | None:
         if role == "bias":
-            return self._scaled(g.sum(1), self._beta).square().sum(1)
+            return self._scaled(g.sum(1), self.bias_scale).square().sum(1)
         x = saved[0]
         T, n_in, n_out = x.shape[1], x.shape[2], g.shape[2]
         if T == 1:
@@ -59,7 +59,7 @@ class LinearRule(Rule):
         return self._scaled(saved[0], self._alpha)[None] if saved else None
 
     def factor_outputs(self, role: str, g: Tensor) -> Tensor | None:
-        return (self._scaled(g, self._beta) if role == "bias" else g)[None]
+        return (self._scaled(g, self.bias_scale) if role == "bias" else g)[None]
 
     @staticmethod
     def _scaled(value: Tensor, factor: float) -> Tensor:
