@@ -78,7 +78,7 @@ class Client:
         loss: Any = None,
         reduction: str | None = None,
         seed: int = 0,
-        parameters: str = "trainable",
+        parameters: str | Sequence[str] = "trainable",
         eval: bool = True,
         priority: int = 5,
         metadata: Mapping[str, str] | None = None,
@@ -95,7 +95,7 @@ class Client:
                 cross-entropy for integer targets on [N, C] outputs.
             reduction: "mean" (default) or "sum".
             seed: of the Monte-Carlo draws.
-            parameters: "trainable" (requires_grad) or "all".
+            parameters: "trainable" (requires_grad), "all", or one or several patterns of names, e.g. "layer4.*".
             eval: analyze a module in training mode as an eval-mode copy.
             priority: 0 (last) to 9 (first).
             metadata: notes of your own, kept with the job.
@@ -129,7 +129,7 @@ class Client:
         loss: Any = None,
         reduction: str | None = None,
         seed: int = 0,
-        parameters: str = "trainable",
+        parameters: str | Sequence[str] = "trainable",
         eval: bool = True,
         priority: int = 5,
         metadata: Mapping[str, str] | None = None,

@@ -38,7 +38,7 @@ class AnalysisRequest:
     loss: Any
     reduction: str | None
     seed: int
-    parameters: str
+    parameters: str | Sequence[str]
     eval: bool
     priority: int
     metadata: Mapping[str, str] | None
@@ -55,7 +55,7 @@ class AnalysisRequest:
             "loss": loss,
             "reduction": reduction,
             "seed": self.seed,
-            "parameters": self.parameters,
+            "parameters": self.parameters if isinstance(self.parameters, str) else list(self.parameters),
             "eval": self.eval,
             "priority": self.priority,
             "metadata": _checked_metadata(self.metadata),

@@ -80,6 +80,9 @@ def analyze(
     seed: Annotated[int, typer.Option(help="of the Monte-Carlo draws")] = 0,
     mc_samples: Annotated[int | None, typer.Option(help="draws per sample, for diag_ggn_mc and kfac")] = None,
     approximation: Annotated[str | None, typer.Option(help="expand, reduce or backpack, for kfac and kflr")] = None,
+    parameters: Annotated[
+        list[str] | None, typer.Option("--parameters", "-p", help='trainable, all, or a pattern such as "0.*"; repeat')
+    ] = None,
     timeout: Annotated[float, typer.Option(help="seconds to wait")] = 600.0,
     url: Url = None,
 ) -> None:
@@ -87,7 +90,16 @@ def analyze(
     options = {"mc_samples": mc_samples, "approximation": approximation}
     with Client(url) as client:
         requests = _with_options(client, extensions, {k: v for k, v in options.items() if v is not None})
-        result = client.analyze(model, batch, requests, loss=loss, reduction=reduction, seed=seed, timeout=timeout)
+        result = client.analyze(
+            model,
+            batch,
+            requests,
+            loss=loss,
+            reduction=reduction,
+            seed=seed,
+            parameters=_chosen(parameters),
+            timeout=timeout,
+        )
         _report(result, result.save(output))
 
 
@@ -162,6 +174,12 @@ def save_job(job_id: str, output: Output, url: Url = None) -> None:
     with Client(url) as client:
         result = client.jobs.get(job_id).result()
         _report(result, result.save(output))
+
+
+def _chosen(parameters: list[str] | None) -> str | list[str]:
+    """One word may be a keyword; several are patterns."""
+    found = parameters or ["trainable"]
+    return found[0] if len(found) == 1 else found
 
 
 def _with_options(client: Client, names: list[str], options: dict[str, object]) -> list[dict[str, object]]:

@@ -69,7 +69,7 @@ FAMILIES: dict[str, ErrorFamily] = {
     "idempotency_conflict": _C,  # the key was used with another body
     # The model
     "invalid_model": _U,  # no model file, truncated, of an unknown format
-    "no_parameters": _U,  # frozen file, or nothing trainable
+    "no_parameters": _U,  # frozen file, nothing trainable, or none of that name
     "unsupported_operator": _U,
     "training_mode": _U,  # batch normalisation or dropout in training mode baked into a trace
     "coupled_samples": _U,  # a sample's output depends on other samples

@@ -14,6 +14,7 @@ RESERVED_LABELS = frozenset({"loss", "manifest"})
 PRIORITIES = range(10)
 
 Label = Annotated[str, Field(pattern=LABEL_PATTERN)]
+Pattern = Annotated[str, Field(min_length=1, max_length=512)]
 Sha256 = Annotated[str, Field(pattern=SHA256_PATTERN)]
 
 
@@ -74,7 +75,10 @@ class JobRequest(Message):
     loss: LossRequest | None = None
     reduction: Literal["mean", "sum"] = "mean"
     seed: int = Field(default=0, ge=0, lt=2**63)
-    parameters: Literal["trainable", "all"] = "trainable"
+    parameters: Pattern | Annotated[tuple[Pattern, ...], Field(min_length=1, max_length=1024)] = Field(
+        default="trainable",
+        description='"trainable" (those that require a gradient), "all", or shell-style patterns of names, e.g. "0.*"',
+    )
     eval: bool = True
     priority: int = Field(default=5, ge=0, le=9, description="0 (last) to 9 (first)")
     timeout_seconds: float | None = Field(

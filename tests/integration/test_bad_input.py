@@ -157,7 +157,7 @@ AT_THE_DOOR = [
     ({"loss": {"name": "mse", "options": {"weight": 1}}}, "invalid_option", "mse has no option 'weight'"),
     ({"loss": {"name": "cross_entropy", "options": {"ignore_index": "x"}}}, "invalid_option", "ignore_index"),
     ({"reduction": "none"}, "invalid_option", "mean"),
-    ({"parameters": "some"}, "invalid_request", "trainable"),
+    ({"parameters": []}, "invalid_request", "parameters"),
     ({"seed": -1}, "invalid_request", "seed"),
     ({"priority": 11}, "invalid_request", "priority"),
     ({"metadata": {"a": 1}}, "invalid_request", "metadata"),

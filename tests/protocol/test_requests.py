@@ -51,3 +51,15 @@ def test_a_batch_inside_a_request_comes_out_as_it_went_in():
 def test_a_limit_of_time_is_a_positive_number(seconds):
     with pytest.raises(ValidationError, match="timeout_seconds"):
         JobRequest.model_validate({"model": MODEL, "batch": BATCH, "extensions": ["kfac"], "timeout_seconds": seconds})
+
+
+@pytest.mark.parametrize("parameters", ["all", "0.*", ["0.*", "2.bias"]])
+def test_parameters_are_a_word_or_patterns(parameters):
+    body = {"model": MODEL, "batch": BATCH, "extensions": ["kfac"], "parameters": parameters}
+    assert JobRequest.model_validate(body).model_dump(mode="json")["parameters"] == parameters
+
+
+@pytest.mark.parametrize("parameters", ["", [], [""], 3, [3]])
+def test_parameters_are_nothing_else(parameters):
+    with pytest.raises(ValidationError, match="parameters"):
+        JobRequest.model_validate({"model": MODEL, "batch": BATCH, "extensions": ["kfac"], "parameters": parameters})

@@ -13,6 +13,7 @@ from curvature_engine.passes import BackwardPasses, Order, Progress
 from curvature_engine.program import Inputs, Parameter, load
 from curvature_engine.requests import Request, parse_requests
 from curvature_engine.results import Analysis, Group
+from curvature_engine.selection import Wanted, select
 from curvature_engine.tape import Tape
 from curvature_engine.version import __version__
 
@@ -29,7 +30,7 @@ def analyze(
     reduction: str | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
-    parameters: str = "trainable",
+    parameters: Wanted = "trainable",
     eval: bool = True,
     progress: Progress | None = None,
     budget_bytes: int | None = None,
@@ -45,7 +46,7 @@ def analyze(
         reduction: "mean" (default) or "sum".
         seed: of the Monte-Carlo draws.
         device: where to compute; a program stays where it was loaded.
-        parameters: "trainable" (requires_grad) or "all".
+        parameters: "trainable" (requires_grad), "all", or one or several patterns of names, e.g. "layer4.*".
         eval: put the model into eval mode (not for a program, which has its mode).
         progress: called with (columns done, columns in all).
         budget_bytes: memory for intermediates of one parameter; draws do not depend on it.
@@ -67,7 +68,7 @@ def analyze(
 
 
 class _Analyzer:
-    def __init__(self, order: Order, spec: LossSpec, parameters: str) -> None:
+    def __init__(self, order: Order, spec: LossSpec, parameters: Wanted) -> None:
         self.order, self.spec, self.parameters = order, spec, parameters
         self.program, self.requests, self.seed = order.program, order.requests, order.seed
         self.warnings = order.warnings
@@ -75,7 +76,7 @@ class _Analyzer:
     def run(self, inputs: Inputs, targets: Tensor) -> Analysis:
         inputs, targets = self._placed(inputs), self._placed(targets)
         _check_not_empty(inputs, targets)
-        selected = self._select()
+        selected = select(self.program, self.parameters)
         restore = [(t, t.requires_grad) for p in selected.values() for t in p.tensors]
         try:
             for tensor, _ in restore:
@@ -134,36 +135,6 @@ class _Analyzer:
         if isinstance(value, dict):
             return {k: self._placed(v) for k, v in value.items()}
         return value
-
-    def _select(self) -> dict[str, Parameter]:
-        if self.parameters not in ("trainable", "all"):
-            raise EngineError(
-                "invalid_option",
-                f'parameters must be "trainable" or "all"; got {self.parameters!r}',
-                param="parameters",
-                remedy="choose one of the two",
-            )
-        for name, p in self.program.parameters.items():
-            if p.tensor.is_complex() and (self.parameters == "all" or any(t.requires_grad for t in p.tensors)):
-                raise EngineError(
-                    "unsupported_model",
-                    f"parameter {name} is complex: curvature is defined for real parameters only",
-                    param=name,
-                    remedy="keep its real and imaginary parts as two parameters",
-                )
-        found = {
-            name: p
-            for name, p in self.program.parameters.items()
-            if p.tensor.is_floating_point() and (self.parameters == "all" or any(t.requires_grad for t in p.tensors))
-        }
-        if not found:
-            raise EngineError(
-                "no_parameters",
-                "no parameter of the model requires a gradient",
-                param="parameters",
-                remedy='pass parameters="all", or save the model with requires_grad=True',
-            )
-        return found
 
     def _warn(self, *, program_loss: Tensor, used_dropout: bool) -> None:
         if self.program.was_training and not self.program.keeps_training:

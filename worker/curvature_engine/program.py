@@ -33,6 +33,11 @@ class Parameter:
         """The tensor under the parameter's first name."""
         return self.tensors[0]
 
+    @property
+    def trainable(self) -> bool:
+        """Whether it requires a gradient."""
+        return any(t.requires_grad for t in self.tensors)
+
 
 @dataclass
 class Forward:
@@ -51,6 +56,7 @@ class Program:
     Attributes:
         parameters: name → parameter, as in `named_parameters()`; shared ones once.
         aliases: a shared parameter's further names → its first.
+        buffers: names of the tensors that are none.
         was_training: whether the file was saved in training mode.
         verdicts: what the probe found, per shapes and path.
     """
@@ -65,6 +71,7 @@ class Program:
             module.eval()
         self._module = module
         self.parameters, self.aliases = _collect_parameters(module)
+        self.buffers = tuple(name for name, _ in module.named_buffers())
         self._parameter_places = frozenset(
             t.untyped_storage().data_ptr() for p in self.parameters.values() for t in p.tensors if t.numel()
         )
