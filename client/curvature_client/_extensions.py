@@ -168,6 +168,22 @@ class Saliency(Extension):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DiagHessian(Extension):
+    """Diagonal of the loss's Hessian, [*p]."""
+
+    name = "diag_hessian"
+    subsampling: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchDiagHessian(Extension):
+    """Diagonal of each sample's summand of the loss's Hessian, [N, *p]."""
+
+    name = "batch_diag_hessian"
+    subsampling: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class KFAC(Extension):
     """Kronecker factors (B, A) from `mc_samples` draws per sample.
 
@@ -210,6 +226,8 @@ EXTENSIONS: tuple[type[Extension], ...] = (
     SqrtGGNExact,
     SqrtGGNMC,
     Saliency,
+    DiagHessian,
+    BatchDiagHessian,
     KFAC,
     KFLR,
 )

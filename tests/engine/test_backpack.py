@@ -30,6 +30,8 @@ PEERS = {
     "variance": (lambda: peer.Variance(), lambda p: p.variance),
     "diag_ggn_exact": (lambda: peer.DiagGGNExact(), lambda p: p.diag_ggn_exact),
     "batch_diag_ggn_exact": (lambda: peer.BatchDiagGGNExact(), lambda p: p.diag_ggn_exact_batch),
+    "diag_hessian": (lambda: peer.DiagHessian(), lambda p: p.diag_h),
+    "batch_diag_hessian": (lambda: peer.BatchDiagHessian(), lambda p: p.diag_h_batch),
     "sqrt_ggn_exact": (lambda: peer.SqrtGGNExact(), lambda p: p.sqrt_ggn_exact),
     "kflr": (lambda: peer.KFLR(), lambda p: p.kflr),
 }

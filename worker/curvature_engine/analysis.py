@@ -174,8 +174,9 @@ class _Analyzer:
                     group.tensors[parameter] = result.contiguous()
             for key, tensor in group.tensors.items():
                 parameter = key if key in group.by_parameter else key.rpartition("/")[0]
+                computed = request.extension.accumulator is not None
                 group.provenance[key] = {
-                    "method": "autograd" if request.extension.accumulator is None else work.method(parameter),
+                    "method": work.method(request.extension, parameter) if computed else "autograd",
                     "reduction": self.spec.reduction,
                     "Z": bound.Z,
                     "scale": request.options.get("scale", "loss"),

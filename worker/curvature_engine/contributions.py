@@ -158,7 +158,7 @@ class ClosedForm(Contribution):
         self.shape = tuple(like.shape)
         element = torch.empty(0, dtype=accumulation_dtype(like.dtype)).element_size()
         per_sample = max(1, like.numel()) * element
-        self._block = max(1, min(N, budget_bytes // max(per_sample, self._working_bytes(element))))
+        self.block = max(1, min(N, budget_bytes // max(per_sample, self._working_bytes(element))))
 
     def select(self, samples: Tensor) -> Contribution:
         uses = [(replace(p, saved=tuple(s[samples] for s in p.saved)), g[samples]) for p, g in self.uses]
@@ -174,8 +174,8 @@ class ClosedForm(Contribution):
         return worst
 
     def blocks(self, start: int = 0) -> Iterator[tuple[int, Tensor]]:
-        for first in range(start, self._N, self._block):
-            yield first, self._gradients(slice(first, first + self._block))
+        for first in range(start, self._N, self.block):
+            yield first, self.gradients(slice(first, first + self.block))
 
     def sum_squared(self, center: Tensor | None = None) -> Tensor:
         if center is None and (single := self.single()) is not None:
@@ -204,7 +204,7 @@ class ClosedForm(Contribution):
 
     def _slices(self) -> Iterator[slice]:
         # A shorter form's intermediates do not grow with the parameter; keep blocks large.
-        size = max(self._block, min(self._N, 1024))
+        size = max(self.block, min(self._N, 1024))
         return (slice(first, first + size) for first in range(0, self._N, size))
 
     def single(self) -> tuple[PreparedUse, Tensor, Rule] | None:
@@ -216,7 +216,8 @@ class ClosedForm(Contribution):
             return None
         return prepared, g, prepared.tap.rule
 
-    def _gradients(self, block: slice) -> Tensor:
+    def gradients(self, block: slice) -> Tensor:
+        """Those of some samples, [n, *shape]."""
         total: Tensor | None = None
         for prepared, g in self.uses:
             rule = prepared.tap.rule

@@ -19,12 +19,13 @@ from curvature_engine.contributions import (
     prepare_use,
 )
 from curvature_engine.errors import EngineError
-from curvature_engine.extensions import WHOLE, Accumulator, Setting
+from curvature_engine.extensions import WHOLE, Accumulator, Extension, Setting
 from curvature_engine.judgement import confirm, judge, random_cotangent, reproducible
 from curvature_engine.losses import BoundLoss, accumulation_dtype
 from curvature_engine.probe import Verdict
 from curvature_engine.program import Forward, Parameter, Program
 from curvature_engine.requests import Request
+from curvature_engine.residuals import Residuals, feed_each_other
 from curvature_engine.results import Group
 from curvature_engine.tape import backward
 
@@ -61,6 +62,15 @@ class Task:
         chosen = contribution if self.samples is None else contribution.select(self.samples)
         self.accumulator.add(parameter, chosen)
 
+    def take_residual(self, parameter: str, first: int, block: Tensor) -> None:
+        """Take the residual's diagonals of samples from `first` on, [n, *p]."""
+        if self.samples is None:
+            self.accumulator.add_residual(parameter, first, block)
+            return
+        for place, n in enumerate(self.samples.tolist()):
+            if first <= n < first + len(block):
+                self.accumulator.add_residual(parameter, place, block[n - first][None])
+
 
 class BackwardPasses:
     """The backward passes of one request.
@@ -81,6 +91,7 @@ class BackwardPasses:
         self._gradient = bound.gradient().to(outputs.dtype)
         self._at_hand: dict[int, Tensor | None] = {}
         self._uses: dict[str, list[PreparedUse]] = {}
+        self._elementwise: set[str] = set()
         self.methods: dict[str, str] = {}
         self.verified = False
 
@@ -103,11 +114,14 @@ class BackwardPasses:
         for m in range(draws):
             column = self._bound.sampled_column(self._order.seed, m)
             self._column(column, [t for t in sampled if m < t.accumulator.setting.draws])
+        self._residuals([t for t in tasks if t.request.extension.residual is not None])
         for task in tasks:
             _fill(groups[task.request.label], task.accumulator)
 
-    def method(self, key: str) -> str:
+    def method(self, extension: Extension, key: str) -> str:
         """How a result came about: a parameter's method, or for several together the least of theirs."""
+        if extension.residual is not None and key in self._elementwise:
+            return "fallback"
         if key in self.methods:
             return self.methods[key]
         return "fallback" if "fallback" in self.methods.values() else "closed form"
@@ -249,6 +263,23 @@ class BackwardPasses:
         self._done += 1
         if self._order.progress is not None:
             self._order.progress(self._done, self._total)
+
+    def _residuals(self, tasks: list[Task]) -> None:
+        """What the model's second derivatives add to the diagonals of the Hessian."""
+        if not tasks:
+            return
+        residuals = Residuals(self._outputs, self._gradient, self._order.budget_bytes)
+        per_sample = any(t.request.extension.residual == "per sample" or t.samples is not None for t in tasks)
+        for name, parameter in self._selected.items():
+            uses = self._uses.get(name)
+            if uses is None or feed_each_other(uses):
+                self._elementwise.add(name)
+                blocks = residuals.of_tensors(parameter.tensors, per_sample=per_sample)
+            else:
+                blocks = residuals.of_uses(uses, parameter.tensor)
+            for first, block in blocks:
+                for task in tasks:
+                    task.take_residual(name, first, block.detach())
 
     def _at_taps(self, numbers: Sequence[int], cotangent: Tensor) -> dict[int, Tensor | None]:
         """The gradients of some taps' outputs, by the taps' numbers."""

@@ -187,8 +187,12 @@ class Tape:
         )
 
 
-def backward(outputs: Tensor, targets: Sequence[Any], cotangent: Tensor) -> list[Tensor | None]:
+def backward(
+    outputs: Tensor, targets: Sequence[Any], cotangent: Tensor, *, create_graph: bool = False
+) -> list[Tensor | None]:
     """One ordinary backward to tensors and edges; None where nothing can arrive.
+
+    `create_graph` makes the result differentiable itself.
 
     Raises:
         EngineError: `unsupported_model` where the program cannot be differentiated, `out_of_memory`.
@@ -197,7 +201,12 @@ def backward(outputs: Tensor, targets: Sequence[Any], cotangent: Tensor) -> list
         return []
     try:
         found = torch.autograd.grad(
-            outputs, list(targets), cotangent.to(outputs.dtype), retain_graph=True, allow_unused=True
+            outputs,
+            list(targets),
+            cotangent.to(outputs.dtype),
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
         )
     except RuntimeError as error:
         if memory_ran_out(error):

@@ -12,6 +12,7 @@ from curvature_engine.options import Options
 
 Columns = Literal["outputs", "gradient", "exact", "sampled"]
 Kind = Literal["tensor", "parameters", "factors"]
+Residual = Literal["sum", "per sample"]
 
 WHOLE = "*"
 """Key of a result over all parameters together; no parameter can have it as its name."""
@@ -60,6 +61,10 @@ class Accumulator(ABC):
     def add(self, parameter: str, contribution: Contribution) -> None:
         """Take one column's contribution of one parameter."""
 
+    def add_residual(self, parameter: str, first: int, block: Tensor) -> None:
+        """Take what the model's second derivatives add for samples `first` … `first + n`, [n, *p]."""
+        raise NotImplementedError
+
     @abstractmethod
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
         """The result by parameter; of kind "tensor", one under `WHOLE`."""
@@ -73,6 +78,7 @@ class Extension:
         columns: what is propagated back: nothing ("outputs"), the loss's gradient, or columns of the square root of
             the loss's Hessian.
         accumulator: makes the result; None for quantities of the outputs and for `grad`.
+        residual: whether the model's second derivatives enter, too: their sum over samples, or every sample's.
         adapt: options → the fields that they change (kind, shape, columns); the fields above are those by default.
     """
 
@@ -86,6 +92,7 @@ class Extension:
     accumulator: type[Accumulator] | None = None
     options: Options = field(default_factory=dict)
     adapt: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    residual: Residual | None = None
 
     def under(self, options: Mapping[str, Any]) -> "Extension":
         """The extension as complete options make it."""

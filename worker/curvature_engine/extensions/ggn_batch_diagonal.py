@@ -7,7 +7,7 @@ from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFa
 from curvature_engine.extensions.schemas import MC_SAMPLES, SUBSAMPLING
 
 
-class _BatchDiagonal(Accumulator):
+class BatchDiagonal(Accumulator):
     """Σ over columns of the squared back-propagated column, sample by sample."""
 
     def __init__(self, setting: Setting) -> None:
@@ -32,7 +32,7 @@ BATCH_DIAG_GGN_EXACT = Extension(
     "diag J_nᵀ H_n J_n; the samples' diagonals sum to diag_ggn_exact",
     "Dangel, Kunstner & Hennig 2020, eq. 19",
     "exact",
-    _BatchDiagonal,
+    BatchDiagonal,
     {"subsampling": SUBSAMPLING},
 )
 BATCH_DIAG_GGN_MC = Extension(
@@ -43,6 +43,6 @@ BATCH_DIAG_GGN_MC = Extension(
     "diag J_nᵀ (1/M Σ_m s_nm s_nmᵀ) J_n, s from targets drawn from the model's likelihood; they sum to diag_ggn_mc",
     "Dangel, Kunstner & Hennig 2020, eq. 20",
     "sampled",
-    _BatchDiagonal,
+    BatchDiagonal,
     {"mc_samples": MC_SAMPLES, "subsampling": SUBSAMPLING},
 )

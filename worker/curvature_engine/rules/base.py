@@ -17,10 +17,13 @@ class Rule(ABC):
 
     Attributes:
         row_axes: how many leading axes of `canonical(g)` are rows.
+        channel_axis: axis of the arranged g [n, T, …], without n, whose entries belong to separate elements of the
+            consumed tensor; None where there is no such axis.
         bias_scale: what the operator multiplies its bias by.
     """
 
     row_axes: int
+    channel_axis: int | None = None
     bias_scale: float = 1
 
     def canonical(self, g: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ class ConvolutionRule(Rule):
     """Closed forms of one convolution; the weight is [out, in/groups, *k], or [in, out/groups, *k] if transposed."""
 
     row_axes = 1
+    channel_axis = 1
 
     def __init__(self, geometry: Geometry, *, transposed: bool) -> None:
         self._geometry = geometry

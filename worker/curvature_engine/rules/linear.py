@@ -12,6 +12,8 @@ from curvature_engine.rules.base import Match, Rule
 class LinearRule(Rule):
     """y = α x Wᵀ + β b on rows x [in] → y [out]; the weight is stored as [out, in], or transposed as [in, out]."""
 
+    channel_axis = 1
+
     def __init__(
         self, row_axes: int, *, transposed: bool, swapped: bool = False, alpha: float = 1, beta: float = 1
     ) -> None:

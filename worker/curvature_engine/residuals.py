@@ -1,0 +1,176 @@
+"""What the model's own second derivatives add to the Hessian's diagonal, beyond the generalized Gauss-Newton matrix.
+
+With c the loss's gradient in the outputs, held fixed, the Hessian of L is the GGN plus the Hessian of the residual
+r = cᵀ f. Every rule's operator is affine in its parameter, z = A θ + …, with A made of the operator's other inputs. So
+where no use of θ feeds another, the Hessian of r in θ is Σ_{a,b} A_aᵀ H_ab A_b over θ's uses, H_ab = ∂²r/∂z_a∂z_b; and
+
+    diag = Σ_a Σ_i (A_aᵀ e_i) ⊙ (Σ_b A_bᵀ H_ba e_i),
+
+one second backward per component i of a layer's *output* for all samples at once: `out` for a linear layer on vectors
+instead of `out·in`. Where z enters f piecewise linearly (ReLU nets), H is found to be zero by a single one. BackPACK
+propagates the residuals' square roots instead (Dangel et al. 2020, appendix A.3): that needs each operator's second
+derivative by hand, and as many columns as all curved layers together have outputs.
+
+Rules whose output channels touch separate parts of the parameter need only H's entries within a channel; then all
+channels of a position share one product.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature_engine.contributions import ClosedForm, PreparedUse
+from curvature_engine.errors import EngineError
+from curvature_engine.judgement import random_cotangent
+from curvature_engine.losses import accumulation_dtype
+from curvature_engine.tape import backward
+
+Blocks = Iterator[tuple[int, Tensor]]
+
+
+class Residuals:
+    """The residual's Hessian diagonals under one cotangent c, as blocks (first sample, [n, *p]) that add up."""
+
+    def __init__(self, outputs: Tensor, cotangent: Tensor, budget_bytes: int) -> None:
+        self._outputs, self._cotangent, self._budget_bytes = outputs, cotangent, budget_bytes
+
+    def of_uses(self, uses: Sequence[PreparedUse], like: Tensor) -> Blocks:
+        """Of a parameter with closed forms, none of whose uses feeds another."""
+        with torch.enable_grad():
+            edges = [p.tap.edges[0] for p in uses]
+            found = _differentiate(self._outputs, edges, self._cotangent, create_graph=True)
+            arrived = [
+                (p, p.arranged_gradient(shaped))
+                for p, g in zip(uses, found, strict=True)
+                if (shaped := p.tap.shaped([g])[0]) is not None
+            ]
+        for prepared, g in arrived:
+            if g.requires_grad:
+                yield from self._of_one_use(prepared, g, [p for p, _ in arrived], like)
+
+    def of_tensors(self, tensors: Sequence[Tensor], *, per_sample: bool) -> Blocks:
+        """Of any parameter, one second backward per element (and sample; else the sum over samples as one block)."""
+        if not per_sample:
+            yield 0, self._elementwise(tensors, self._cotangent)[None]
+            return
+        restricted = torch.zeros_like(self._cotangent)
+        for n in range(len(restricted)):
+            restricted[n] = self._cotangent[n]
+            yield n, self._elementwise(tensors, restricted.clone())[None]
+            restricted[n] = 0
+
+    def _of_one_use(self, prepared: PreparedUse, g: Tensor, others: Sequence[PreparedUse], like: Tensor) -> Blocks:
+        N, flat = len(g), g.flatten(1)
+        if self._is_flat(flat, others):
+            return
+        axis = _channel_axis(prepared, others)
+        for components in _groups(g, axis):
+            column = torch.zeros_like(flat, requires_grad=False)
+            column[:, components] = 1
+            images = self._images(flat, components, others, axis)
+            left = ClosedForm([(prepared, column.view(g.shape))], like, N, self._budget_bytes)
+            right = ClosedForm(images, like, N, self._budget_bytes)
+            size = min(left.block, right.block)
+            for first in range(0, N, size):
+                block = slice(first, first + size)
+                yield first, left.gradients(block) * right.gradients(block)
+
+    @staticmethod
+    def _is_flat(flat: Tensor, uses: Sequence[PreparedUse]) -> bool:
+        """Whether H is zero: then so is its product with a random vector, and hardly otherwise."""
+        found = _differentiate(flat, [p.tap.edges[0] for p in uses], random_cotangent(flat))
+        return not any(bool(g.any()) for g in found if g is not None)
+
+    def _images(
+        self, flat: Tensor, components: Sequence[int], uses: Sequence[PreparedUse], axis: int | None
+    ) -> list[tuple[PreparedUse, Tensor]]:
+        """H e_i at every use; of the channels' components i, each one's own channel alone."""
+        edges = [p.tap.edges[0] for p in uses]
+        gathered: Tensor | None = None
+        for channel, i in enumerate(components):
+            with torch.enable_grad():
+                scalar = flat[:, i].sum()
+            found = _differentiate(scalar, edges, torch.ones_like(scalar))
+            images = [(p, _arranged(p, g)) for p, g in zip(uses, found, strict=True) if g is not None]
+            if axis is None:
+                return images
+            own = images[0][1]
+            gathered = torch.zeros_like(own) if gathered is None else gathered
+            gathered.select(axis + 1, channel).copy_(own.select(axis + 1, channel))
+        assert gathered is not None
+        return [(uses[0], gathered)]
+
+    def _elementwise(self, tensors: Sequence[Tensor], cotangent: Tensor) -> Tensor:
+        like = tensors[0]
+        diagonal = torch.zeros(like.numel(), dtype=accumulation_dtype(like.dtype), device=like.device)
+        with torch.enable_grad():
+            found = [g for g in _differentiate(self._outputs, tensors, cotangent, create_graph=True) if g is not None]
+            total = torch.stack(found).sum(0).reshape(-1) if found else diagonal
+        for i in range(like.numel()) if total.requires_grad else ():
+            parts = _differentiate(total[i], tensors, torch.ones_like(total[i]))
+            diagonal[i] = sum(float(g.reshape(-1)[i]) for g in parts if g is not None)
+        return diagonal.view(like.shape)
+
+
+def feed_each_other(uses: Sequence[PreparedUse]) -> bool:
+    """Whether the output of one use reaches another use (recurrence): then z is not linear in the parameter."""
+    nodes = {p.tap.edges[0].node for p in uses}
+    if len(nodes) < 2:
+        return False
+    seen = set()
+    waiting = [below for node in nodes for below, _ in node.next_functions if below is not None]
+    while waiting:
+        node = waiting.pop()
+        if node in nodes:
+            return True
+        if node not in seen:
+            seen.add(node)
+            waiting += [below for below, _ in node.next_functions if below is not None]
+    return False
+
+
+def _channel_axis(prepared: PreparedUse, others: Sequence[PreparedUse]) -> int | None:
+    """The axis whose entries can share products; entries of several uses, or of a gather, may meet in one element."""
+    rule = prepared.tap.rule
+    if rule is None or len(others) > 1 or prepared.use.watched.index is not None:
+        return None
+    return rule.channel_axis
+
+
+def _groups(g: Tensor, axis: int | None) -> list[list[int]]:
+    """Components of g [N, …] that share one product: all channels of a position, or each by itself."""
+    index = torch.arange(g[0].numel()).view(g.shape[1:])
+    if axis is None:
+        return [[i] for i in range(index.numel())]
+    channels = index.movedim(axis, -1)
+    found: list[list[int]] = channels.reshape(-1, channels.shape[-1]).tolist()
+    return found
+
+
+def _arranged(prepared: PreparedUse, g: Tensor) -> Tensor:
+    shaped = prepared.tap.shaped([g])[0]
+    assert shaped is not None
+    return prepared.arranged_gradient(shaped)
+
+
+def _differentiate(
+    outputs: Tensor, targets: Sequence[Any], cotangent: Tensor, *, create_graph: bool = False
+) -> list[Tensor | None]:
+    """`backward`, which here needs operators that can be differentiated twice.
+
+    Raises:
+        EngineError: `unsupported_model`.
+    """
+    try:
+        return backward(outputs, targets, cotangent, create_graph=create_graph)
+    except EngineError as error:
+        if error.code != "unsupported_model":
+            raise
+        raise EngineError(
+            error.code,
+            error.message.replace("cannot be differentiated", "cannot be differentiated twice"),
+            param=error.param,
+            remedy="leave diag_hessian and batch_diag_hessian out",
+        ) from error
