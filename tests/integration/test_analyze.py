@@ -10,13 +10,20 @@ from tests.integration.cases import small
 from torch import nn
 
 import curvature_engine as engine
-from curvature_client import KFAC, Client, DiagGGNMC, KroneckerFactors, Result
+from curvature_client import KFAC, Client, DiagGGNMC, KroneckerFactors, Result, UnprocessableError
 
 REQUESTS = [
     *("batch_loss", "outputs", "grad", "batch_grad", "batch_l2", "sum_grad_squared", "variance", "diag_ggn_exact"),
     {"name": "diag_ggn_mc", "options": {"mc_samples": 3}},
     *({"name": "kfac", "label": f"kfac_{a}", "options": {"approximation": a}} for a in ("expand", "reduce")),
     {"name": "kflr", "label": "kflr", "options": {"approximation": "backpack"}},
+    {"name": "kfac", "label": "joint", "options": {"fisher": "empirical", "joint_bias": True}},
+    *(
+        {"name": e, "options": {"over": "model", "scale": "sample"}, "label": f"{e}_model"}
+        for e in ("batch_l2", "batch_dot")
+    ),
+    *({"name": e, "options": {"subsampling": [2, 0, 2]}} for e in ("batch_diag_ggn_exact", "sqrt_ggn_exact")),
+    *("batch_dot", "gradient_noise_scale", "saliency", "diag_hessian", "batch_diag_hessian"),
 ]
 BY_NAME = {case.name: case for case in CASES}
 
@@ -63,7 +70,8 @@ def test_typed_values_labels_and_factors(client):
     assert pair.B.shape == (4, 4)
     assert pair.A.shape == (5, 5)
     assert result["kfac4"]["0.bias"].A is None
-    assert result["kfac4"].options == {"mc_samples": 4, "approximation": "expand"}
+    defaults = {"approximation": "expand", "fisher": "mc", "joint_bias": False, "strict": False}
+    assert result["kfac4"].options == {**defaults, "mc_samples": 4}
     assert result["kfac4"].entry("0.weight", "A").provenance.mc_samples == 4
 
 
@@ -178,6 +186,14 @@ def test_frozen_parameters_are_left_out_unless_asked_for(client):
     model[0].weight.requires_grad_(False)
     assert "0.weight" not in result_of(client, model, batch)
     assert "0.weight" in result_of(client, model, batch, parameters="all")
+
+
+def test_parameters_by_pattern(client):
+    model, batch = small()
+    assert list(result_of(client, model, batch, parameters="0.*")) == ["0.weight", "0.bias"]
+    assert list(result_of(client, model, batch, parameters=("*.bias",))) == ["0.bias", "2.bias"]
+    with pytest.raises(UnprocessableError, match="no parameter matches 'head'; the model's parameters are: 0"):
+        result_of(client, model, batch, parameters="head")
 
 
 def test_seeds(client):
