@@ -82,6 +82,15 @@ def test_one_second_backward_per_output_of_a_curved_layer(activation, most, monk
     assert calls.count(False) <= most + 2
 
 
+def test_progress_reaches_its_end():
+    module, inputs, reference, _ = setup("mlp", "cross_entropy")
+    seen = []
+    report = lambda done, total: seen.append((done, total))  # noqa: E731
+    script = torchscript(module, inputs, "traced")
+    engine.analyze(script, inputs, reference.targets, ["variance", "diag_hessian"], progress=report)
+    assert seen == [(i + 1, 1 + 3 + 4) for i in range(8)]
+
+
 class FusedAttention(nn.Module):
     def __init__(self):
         super().__init__()

@@ -48,7 +48,7 @@ def analyze(
         device: where to compute; a program stays where it was loaded.
         parameters: "trainable" (requires_grad), "all", or one or several patterns of names, e.g. "layer4.*".
         eval: put the model into eval mode (not for a program, which has its mode).
-        progress: called with (columns done, columns in all).
+        progress: called with (columns done, columns in all; each parameter counts as one for Hessians).
         budget_bytes: memory for intermediates of one parameter; draws do not depend on it.
 
     Returns:

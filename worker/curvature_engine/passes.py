@@ -92,6 +92,7 @@ class BackwardPasses:
         self._at_hand: dict[int, Tensor | None] = {}
         self._uses: dict[str, list[PreparedUse]] = {}
         self._elementwise: set[str] = set()
+        self._done, self._total = 0, 0
         self.methods: dict[str, str] = {}
         self.verified = False
 
@@ -106,7 +107,9 @@ class BackwardPasses:
         exact = [t for t in tasks if t.columns == "exact"]
         sampled = [t for t in tasks if t.columns == "sampled"]
         draws = max((t.accumulator.setting.draws for t in sampled), default=0)
-        self._done, self._total = 0, bool(first) + (self._bound.columns if exact else 0) + draws
+        residual = [t for t in exact if t.request.extension.residual is not None]
+        self._total = bool(first) + (self._bound.columns if exact else 0) + draws
+        self._total += len(self._selected) if residual else 0
         if first:
             self._column(self._gradient, first)
         for v in range(self._bound.columns if exact else 0):
@@ -114,7 +117,7 @@ class BackwardPasses:
         for m in range(draws):
             column = self._bound.sampled_column(self._order.seed, m)
             self._column(column, [t for t in sampled if m < t.accumulator.setting.draws])
-        self._residuals([t for t in tasks if t.request.extension.residual is not None])
+        self._residuals(residual)
         for task in tasks:
             _fill(groups[task.request.label], task.accumulator)
 
@@ -260,6 +263,9 @@ class BackwardPasses:
                 contribution = fallbacks.get(name) or self._closed(name, parameter, gradients)
                 for task in tasks:
                     task.take(name, contribution)
+        self._advance()
+
+    def _advance(self) -> None:
         self._done += 1
         if self._order.progress is not None:
             self._order.progress(self._done, self._total)
@@ -280,6 +286,7 @@ class BackwardPasses:
             for first, block in blocks:
                 for task in tasks:
                     task.take_residual(name, first, block.detach())
+            self._advance()
 
     def _at_taps(self, numbers: Sequence[int], cotangent: Tensor) -> dict[int, Tensor | None]:
         """The gradients of some taps' outputs, by the taps' numbers."""
