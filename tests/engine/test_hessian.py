@@ -130,14 +130,15 @@ class Halves(nn.Module):
     def forward(self, x):
         a, b = self.w.chunk(2)
         h = torch.tanh(x @ a.t()) * (x @ b.t())
-        return torch.cat([h, h.square()], 1) * torch.tanh(nn.functional.linear(x, self.w))
+        return torch.cat([h, h.square()], -1) * torch.tanh(nn.functional.linear(x, self.w))
 
 
+@pytest.mark.parametrize("positions", [(), (6,)], ids=["by components", "by elements"])
 @pytest.mark.parametrize("make", [Tied, Halves])
-def test_uses_that_meet(make):
+def test_uses_that_meet(make, positions):
     torch.manual_seed(0)
     module = make().double()
-    x, targets = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    x, targets = torch.randn(2, 5, *positions, 4, dtype=torch.float64)
     expected = Reference(module, (x,), targets, "mse", "sum").batch_diag_hessian()["w"]
     result = engine.analyze(torch.jit.script(module), x, targets, ["batch_diag_hessian"], loss="mse", reduction="sum")
     torch.testing.assert_close(result["batch_diag_hessian"]["w"], expected, rtol=1e-10, atol=1e-12)

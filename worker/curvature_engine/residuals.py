@@ -7,9 +7,11 @@ where no use of θ feeds another, the Hessian of r in θ is Σ_{a,b} A_aᵀ H_ab
     diag = Σ_a Σ_i (A_aᵀ e_i) ⊙ (Σ_b A_bᵀ H_ba e_i),
 
 one second backward per component i of a layer's *output* for all samples at once: `out` for a linear layer on vectors
-instead of `out·in`. Where z enters f piecewise linearly (ReLU nets), H is found to be zero by a single one. BackPACK
-propagates the residuals' square roots instead (Dangel et al. 2020, appendix A.3): that needs each operator's second
-derivative by hand, and as many columns as all curved layers together have outputs.
+instead of `out·in`. Where the parameter has fewer elements p than z has components (convolutions on large images,
+biases), (A e_p)ᵀ H (A e_p) costs one per element, for all samples at once. Where z enters f piecewise linearly (ReLU
+nets), H is found to be zero by a single one. BackPACK propagates the residuals' square roots instead (Dangel et al.
+2020, appendix A.3): that needs each operator's second derivative by hand, and as many columns as all curved layers
+together have outputs.
 
 Rules whose output channels touch separate parts of the parameter need only H's entries within a channel; then all
 channels of a position share one product.
@@ -46,9 +48,15 @@ class Residuals:
                 for p, g in zip(uses, found, strict=True)
                 if (shaped := p.tap.shaped([g])[0]) is not None
             ]
-        for prepared, g in arrived:
-            if g.requires_grad:
-                yield from self._of_one_use(prepared, g, [p for p, _ in arrived], like)
+        uses = [p for p, _ in arrived]
+        curved = [(p, g) for p, g in arrived if g.requires_grad and not self._is_flat(g.flatten(1), uses)]
+        if not curved:
+            return
+        if like.numel() < sum(g[0].numel() for _, g in curved):
+            yield 0, self._by_elements(curved, like)
+            return
+        for prepared, g in curved:
+            yield from self._of_one_use(prepared, g, [p for p, _ in curved], like)
 
     def of_tensors(self, tensors: Sequence[Tensor], *, per_sample: bool) -> Blocks:
         """Of any parameter, one second backward per element (and sample; else the sum over samples as one block)."""
@@ -61,10 +69,29 @@ class Residuals:
             yield n, self._elementwise(tensors, restricted.clone())[None]
             restricted[n] = 0
 
+    @staticmethod
+    def _by_elements(uses: Sequence[tuple[PreparedUse, Tensor]], like: Tensor) -> Tensor:
+        """(A e_p)ᵀ H (A e_p) for every element p, [N, *p]."""
+        N = len(uses[0][1])
+        edges = [p.tap.edges[0] for p, _ in uses]
+        with torch.enable_grad():
+            free = [torch.zeros_like(g).requires_grad_() for _, g in uses]
+            pairs = [(p, f) for (p, _), f in zip(uses, free, strict=True)]
+            # Linear in `free`, so its derivatives are A's columns.
+            gradients = ClosedForm(pairs, like, N, 1).gradients(slice(None)).reshape(N, -1)
+        diagonal = torch.zeros_like(gradients)
+        for i in range(like.numel()):
+            with torch.enable_grad():
+                columns = torch.autograd.grad(gradients[:, i].sum(), free, retain_graph=True)
+                scalar = torch.stack([(g * c).sum() for (_, g), c in zip(uses, columns, strict=True)]).sum()
+            found = _differentiate(scalar, edges, torch.ones_like(scalar))
+            for (p, _), c, h in zip(uses, columns, found, strict=True):
+                if h is not None:
+                    diagonal[:, i] += (_arranged(p, h) * c).flatten(1).sum(1)
+        return diagonal.view(N, *like.shape).detach()
+
     def _of_one_use(self, prepared: PreparedUse, g: Tensor, others: Sequence[PreparedUse], like: Tensor) -> Blocks:
         N, flat = len(g), g.flatten(1)
-        if self._is_flat(flat, others):
-            return
         axis = _channel_axis(prepared, others)
         for components in _groups(g, axis):
             column = torch.zeros_like(flat, requires_grad=False)
