@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from curvature_engine.errors import EngineError
+from curvature_engine.execution import map_tensors
 from curvature_engine.extensions import KroneckerFactors
 from curvature_engine.losses import BoundLoss, LossSpec
 from curvature_engine.passes import BackwardPasses, Order, Progress
@@ -119,21 +120,18 @@ class _Analyzer:
     # Preparation
 
     def _placed(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_nested:
-                raise EngineError(
-                    "invalid_inputs",
-                    f"inputs and targets must be dense tensors; got {value.layout} on {value.device}, "
-                    f"{_name(value.dtype)}",
-                    param="inputs",
-                    remedy="call to_dense() or dequantize()",
-                )
-            return value.detach().to(self.program.device)
-        if isinstance(value, tuple | list):
-            return type(value)(self._placed(v) for v in value)
-        if isinstance(value, dict):
-            return {k: self._placed(v) for k, v in value.items()}
-        return value
+        return map_tensors(self._placed_tensor, value)
+
+    def _placed_tensor(self, tensor: Tensor) -> Tensor:
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
+            raise EngineError(
+                "invalid_inputs",
+                f"inputs and targets must be dense tensors; got {tensor.layout} on {tensor.device}, "
+                f"{_name(tensor.dtype)}",
+                param="inputs",
+                remedy="call to_dense() or dequantize()",
+            )
+        return tensor.detach().to(self.program.device)
 
     def _select(self) -> dict[str, Parameter]:
         if self.parameters not in ("trainable", "all"):
