@@ -218,7 +218,7 @@ class Result(Mapping[str, Any]):
     def _ordered(self) -> list[tuple[str, TensorEntry]]:
         """All tensors with their labels, the widest types first: so each stays aligned to its own type."""
         tensors = [(group.label, tensor) for group in self.manifest.groups for tensor in group.tensors]
-        return sorted(tensors, key=lambda item: -int("".join(filter(str.isdigit, item[1].dtype)) or 0))
+        return sorted(tensors, key=lambda item: -_item_bytes(item[1]))
 
 
 def stored_result(transport: Transport, manifest: Manifest) -> Result:
@@ -231,6 +231,10 @@ def stored_result(transport: Transport, manifest: Manifest) -> Result:
 def inline_result(inline: InlineResult) -> Result:
     """The result that came inside a job."""
     return Result(inline.manifest, {label: InlineFile(base64.b64decode(data)) for label, data in inline.files.items()})
+
+
+def _item_bytes(tensor: TensorEntry) -> int:
+    return (tensor.byte_end - tensor.byte_start) // max(1, math.prod(tensor.shape))
 
 
 def _lazy(remote: RemoteTensor) -> Any:
