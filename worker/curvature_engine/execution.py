@@ -180,12 +180,19 @@ class Run:
             if isinstance(value, Tensor) and value.untyped_storage().data_ptr() == place:
                 self.tainted[other] = True
 
+    def _of_parameters(self, arguments: list[Any]) -> str:
+        """Which layer it is, by its parameters: the place is often torch's own code."""
+        watched = {} if self.tape is None else self.tape.watched
+        names = [watched[id(a)].parameter for a in arguments if id(a) in watched]
+        return f", with {' and '.join(names)}" if names else ""
+
     def _guard(self, call: OperatorCall, arguments: list[Any]) -> None:
         name = call.name.removesuffix("_")
         if name in _BATCH_NORMS and arguments[_BATCH_NORMS[name]]:
             raise EngineError(
                 "training_mode",
-                f"batch normalisation runs in training mode ({call.place}): each sample's output depends on the others",
+                f"batch normalisation runs in training mode{self._of_parameters(arguments)} ({call.place}): each "
+                "sample's output depends on the others",
                 param="model",
                 remedy="call .eval() on the module before tracing or scripting it, and leave eval=True",
             )

@@ -47,8 +47,8 @@ def judge(outputs: Tensor, tape: Tape, parameters: Mapping[str, Parameter]) -> V
         if not verdict.pure and not tap.static:
             raise EngineError(
                 "coupled_samples",
-                f"samples are coupled at aten::{tap.name} ({tap.place}): a row of its output belongs to several "
-                "samples, so individual quantities are not defined there",
+                f"samples are coupled at aten::{tap.name} of {tap.parameters} ({tap.place}): a row of its output "
+                "belongs to several samples, so individual quantities are not defined there",
                 param="model",
                 remedy="remove operations across the batch axis (statistics over the batch, batch-wide attention)",
             )

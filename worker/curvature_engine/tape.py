@@ -34,6 +34,11 @@ class Watched:
     version: int
 
     @property
+    def parameters(self) -> str:
+        """The parameters consumed, for messages."""
+        return ", ".join(dict.fromkeys(use.watched.parameter for use in self.uses))
+
+    @property
     def intact(self) -> bool:
         """Whether the tensor still holds the parameter's elements: a gather may have been edited since."""
         return self.tensor._version == self.version
@@ -67,6 +72,11 @@ class Tap:
     versions: tuple[int, ...]
     static: bool
     place: str = ""
+
+    @property
+    def parameters(self) -> str:
+        """The parameters consumed, for messages."""
+        return ", ".join(dict.fromkeys(use.watched.parameter for use in self.uses))
 
     @property
     def intact(self) -> bool:
