@@ -171,11 +171,16 @@ class Job:
     def events(self) -> Iterator[JobEvent]:
         """Changes of state and progress from the beginning, as they happen, until the job is over."""
         after: str | None = None
+        told: tuple[JobStatus, int] | None = None
         failures = 0
         while True:
             try:
                 for event_id, event in self._stream(after, POLL_SECONDS):
                     failures, after = 0, event_id or after
+                    state = (event.status, event.attempt)
+                    if event.event == "state" and state == told:  # told anew by each connection
+                        continue
+                    told = state
                     yield event
                     if event.status in FINAL:
                         return

@@ -75,7 +75,7 @@ def _from_module(loss: Any) -> tuple[dict[str, Any], str]:
         "unknown_loss",
         f"a loss is a name, a dictionary, nn.CrossEntropyLoss(...) or nn.MSELoss(...); got {_describe(loss)}",
         param="loss",
-        remedy='e.g. loss="cross_entropy"',
+        remedy="use one of these; no other loss is supported yet",
     )
 
 
