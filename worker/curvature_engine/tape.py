@@ -34,11 +34,6 @@ class Watched:
     version: int
 
     @property
-    def parameters(self) -> str:
-        """The parameters consumed, for messages."""
-        return ", ".join(dict.fromkeys(use.watched.parameter for use in self.uses))
-
-    @property
     def intact(self) -> bool:
         """Whether the tensor still holds the parameter's elements: a gather may have been edited since."""
         return self.tensor._version == self.version
