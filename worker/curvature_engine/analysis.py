@@ -42,7 +42,9 @@ def analyze(
         inputs: one tensor, a tuple of positional inputs, or a mapping by name.
         targets: what the loss compares the outputs with.
         extensions: names, or mappings with `name`, `label`, `options`.
-        loss: None (cross-entropy for integer targets on [N, C] outputs), a name, a mapping, or a loss module.
+        loss: None (cross-entropy for integer targets on [N, C] outputs), a name, a mapping with name and options, one
+            of torch's loss modules, or a TorchScript function of (outputs, targets) giving each sample's loss [N]
+            (scripted, or its file's path or bytes).
         reduction: "mean" (default) or "sum".
         seed: of the Monte-Carlo draws.
         device: where to compute; a program stays where it was loaded.
@@ -95,8 +97,12 @@ class _Analyzer:
             if self.program.keeps_training:
                 torch.manual_seed(self.seed)
             forward = self.program.run(inputs, tape)
-        outputs = _check_outputs(forward.outputs)
+        outputs = self.spec.select(forward.outputs)
         bound = self.spec.bind(outputs, targets)
+        second_order = [r.label for r in self.requests if r.extension.columns not in ("outputs", "gradient")]
+        if second_order:
+            bound.check_second_order(second_order)
+            self.warnings.extend(bound.warnings)
         value = bound.contributions().sum()
         self._warn(program_loss=value, used_dropout=forward.used_dropout)
         groups = self._groups()
@@ -251,18 +257,6 @@ def _check_not_empty(inputs: Any, targets: Any) -> None:
             param="batch",
             remedy="give at least one sample",
         )
-
-
-def _check_outputs(outputs: Any) -> Tensor:
-    if isinstance(outputs, Tensor) and outputs.is_floating_point():
-        return outputs
-    came = _name(outputs.dtype) + " tensor" if isinstance(outputs, Tensor) else type(outputs).__name__
-    raise EngineError(
-        "unsupported_outputs",
-        f"the model must return one floating-point tensor [N, …]; it returned a {came}",
-        param="model",
-        remedy="wrap the model so that forward returns the tensor that enters the loss",
-    )
 
 
 def _convention(request: Request) -> str:

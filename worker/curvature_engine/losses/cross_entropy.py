@@ -1,94 +1,184 @@
-"""Softmax cross-entropy."""
+"""Softmax cross-entropy, with class indices or probabilities as targets."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from curvature_engine import draws
-from curvature_engine.losses.base import BoundLoss, LossKind, invalid_targets
-from curvature_engine.precision import dtype_name
+from curvature_engine.losses.base import LossKind, invalid_targets
+from curvature_engine.losses.classes import CLASS_AXIS, IGNORE_INDEX, WEIGHT, ClassLoss
+from curvature_engine.options import Options
 
 
-class CrossEntropy(BoundLoss):
-    """Softmax cross-entropy with class indices: f [N, C] or [N, C, d…], targets [N] or [N, d…].
+class CrossEntropy(ClassLoss):
+    """ℓ̃ = −Σ_c a_c log p_c with a_c = w_c q_c, q the target smoothed by ε, p the softmax.
 
-    Columns: √p_c (δ_vc − √(p_v p_c)), for position t as column v·T + t (Dangel et al. 2020, appendix).
+    With c = Σ a: gradient c p − a, Hessian c (diag p − p pᵀ). Columns: √c √p_k (δ_vk − √(p_v p_k)), for position t as
+    column k·T + t (Dangel et al. 2020, appendix). Sampled: √c (p − onehot), the label drawn from p.
+
+    Attributes:
+        mass: c, [N, T].
     """
 
-    def __init__(self, outputs: Tensor, targets: Tensor, reduction: str, ignore_index: int = -100) -> None:
-        super().__init__(outputs)
-        _check_class_targets(outputs, targets, ignore_index)
-        N, C = outputs.shape[:2]
-        self._logits = self.outputs.reshape(N, C, -1)  # [N, C, T]
-        self._targets = targets.long().reshape(N, -1)  # [N, T]
-        self._counts = (self._targets != ignore_index).to(self.outputs.dtype)  # [N, T]
-        self._labels = self._targets.clamp(0, C - 1)
-        self._p = self._logits.softmax(1)
-        self.Z = float(self._counts.sum()) if reduction == "mean" else 1.0
-        self.columns = C * self._logits.shape[2]
+    name = "cross_entropy"
+    expectation = (
+        "cross_entropy expects class indices (int64) {indices}, or probabilities of the outputs' shape {outputs}"
+    )
+    mass: Tensor
+
+    def __init__(
+        self, outputs: Tensor, targets: Tensor, class_axis: str | None, weight: Sequence[float] | None
+    ) -> None:
+        super().__init__(outputs, targets, class_axis, weight)
+        self._p = self.scores.softmax(1)
+        self.columns = self.C * self.T
+
+    @abstractmethod
+    def _terms(self, log_p: Tensor) -> Tensor:
+        """ℓ̃ from the logarithms of p [N, C, T]: [N, T]."""
+
+    @abstractmethod
+    def _minus_target(self, scaled: Tensor) -> Tensor:
+        """`scaled` − a, [N, C, T]; may edit `scaled`."""
 
     def contributions(self) -> Tensor:
-        terms = -self._logits.log_softmax(1).gather(1, self._labels[:, None]).squeeze(1)
-        return (torch.where(self._counts > 0, terms, 0.0)).sum(1) / self.Z
+        return self._terms(self.scores.log_softmax(1)).sum(1) / self.Z
 
     def gradient(self) -> Tensor:
-        return self._shaped(self._score(self._labels) / self.Z)
+        return self._shaped(self._minus_target(self._p * self.mass[:, None]) / self.Z)
 
     def exact_column(self, v: int) -> Tensor:
-        T = self._logits.shape[2]
-        c, t = divmod(v, T)
-        column = torch.zeros_like(self._p)
+        k, t = divmod(v, self.T)
         p = self._p[:, :, t]
-        column[:, :, t] = -p * p[:, c : c + 1].sqrt()
-        column[:, c, t] += p[:, c].sqrt()
-        return self._shaped(column * (self._counts[:, None] / self.Z**0.5))
+        part = -p * p[:, k : k + 1].sqrt()
+        part[:, k] += p[:, k].sqrt()
+        column = torch.zeros_like(self._p)
+        column[:, :, t] = part * (self.mass[:, t, None] / self.Z).sqrt()
+        return self._shaped(column)
 
     def sampled_column(self, seed: int, draw: int) -> Tensor:
-        positions = torch.arange(self._p.shape[2], device=self._p.device)
+        positions = torch.arange(self.T, device=self._p.device)
         u = draws.uniform(seed, self._samples(), positions, draw)  # [N, T]
         cumulative = self._p.double().cumsum(1)
         thresholds = u[:, None] * cumulative[:, -1:]
-        labels = (cumulative <= thresholds).sum(1).clamp_(max=self._p.shape[1] - 1)
-        return self._shaped(self._score(labels) / self.Z**0.5)
-
-    def _score(self, labels: Tensor) -> Tensor:
-        """Gradient of the unreduced terms at `labels` [N, T] in the logits: p − onehot, [N, C, T]."""
+        labels = (cumulative <= thresholds).sum(1).clamp_(max=self.C - 1)
         ones = torch.ones_like(self._p[:, :1])
-        return self._p.scatter_add(1, labels[:, None], -ones) * self._counts[:, None]
-
-    def _shaped(self, column: Tensor) -> Tensor:
-        return column.reshape(self.outputs.shape)
+        score = self._p.scatter_add(1, labels[:, None], -ones)
+        return self._shaped(score * (self.mass / self.Z).sqrt()[:, None])
 
 
-def _check_class_targets(outputs: Tensor, targets: Tensor, ignore_index: int) -> None:
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise invalid_targets(
-            f"targets have dtype {dtype_name(targets.dtype)}; cross_entropy expects class indices (int64)",
-            "cast them",
-        )
-    targets = targets.long()  # unsigned types compare with nothing negative
-    expected = [outputs.shape[0], *outputs.shape[2:]]
-    if list(targets.shape) != expected:
-        raise invalid_targets(
-            f"cross_entropy on outputs {list(outputs.shape)} expects targets {expected}; got {list(targets.shape)}",
-            "classes stand along the outputs' second axis; targets hold one class index per position",
-        )
-    C = outputs.shape[1]
-    valid = (targets != ignore_index) & ((targets < 0) | (targets >= C))
-    if bool(valid.any()):
-        worst = int(targets[valid][0])
-        raise invalid_targets(
-            f"class indices must lie in 0 … {C - 1} for outputs {list(outputs.shape)}; got {worst}",
-            "check the number of classes of the model and of the data",
-        )
-    if not bool((targets != ignore_index).any()):
-        raise invalid_targets(
-            "every target is ignore_index: no term is left",
-            "leave at least one target that counts",
-        )
+class IndexCrossEntropy(CrossEntropy):
+    """Class indices: a_c = (1−ε) w_y δ_cy + (ε/C) w_c; under mean Z = Σ w_y over terms that are not ignored."""
 
+    def __init__(
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        reduction: str,
+        *,
+        weight: Sequence[float] | None,
+        label_smoothing: float,
+        ignore_index: int,
+        class_axis: str | None,
+    ) -> None:
+        super().__init__(outputs, targets, class_axis, weight)
+        self._read_indices(targets, ignore_index)
+        self._on_label = (1.0 - label_smoothing) * self.label_weights
+        self._on_each = self.weights * (label_smoothing / self.C)
+        self._smooth = label_smoothing > 0.0
+        self.mass = self._on_label + self._on_each.sum() * self.counts
+        self.Z = float(self.label_weights.double().sum()) if reduction == "mean" else 1.0
+
+    def _terms(self, log_p: Tensor) -> Tensor:
+        terms = -self._on_label * log_p.gather(1, self.labels[:, None]).squeeze(1)
+        if self._smooth:
+            terms = terms - (log_p * self._on_each[:, None]).sum(1)
+        return torch.where(self.counts > 0, terms, 0.0)
+
+    def _minus_target(self, scaled: Tensor) -> Tensor:
+        scaled = scaled.scatter_add(1, self.labels[:, None], -self._on_label[:, None])
+        if self._smooth:
+            scaled = scaled - self._on_each[:, None] * self.counts[:, None]
+        return scaled
+
+
+class ProbabilityCrossEntropy(CrossEntropy):
+    """Probabilities q of the outputs' shape: a = w ((1−ε) q + ε/C); under mean Z is the number of terms N·T."""
+
+    def __init__(
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        reduction: str,
+        *,
+        weight: Sequence[float] | None,
+        label_smoothing: float,
+        class_axis: str | None,
+    ) -> None:
+        super().__init__(outputs, targets, class_axis, weight)
+        if bool((targets < 0).any()):
+            raise invalid_targets(
+                f"probabilities as targets must not be negative; got {float(targets.min()):.6g}",
+                "give probabilities, not scores",
+            )
+        q = targets.to(self.outputs.dtype).movedim(self._axis, 1).reshape(self.scores.shape)
+        self._a = self.weights[:, None] * ((1.0 - label_smoothing) * q + label_smoothing / self.C)
+        self.mass = self._a.sum(1)
+        self.Z = float(self.N * self.T) if reduction == "mean" else 1.0
+
+    def _terms(self, log_p: Tensor) -> Tensor:
+        return -(self._a * log_p).sum(1)
+
+    def _minus_target(self, scaled: Tensor) -> Tensor:
+        return scaled - self._a
+
+
+def cross_entropy(
+    outputs: Tensor,
+    targets: Tensor,
+    reduction: str,
+    *,
+    weight: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    class_axis: str | None = None,
+) -> CrossEntropy:
+    """Cross-entropy with floating targets of the outputs' shape as probabilities, others as class indices.
+
+    `ignore_index` is of no consequence for probabilities.
+    """
+    if targets.is_floating_point() and targets.shape == outputs.shape and outputs.dim() > 1:
+        return ProbabilityCrossEntropy(
+            outputs, targets, reduction, weight=weight, label_smoothing=label_smoothing, class_axis=class_axis
+        )
+    return IndexCrossEntropy(
+        outputs,
+        targets,
+        reduction,
+        weight=weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        class_axis=class_axis,
+    )
+
+
+_OPTIONS: Options = {
+    "weight": WEIGHT,
+    "label_smoothing": {
+        "type": "number",
+        "minimum": 0,
+        "maximum": 1,
+        "default": 0.0,
+        "description": "ε: this much of each target is spread evenly over the classes",
+    },
+    "ignore_index": IGNORE_INDEX,
+    "class_axis": CLASS_AXIS,
+}
 
 CROSS_ENTROPY = LossKind(
-    CrossEntropy,
-    "softmax cross-entropy of logits [N, C, …] and class indices [N, …]",
-    {"ignore_index": {"type": "integer", "default": -100, "description": "targets that count for nothing"}},
+    cross_entropy,
+    "softmax cross-entropy of logits [N, C, …] (or [N, …, C]) and class indices [N, …] or probabilities",
+    _OPTIONS,
 )

@@ -2,12 +2,13 @@
 
 from abc import abstractmethod
 from functools import cached_property
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvature_engine import draws
+from curvature_engine.errors import EngineError
 from curvature_engine.losses.base import BoundLoss, invalid_targets
 from curvature_engine.precision import dtype_name
 
@@ -22,7 +23,7 @@ class Elementwise(BoundLoss):
     from that instead.
     """
 
-    name: ClassVar[str]
+    takes_bool = False
 
     def __init__(self, outputs: Tensor, targets: Tensor, reduction: str) -> None:
         super().__init__(outputs)
@@ -73,8 +74,40 @@ class Elementwise(BoundLoss):
                 f"got {list(targets.shape)}",
                 "reshape the targets",
             )
-        if targets.is_complex() or targets.dtype == torch.bool:
+        if targets.is_complex() or (targets.dtype == torch.bool and not self.takes_bool):
             raise invalid_targets(
                 f"{self.name} expects real targets; got {dtype_name(targets.dtype)}",
                 "cast them to a floating-point type",
             )
+
+    def _spread(self, option: str, value: Any) -> Tensor:
+        """Numbers given as an option, nested lists for several axes, broadcast to the outputs' shape as torch does.
+
+        Raises:
+            EngineError: `invalid_option`.
+        """
+        shape = self.outputs.shape
+        try:
+            numbers = torch.tensor(value, dtype=torch.float64, device=self.outputs.device)
+            spread = numbers.broadcast_to(shape)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise self._misfit(option, "numbers that broadcast to one sample's or the whole batch's outputs") from error
+        if not bool((numbers >= 0).all()) or not bool(torch.isfinite(numbers).all()):
+            raise self._misfit(option, "numbers from 0")
+        return spread.to(self.outputs.dtype)
+
+    def _misfit(self, option: str, expected: str) -> EngineError:
+        return EngineError(
+            "invalid_option",
+            f"{self.name}'s {option} must be {expected}; the outputs have shape {list(self.outputs.shape)}",
+            param=f"loss.{option}",
+            remedy="give one number, or a list with one number per entry of the outputs' last axis",
+        )
+
+
+NUMBERS: dict[str, Any] = {
+    "type": ["number", "array"],
+    "items": {"type": ["number", "array"], "items": {}},
+    "minimum": 0,
+}
+"""Schema of numbers that broadcast: what nested lists hold is checked when they meet the outputs."""
