@@ -31,6 +31,9 @@ MODULES: dict[type[nn.Module], tuple[str, dict[str, Any]]] = {
 """Module → (our name, its options with their defaults)."""
 
 
+_OF_GAUSSIAN = 'say {"name": "gaussian_nll", "options": {"var": …}}: the module does not know its variance'
+
+
 def read_module(loss: nn.Module) -> tuple[str, dict[str, Any]]:
     """(name, options that differ from their defaults) of one of torch's loss modules.
 
@@ -42,9 +45,11 @@ def read_module(loss: nn.Module) -> tuple[str, dict[str, Any]]:
             "unknown_loss",
             f"{type(loss).__name__} is no loss module that the engine knows",
             param="loss",
-            remedy='say {"name": "gaussian_nll", "options": {"var": …}}: the module does not know its variance'
+            remedy=_OF_GAUSSIAN
             if type(loss) is nn.GaussianNLLLoss
-            else f"known modules: {', '.join(known.__name__ for known in MODULES)}",
+            else f"known modules: {', '.join(known.__name__ for known in MODULES)}; "
+            "for a loss of your own, pass a scripted function of "
+            "(outputs, targets) that returns each sample's loss",
         )
     name, defaults = MODULES[type(loss)]
     given = {option: _plain(getattr(loss, option)) for option in defaults}

@@ -1,17 +1,23 @@
 """A loss as asked for: read, checked, and bound to a batch."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from curvature_engine.errors import EngineError
 from curvature_engine.losses.base import BoundLoss, LossKind, invalid_targets
 from curvature_engine.losses.classes import holds_indices
+from curvature_engine.losses.custom import custom_loss
 from curvature_engine.losses.modules import ALIASES, read_module
 from curvature_engine.losses.registry import LOSSES
 from curvature_engine.options import complete_options
 from curvature_engine.precision import dtype_name
+
+CUSTOM = "custom"
+"""The name of a loss given as a function. It is not in the registry: no request over the wire can name a file."""
 
 
 class LossSpec:
@@ -22,7 +28,7 @@ class LossSpec:
             tensor.
     """
 
-    def __init__(self, name: str | None, options: Mapping[str, Any], reduction: str) -> None:
+    def __init__(self, name: str | None, options: Mapping[str, Any], reduction: str, function: Any = None) -> None:
         if reduction not in ("mean", "sum"):
             raise EngineError(
                 "invalid_option",
@@ -33,23 +39,26 @@ class LossSpec:
         self.name, self.reduction = None if name is None else ALIASES.get(name, name), reduction
         self.options: dict[str, Any] = {}
         self.output: int | str | None = None
-        self._kind = _default_kind() if self.name is None else _find_kind(self.name)
+        self._kind = _default_kind() if self.name is None else _find_kind(self.name, function)
         self.options = complete_options(self.name or "the default loss", self._kind.options, options, "loss")
         self.output = self.options.pop("output")
 
     @classmethod
     def parse(cls, loss: Any, reduction: str | None) -> "LossSpec":
-        """Read a loss given as None, a name, a mapping, or one of torch's loss modules."""
-        if isinstance(loss, nn.Module):
+        """Read a loss given as None, a name, a mapping, one of torch's loss modules, or a TorchScript function."""
+        if isinstance(loss, nn.Module) and not isinstance(loss, torch.jit.ScriptModule):
             return cls(*read_module(loss), _agreed(str(loss.reduction), reduction))
         reduction = "mean" if reduction is None else reduction
+        if isinstance(loss, torch.jit.ScriptFunction | torch.jit.ScriptModule | bytes | os.PathLike):
+            return cls(CUSTOM, {}, reduction, loss)
         if loss is None or isinstance(loss, str):
             return cls(loss, {}, reduction)
         if isinstance(loss, Mapping) and isinstance(loss.get("name"), str):
             return cls._from_mapping(loss, reduction)
         raise EngineError(
             "unknown_loss",
-            f"a loss is a name, a mapping with a name, or a loss module; got {type(loss).__name__}",
+            f"a loss is a name, a mapping with a name, a loss module, or a TorchScript function; "
+            f"got {type(loss).__name__}",
             param="loss",
             remedy=f"known losses: {', '.join(LOSSES)}",
         )
@@ -64,7 +73,7 @@ class LossSpec:
                 param="loss.options",
                 remedy='e.g. {"name": "cross_entropy", "options": {"ignore_index": 0}}',
             )
-        return cls(loss["name"], options, reduction)
+        return cls(loss["name"], options, reduction, loss.get("function"))
 
     def select(self, returned: Any) -> Tensor:
         """The tensor, of what the model returned, that enters the loss.
@@ -111,13 +120,22 @@ def _default_kind() -> LossKind:
     return LOSSES["cross_entropy"]
 
 
-def _find_kind(name: str) -> LossKind:
+def _find_kind(name: str, function: Any) -> LossKind:
+    if name == CUSTOM and function is not None:
+        return custom_loss(function)
     if name not in LOSSES:
         raise EngineError(
             "unknown_loss",
             f"there is no loss {name!r}",
             param="loss",
             remedy=f"known losses: {', '.join(LOSSES)}",
+        )
+    if function is not None:
+        raise EngineError(
+            "invalid_option",
+            f"{name} takes no function",
+            param="loss.function",
+            remedy=f'call it {{"name": "{CUSTOM}", "function": …}}',
         )
     return LOSSES[name]
 
