@@ -85,7 +85,8 @@ def _split(given: Any) -> tuple[Any, Any]:
         "invalid_batch",
         f'a batch is (inputs, targets), {{"inputs": …, "targets": …}}, or a path; got {received}',
         param="batch",
-        remedy='give several inputs as {"inputs": (first, second), "targets": targets}',
+        remedy="give one batch, e.g. next(iter(loader)); several inputs as "
+        '{"inputs": (first, second), "targets": targets}',
     )
 
 

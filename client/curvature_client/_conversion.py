@@ -44,7 +44,7 @@ def convert(model: Any, batch: Batch, folder: Path, *, eval: bool) -> tuple[Payl
             "invalid_model",
             f"a model is a path, a ScriptModule or an nn.Module; got {_describe(model)}",
             param="model",
-            remedy="without torch, pass the path of a TorchScript file" if torch is None else None,
+            remedy="without torch, pass the path of a TorchScript file" if torch is None else "pass the module itself",
         )
     # A ScriptModule's mode is in the file; the worker puts it into eval mode and says so.
     scripted, notes = (model, []) if isinstance(model, torch.jit.ScriptModule) else _from_module(model, batch, eval)
@@ -67,6 +67,7 @@ def _from_module(module: Any, batch: Batch, eval: bool) -> tuple[Any, list[str]]
         duplicate.eval()
         notes.append(EVAL_COPY)
     try:
+        _refuse_parametrizations(duplicate)
         return _script(duplicate), [*notes, "the model was scripted (torch.jit.script)"]
     except Exception as error:  # noqa: BLE001 (the compiler's errors have many types)
         script_error = error
@@ -96,6 +97,15 @@ def _unwrap(module: Any) -> tuple[Any, list[str]]:
         notes.append(f"the module inside {type(module).__name__} was analyzed; parameters are named as there")
         module = module._orig_mod if hasattr(module, "_orig_mod") else module.module
     return module, notes
+
+
+def _refuse_parametrizations(module: Any) -> None:
+    """Scripting them gives a module that raises when it is called."""
+    from torch.nn.utils.parametrize import is_parametrized
+
+    for name, part in module.named_modules():
+        if is_parametrized(part):
+            raise RuntimeError(f"{name or 'it'} has parametrizations, which torch.jit.script does not support")
 
 
 def _script(module: Any) -> Any:

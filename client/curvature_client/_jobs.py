@@ -11,12 +11,14 @@ from pydantic import ValidationError
 
 from curvature_client._errors import (
     APIConnectionError,
+    APIStatusError,
     APITimeoutError,
     CurvatureError,
     JobCancelled,
     JobFailed,
     WaitTimeout,
     job_failed,
+    refusal,
 )
 from curvature_client._progress import ProgressBar
 from curvature_client._results import Result, inline_result, stored_result
@@ -130,6 +132,7 @@ class Job:
 
         Raises:
             WaitTimeout: the job is not over yet, and goes on.
+            APIStatusError: the server refuses to tell (401, 403), or does not know the job any more (404).
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         with ProgressBar(self._progress_shown) as bar:
@@ -168,11 +171,16 @@ class Job:
     def events(self) -> Iterator[JobEvent]:
         """Changes of state and progress from the beginning, as they happen, until the job is over."""
         after: str | None = None
+        told: tuple[JobStatus, int] | None = None
         failures = 0
         while True:
             try:
                 for event_id, event in self._stream(after, POLL_SECONDS):
                     failures, after = 0, event_id or after
+                    state = (event.status, event.attempt)
+                    if event.event == "state" and state == told:  # told anew by each connection
+                        continue
+                    told = state
                     yield event
                     if event.status in FINAL:
                         return
@@ -199,7 +207,7 @@ class Job:
                 after = self._await_news(min(left, POLL_SECONDS), after, bar)
                 heard_at, failures = time.monotonic(), 0
             except CurvatureError as error:
-                if not may_pass(error):
+                if not _may_be_waited_out(error):
                     raise
                 failures += 1
                 silent = time.monotonic() - heard_at
@@ -247,6 +255,12 @@ class Job:
         return error
 
 
+def _may_be_waited_out(error: CurvatureError) -> bool:
+    """Whether the server, or what stands before it, may answer later: everything but a refusal of the request."""
+    failed = isinstance(error, APIStatusError) and error.status_code >= 500
+    return failed or may_pass(error) or isinstance(error, APIConnectionError)
+
+
 class Jobs:
     """The server's jobs."""
 
@@ -259,6 +273,10 @@ class Jobs:
         Raises:
             NotFoundError: there is none.
         """
+        if not job_id:
+            raise refusal(
+                "job_not_found", "the job's id is empty", param="job_id", remedy="client.jobs.list() lists jobs"
+            )
         view = self._transport.get(f"/v1/jobs/{quote(job_id, safe='')}", JobView)
         return Job(self._transport, view, progress=self._progress)
 

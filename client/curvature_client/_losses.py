@@ -10,7 +10,30 @@ from curvature_client._errors import refusal
 from curvature_protocol.requests import LossRequest
 
 REDUCTIONS = ("mean", "sum")
-DEFAULT_IGNORE_INDEX = -100
+
+MODULES: dict[str, tuple[str, dict[str, Any]]] = {
+    "BCEWithLogitsLoss": ("bce_with_logits", {"weight": None, "pos_weight": None}),
+    "CrossEntropyLoss": ("cross_entropy", {"weight": None, "ignore_index": -100, "label_smoothing": 0.0}),
+    "HuberLoss": ("huber", {"delta": 1.0}),
+    "L1Loss": ("l1", {}),
+    "MSELoss": ("mse", {}),
+    "NLLLoss": ("nll", {"weight": None, "ignore_index": -100}),
+    "PoissonNLLLoss": ("poisson_nll", {"log_input": True, "full": False, "eps": 1e-8}),
+    "SmoothL1Loss": ("smooth_l1", {"beta": 1.0}),
+}
+"""Class in torch.nn → (the server's name, its options with their defaults)."""
+
+ALIASES = {
+    "binary_cross_entropy_with_logits": "bce_with_logits",
+    "gaussian_nll_loss": "gaussian_nll",
+    "huber_loss": "huber",
+    "l1_loss": "l1",
+    "mse_loss": "mse",
+    "nll_loss": "nll",
+    "poisson_nll_loss": "poisson_nll",
+    "smooth_l1_loss": "smooth_l1",
+}
+"""Function of torch.nn.functional → the server's name, where they differ."""
 
 
 def read_loss(loss: Any, reduction: str | None) -> tuple[dict[str, Any] | None, str]:
@@ -27,7 +50,7 @@ def read_loss(loss: Any, reduction: str | None) -> tuple[dict[str, Any] | None, 
     if loss is None:
         request = None
     elif isinstance(loss, str):
-        request = {"name": loss, "options": {}}
+        request = {"name": ALIASES.get(loss, loss), "options": {}}
     elif isinstance(loss, Mapping):
         request = _from_mapping(loss)
     else:
@@ -53,7 +76,7 @@ def read_loss(loss: Any, reduction: str | None) -> tuple[dict[str, Any] | None, 
 
 def _from_mapping(loss: Mapping[Any, Any]) -> dict[str, Any]:
     try:
-        return LossRequest.model_validate(dict(loss)).model_dump()
+        request = LossRequest.model_validate(dict(loss)).model_dump()
     except ValidationError as error:
         first = error.errors()[0]
         raise refusal(
@@ -62,37 +85,47 @@ def _from_mapping(loss: Mapping[Any, Any]) -> dict[str, Any]:
             param="loss",
             remedy='write {"name": "cross_entropy", "options": {…}}',
         ) from None
+    return {**request, "name": ALIASES.get(request["name"], request["name"])}
 
 
 def _from_module(loss: Any) -> tuple[dict[str, Any], str]:
     torch = sys.modules.get("torch")  # whoever holds a loss module has imported it
-    # A subclass may compute something else, so only the two classes themselves will do.
-    if torch is not None and type(loss) is torch.nn.MSELoss:
-        return {"name": "mse", "options": {}}, loss.reduction
-    if torch is not None and type(loss) is torch.nn.CrossEntropyLoss:
-        return {"name": "cross_entropy", "options": _cross_entropy_options(loss)}, loss.reduction
-    raise refusal(
-        "unknown_loss",
-        f"a loss is a name, a dictionary, nn.CrossEntropyLoss(...) or nn.MSELoss(...); got {_describe(loss)}",
-        param="loss",
-        remedy='e.g. loss="cross_entropy"',
-    )
+    kind = type(loss).__name__
+    # A subclass may compute something else, so only the classes themselves will do.
+    if torch is None or kind not in MODULES or type(loss) is not getattr(torch.nn, kind):
+        raise _unknown(loss)
+    name, defaults = MODULES[kind]
+    given = {option: _plain(f"loss.{option}", getattr(loss, option)) for option in defaults}
+    options = {option: value for option, value in given.items() if value != defaults[option]}
+    return {"name": name, "options": options}, loss.reduction
 
 
-def _cross_entropy_options(loss: Any) -> dict[str, Any]:
-    if loss.weight is not None:
-        raise _unsupported("weight")
-    if loss.label_smoothing != 0.0:
-        raise _unsupported("label_smoothing")
-    return {} if loss.ignore_index == DEFAULT_IGNORE_INDEX else {"ignore_index": int(loss.ignore_index)}
+def _plain(param: str, value: Any) -> Any:
+    """A tensor's numbers as lists; every one of them is a float64."""
+    if not hasattr(value, "tolist"):
+        return value
+    if not bool(value.isfinite().all()):
+        raise refusal(
+            "invalid_option",
+            f"{param} must hold finite numbers; got inf or nan",
+            param=param,
+            remedy="use a large number",
+        )
+    return value.detach().cpu().double().tolist()
 
 
-def _unsupported(option: str) -> Exception:
+def _unknown(loss: Any) -> Exception:
+    if type(loss).__name__ == "GaussianNLLLoss":
+        remedy = 'say {"name": "gaussian_nll", "options": {"var": …}}: the module does not know its variance'
+    elif "Script" in type(loss).__name__:
+        remedy = "a loss function in TorchScript runs in the engine alone (curvature_engine.analyze) as yet"
+    else:
+        remedy = 'e.g. loss="cross_entropy"'
     return refusal(
-        "invalid_option",
-        f"cross_entropy does not take {option} yet",
-        param=f"loss.{option}",
-        remedy=f"leave {option} at its default",
+        "unknown_loss",
+        f"a loss is a name, a dictionary, or one of nn.{', nn.'.join(MODULES)}; got {_describe(loss)}",
+        param="loss",
+        remedy=remedy,
     )
 
 

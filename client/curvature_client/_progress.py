@@ -7,7 +7,9 @@ from types import TracebackType
 from typing import Any
 
 from curvature_protocol.events import JobEvent
-from curvature_protocol.jobs import JobStatus
+from curvature_protocol.jobs import FINAL, JobStatus
+
+_BEFORE_RUNNING = ("", JobStatus.QUEUED.value)
 
 
 class ProgressBar:
@@ -29,8 +31,7 @@ class ProgressBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._end()
 
     def upload(self, what: str, size_bytes: int) -> None:
         """An upload begins."""
@@ -43,7 +44,12 @@ class ProgressBar:
 
     def job(self, event: JobEvent) -> None:
         """A job's state or progress."""
-        progress = event.progress if event.status == JobStatus.RUNNING else None
+        if event.status in FINAL:
+            self._end()
+            return
+        progress = event.progress if event.status == JobStatus.RUNNING and event.event == "progress" else None
+        if progress is None and event.status == JobStatus.RUNNING and self._phase not in _BEFORE_RUNNING:
+            return  # the phase is known better
         phase = event.status.value if progress is None else progress.phase
         total = 0 if progress is None else progress.total
         if phase != self._phase or (self._bar is not None and total and self._bar.total != total):
@@ -58,13 +64,19 @@ class ProgressBar:
     def _begin(self, phase: str, total: int | None, **options: Any) -> None:
         if not self.shown:
             return
-        if self._bar is not None:
-            self._bar.close()
+        self._end()
         from tqdm.auto import tqdm
 
         self._phase = phase
         layout: dict[str, Any] = {} if total else {"bar_format": "{desc} [{elapsed}]"}
         self._bar = tqdm(total=total, desc=phase, leave=False, file=sys.stderr, **layout, **options)
+
+    def _end(self) -> None:
+        """Take the bar off the screen."""
+        if self._bar is not None:
+            self._bar.bar_format = None  # tqdm blanks as many columns as its own layout would fill
+            self._bar.close()
+        self._bar = None
 
 
 def has_audience(shown: bool | None) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from curvature_client._downloads import File, InlineFile, StoredFile
-from curvature_client._errors import CurvatureError
+from curvature_client._errors import CurvatureError, refusal
 from curvature_client._remote import LazyArray, RemoteTensor
 from curvature_client._transport import Transport
 from curvature_protocol.jobs import InlineResult
@@ -189,7 +189,7 @@ class Result(Mapping[str, Any]):
         Tensors are named `{label}/{parameter}[/{factor}]` (`{label}` where a quantity is one tensor); the file's
         metadata hold the manifest under `curvature_manifest`.
         """
-        target = Path(path)
+        target = checked_target(path)
         part = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
             with part.open("wb") as file:
@@ -218,7 +218,25 @@ class Result(Mapping[str, Any]):
     def _ordered(self) -> list[tuple[str, TensorEntry]]:
         """All tensors with their labels, the widest types first: so each stays aligned to its own type."""
         tensors = [(group.label, tensor) for group in self.manifest.groups for tensor in group.tensors]
-        return sorted(tensors, key=lambda item: -int("".join(filter(str.isdigit, item[1].dtype)) or 0))
+        return sorted(tensors, key=lambda item: -_item_bytes(item[1]))
+
+
+def checked_target(path: str | os.PathLike[str]) -> Path:
+    """A path that a file may be written to.
+
+    Raises:
+        UnprocessableError: it is a folder, or in one that does not exist or may not be written.
+    """
+    target = Path(path)
+    if target.is_dir():
+        reason = "is a folder"
+    elif not target.parent.is_dir():
+        reason = f"lies in a folder that does not exist ({target.parent})"
+    elif not os.access(target.parent, os.W_OK):
+        reason = f"lies in a folder that may not be written ({target.parent})"
+    else:
+        return target
+    raise refusal("invalid_request", f"{target} {reason}", param="path", remedy="choose another path")
 
 
 def stored_result(transport: Transport, manifest: Manifest) -> Result:
@@ -231,6 +249,10 @@ def stored_result(transport: Transport, manifest: Manifest) -> Result:
 def inline_result(inline: InlineResult) -> Result:
     """The result that came inside a job."""
     return Result(inline.manifest, {label: InlineFile(base64.b64decode(data)) for label, data in inline.files.items()})
+
+
+def _item_bytes(tensor: TensorEntry) -> int:
+    return (tensor.byte_end - tensor.byte_start) // max(1, math.prod(tensor.shape))
 
 
 def _lazy(remote: RemoteTensor) -> Any:

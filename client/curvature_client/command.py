@@ -10,7 +10,7 @@ import typer
 from curvature_client._client import Client
 from curvature_client._errors import CurvatureError, WaitTimeout
 from curvature_client._jobs import Job
-from curvature_client._results import Result
+from curvature_client._results import Result, checked_target
 from curvature_protocol.jobs import JobStatus
 
 app = typer.Typer(
@@ -44,6 +44,7 @@ def main() -> None:
             typer.echo(f"curvature: see `curvature jobs show {error.job_id}`", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
+        typer.echo("curvature: interrupted", err=True)
         sys.exit(130)
 
 
@@ -60,7 +61,7 @@ def _add_parts(words: list[str]) -> None:
                 raise CurvatureError(
                     f"`curvature {name}` needs more than the client ({missing} is not installed)",
                     code="not_installed",
-                    remedy="pip install 'curvature[all]'",
+                    remedy="install it with all its parts: pip install '.[all]' in the project's folder",
                 ) from None
         app.command(name, help=summary)(_stand_in)
 
@@ -87,6 +88,7 @@ def analyze(
     url: Url = None,
 ) -> None:
     """Analyze MODEL on BATCH and write the tensors to a safetensors file."""
+    checked_target(output)
     options = {"mc_samples": mc_samples, "approximation": approximation}
     with Client(url) as client:
         requests = _with_options(client, extensions, {k: v for k, v in options.items() if v is not None})
@@ -171,6 +173,7 @@ def cancel_job(job_id: str, url: Url = None) -> None:
 @jobs_app.command("save")
 def save_job(job_id: str, output: Output, url: Url = None) -> None:
     """Wait for one job and write its tensors to a safetensors file."""
+    checked_target(output)
     with Client(url) as client:
         result = client.jobs.get(job_id).result()
         _report(result, result.save(output))

@@ -80,6 +80,7 @@ FAMILIES: dict[str, ErrorFamily] = {
     "invalid_inputs": _U,  # the model rejects them (shape, dtype, number)
     "invalid_targets": _U,  # they do not fit the loss, or are out of range
     "unsupported_outputs": _U,  # not one tensor with samples along the first axis
+    "unsupported_loss": _U,  # it cannot give what was asked for, or its function cannot be run
     "loss_required": _U,  # no default applies
     # The run
     "verification_failed": _I,  # the engine's own checks disagree: never a wrong number

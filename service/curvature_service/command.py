@@ -21,9 +21,14 @@ def serve(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0 takes a free one")] = 8000,
     data_dir: Annotated[Path | None, typer.Option(help="folder for records, uploads and results")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, or cuda:N", envvar="CURVATURE_DEVICE", show_envvar=False)
+    ] = "cpu",
     workers: Annotated[int, typer.Option(min=1, help="worker processes")] = 1,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of each worker's computation")] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="CPU threads of each computation", envvar="CURVATURE_THREADS", show_envvar=False),
+    ] = None,
 ) -> None:
     """Run the whole service on this machine: API, worker and broker, until Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")

@@ -128,7 +128,7 @@ def _parts(location: Sequence[str | int], body: Any) -> list[str]:
 
 async def _http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    code = "not_found" if error.status_code in (404, 405) else "invalid_request"
+    code = "not_found" if error.status_code == 404 else "invalid_request"
     detail = f"{request.method} {request.url.path}: {error.detail}"
     headers = dict(error.headers or {})
     remedy = "see /docs for the API's paths"

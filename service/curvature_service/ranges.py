@@ -21,7 +21,7 @@ def stream_object(request: Request, objects: ObjectStore, key: str, size: int, *
     """
     headers = {"ETag": f'"{etag}"', "Accept-Ranges": "bytes", "Cache-Control": "private, max-age=31536000, immutable"}
     start, end, status = 0, size, 200
-    wanted = _RANGE.fullmatch(request.headers.get("range", "").strip()) if request.method == "GET" else None
+    wanted = _read_range(request.headers.get("range", "")) if request.method == "GET" else None
     if wanted and request.headers.get("if-range", headers["ETag"]) == headers["ETag"]:
         start, end = _bounds(wanted, size)
         status = 206
@@ -30,6 +30,13 @@ def stream_object(request: Request, objects: ObjectStore, key: str, size: int, *
     if request.method == "HEAD":
         return Response(None, status, headers, MEDIA_TYPE)
     return StreamingResponse(objects.async_stream(key, start, end), status, headers, MEDIA_TYPE)
+
+
+def _read_range(header: str) -> re.Match[str] | None:
+    wanted = _RANGE.fullmatch(header.strip())
+    if wanted and wanted["last"] and _number(wanted["last"]) < _number(wanted["first"]):
+        return None  # malformed
+    return wanted
 
 
 def _bounds(wanted: re.Match[str], size: int) -> tuple[int, int]:

@@ -1,4 +1,7 @@
-"""The background task that makes the bell expendable: it rings again, and takes jobs from silent workers."""
+"""The background task that makes the bell expendable: it rings again, and takes jobs from silent workers.
+
+Less often, it removes what was stored and is named by nothing.
+"""
 
 import asyncio
 import logging
@@ -12,11 +15,14 @@ from curvature_service.artefacts.service import UPLOADS
 from curvature_service.resources import Resources
 from curvature_state import broker, events
 from curvature_state.jobs import reconcile
+from curvature_state.leftovers import remove_leftovers
 
 logger = logging.getLogger("curvature.service")
 
 _ABANDONED_SECONDS = 24 * 3600
 _SWEEP_EVERY = 300
+_LONG_SWEEP_EVERY = 20 * _SWEEP_EVERY
+"""The results are many, and all are looked at."""
 _DEAF = sys.maxsize
 
 
@@ -28,6 +34,8 @@ async def run_reconciler(resources: Resources) -> None:
             await run_in_threadpool(reconcile_once, resources)
             if round_number % _SWEEP_EVERY == 0:
                 await run_in_threadpool(remove_abandoned_uploads, resources)
+            if round_number % _LONG_SWEEP_EVERY == 0:
+                await run_in_threadpool(remove_leftover_results, resources)
         except Exception:  # the database may be away for a while
             logger.exception("reconciling failed")
         round_number += 1
@@ -52,3 +60,10 @@ def reconcile_once(resources: Resources) -> None:
 def remove_abandoned_uploads(resources: Resources) -> None:
     """Temporary keys of uploads that this or an earlier process did not live to finish."""
     resources.objects.delete_older(UPLOADS, time.time() - _ABANDONED_SECONDS)
+
+
+def remove_leftover_results(resources: Resources) -> None:
+    """Files of attempts that came to nothing, whose workers did not live to remove them."""
+    removed = remove_leftovers(resources.database, resources.objects, time.time() - _ABANDONED_SECONDS)
+    if removed:
+        logger.info("%d result files that no job names were removed", removed)

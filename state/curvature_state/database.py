@@ -102,8 +102,8 @@ def _committing(session: Session) -> Iterator[None]:
         raise
 
 
-def migrate(url: str) -> None:
-    """Bring the database's tables to the newest form."""
+def migrate(url: str, revision: str = "head") -> None:
+    """Bring the database's tables to the newest form, or to that of a revision."""
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))  # a `%` would interpolate
     engine = make_engine(url, pooled=False)
@@ -114,7 +114,7 @@ def migrate(url: str) -> None:
             else:  # two servers that start at once take turns
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            command.upgrade(config, revision)
             connection.commit()
     finally:
         engine.dispose()

@@ -55,10 +55,24 @@ async def follow(
             return
         for entry_id, fields in _entries(found):
             after = _text(entry_id)
-            event = JobEvent.model_validate_json(fields[b"event"] if b"event" in fields else fields["event"])
+            event = _event(fields)
             yield after, event
             if event.status in FINAL:
                 return
+
+
+async def read_event(connection: "redis.asyncio.Redis", job_id: str, event_id: str) -> JobEvent | None:
+    """The event of one stream id, if the stream still has it.
+
+    Raises:
+        redis.RedisError: if Redis does not answer.
+    """
+    found: Any = await connection.xrange(event_stream(job_id), event_id, event_id)
+    return None if not found else _event(found[0][1])
+
+
+def _event(fields: dict[Any, Any]) -> JobEvent:
+    return JobEvent.model_validate_json(fields[b"event"] if b"event" in fields else fields["event"])
 
 
 def _entries(found: Any) -> list[tuple[bytes, dict[Any, Any]]]:

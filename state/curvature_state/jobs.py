@@ -1,4 +1,8 @@
-"""The life of a job, each step one transaction and a compare-and-set on (status, attempt)."""
+"""The life of a job, each step one transaction and a compare-and-set on (status, attempt).
+
+A step that ends an attempt is true once more for whoever repeats it: a commit may take effect and its acknowledgement
+be lost. An attempt's number is never used again, so that an earlier holder's word never counts as a later one's.
+"""
 
 import uuid
 from collections.abc import Mapping, Sequence
@@ -6,14 +10,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import CursorResult, and_, func, or_, select, update
+from sqlalchemy import CursorResult, and_, case, func, literal, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from curvature_protocol.errors import Problem, status_of
 from curvature_protocol.jobs import Job, JobStatus, Progress
 from curvature_state.database import Database
-from curvature_state.tables import JobRow
+from curvature_state.tables import JobRow, UtcDateTime
 
 MAX_ATTEMPTS = 3
 RING_AGAIN_SECONDS = 5.0
@@ -72,6 +76,7 @@ def create_job(database: Database, new: NewJob) -> Created:
         idempotency_key=new.idempotency_key,
         body_digest=new.body_digest,
         attempt=0,
+        handed_back=0,
         warnings=[],
         details=new.metadata or {},
         created_at=now,
@@ -167,41 +172,50 @@ def peek(database: Database, job_id: str, attempt: int) -> JobStatus | None:
 
 def succeed(database: Database, job_id: str, attempt: int, warnings: Sequence[str]) -> bool:
     """Running → succeeded; False if the lease was lost. A result that is there beats a cancellation."""
-    return _finish(database, job_id, attempt, status=JobStatus.SUCCEEDED, warnings=list(warnings))
+    return _finish(database, job_id, attempt, JobStatus.SUCCEEDED, warnings=list(warnings))
 
 
 def fail(database: Database, job_id: str, attempt: int, problem: Problem) -> bool:
     """Running → failed; False if the lease was lost."""
-    return _finish(database, job_id, attempt, status=JobStatus.FAILED, error=problem.model_dump())
+    return _finish(database, job_id, attempt, JobStatus.FAILED, error=problem.model_dump())
 
 
 def confirm_cancel(database: Database, job_id: str, attempt: int) -> bool:
     """Cancelling → cancelled; False if the lease was lost."""
-    return _finish(database, job_id, attempt, status=JobStatus.CANCELLED)
+    return _finish(database, job_id, attempt, JobStatus.CANCELLED)
 
 
 def release(database: Database, job_id: str, attempt: int) -> bool:
-    """Running → queued, without counting the attempt: a stopping worker hands its job back."""
+    """Running → queued, not counted as a failed attempt: a stopping worker hands its job back."""
     with database.write() as session:
-        return _set(
+        released = _set(
             session,
             job_id,
             [JobStatus.RUNNING],
             attempt,
             status=JobStatus.QUEUED,
-            attempt=JobRow.attempt - 1,
+            handed_back=JobRow.handed_back + 1,
             lease_owner=None,
             lease_expires_at=None,
+            progress=None,
             rung_at=datetime.fromtimestamp(0, UTC),
         )
+        return released or _stands(session, job_id, JobStatus.QUEUED, attempt)
 
 
 def request_cancel(database: Database, job_id: str) -> Job | None:
     """Queued → cancelled, running → cancelling; otherwise nothing. Returns the job as it is then, or None."""
-    now = datetime.now(UTC)
+    now, queued = literal(datetime.now(UTC), UtcDateTime), JobRow.status == JobStatus.QUEUED
     with database.write() as session:
-        _set(session, job_id, [JobStatus.QUEUED], None, status=JobStatus.CANCELLED, finished_at=now)
-        _set(session, job_id, [JobStatus.RUNNING], None, status=JobStatus.CANCELLING)
+        # One statement: between two, PostgreSQL would let a running job go back to the queue, unseen by either.
+        _set(
+            session,
+            job_id,
+            [JobStatus.QUEUED, JobStatus.RUNNING],
+            None,
+            status=case((queued, JobStatus.CANCELLED), else_=JobStatus.CANCELLING),
+            finished_at=case((queued, now), else_=None),
+        )
         row = session.get(JobRow, job_id)
         return None if row is None else view(row)
 
@@ -211,7 +225,7 @@ def reconcile(database: Database, max_attempts: int = MAX_ATTEMPTS, *, bells: in
 
     Args:
         database: the truth.
-        max_attempts: attempts after which a job fails.
+        max_attempts: attempts, but for those handed back, after which a job fails.
         bells: how many bells wait at the broker. No bell is lost while there are as many as queued jobs; ringing all
             the same would pile them up for as long as the workers are busy.
     """
@@ -256,15 +270,16 @@ def _find_unheard(database: Database, now: datetime, bells: int) -> dict[str, in
 def _take_back(row: JobRow, now: datetime, max_attempts: int) -> None:
     """What becomes of a job whose worker fell silent."""
     row.lease_owner = row.lease_expires_at = row.progress = None
+    deaths = row.attempt - row.handed_back
     if row.status == JobStatus.CANCELLING:
         row.status, row.finished_at = JobStatus.CANCELLED, now
-    elif row.attempt < max_attempts:
+    elif deaths < max_attempts:
         row.status, row.rung_at = JobStatus.QUEUED, now
     else:
         row.status, row.finished_at = JobStatus.FAILED, now
         row.error = problem(
             "attempts_exhausted",
-            f"the worker died {row.attempt} times while running this job",
+            f"the worker died {deaths} times while running this job",
             remedy="look for what kills the worker (memory, driver) in its log, then submit the job again",
         ).model_dump()
 
@@ -310,19 +325,22 @@ def view(row: JobRow) -> Job:
     )
 
 
-def _finish(database: Database, job_id: str, attempt: int, **values: Any) -> bool:
+def _finish(database: Database, job_id: str, attempt: int, status: JobStatus, **values: Any) -> bool:
     held = [JobStatus.RUNNING, JobStatus.CANCELLING]
     with database.write() as session:
-        return _set(
+        finished = _set(
             session,
             job_id,
             held,
             attempt,
+            status=status,
             finished_at=datetime.now(UTC),
             lease_owner=None,
             lease_expires_at=None,
+            progress=None,
             **values,
         )
+        return finished or _stands(session, job_id, status, attempt)
 
 
 def _set(
@@ -335,6 +353,12 @@ def _set(
     result = session.execute(query.values(**values).execution_options(synchronize_session=False))
     assert isinstance(result, CursorResult)
     return bool(result.rowcount == 1)
+
+
+def _stands(session: Session, job_id: str, status: JobStatus, attempt: int) -> bool:
+    """Whether the job is in that very state already."""
+    query = select(JobRow.id).where(JobRow.id == job_id, JobRow.status == status, JobRow.attempt == attempt)
+    return session.scalar(query) is not None
 
 
 def _status(session: Session, job_id: str) -> JobStatus:

@@ -138,6 +138,10 @@ class ObjectStore:
         for key, changed_at in list(self.list(prefix)):
             if changed_at < before:
                 self.delete(key)
+        self.delete_torn(prefix, before)
+
+    def delete_torn(self, prefix: str, before: float) -> None:
+        """Remove what a process killed while writing left in a folder, last changed before a POSIX time."""
         if self._folder is not None:
             for path in (self._folder / prefix).rglob("*#*"):
                 with suppress(FileNotFoundError):

@@ -2,6 +2,7 @@
 
 from urllib.parse import parse_qs, urlsplit
 
+from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -16,7 +17,7 @@ class StateSettings(BaseSettings):
     """`file:///folder`, `memory:///`, or `s3://bucket/prefix`."""
     redis_url: str = "redis://127.0.0.1:6379/0"
     """`redis://[:password@]host:port/db` or `unix:///path?db=0`."""
-    lease_seconds: float = 15.0
+    lease_seconds: float = Field(default=15.0, gt=0)
     """How long a worker may be silent before its job is taken from it."""
 
     @property

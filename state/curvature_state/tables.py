@@ -27,7 +27,10 @@ class Base(DeclarativeBase):
 
 
 class JobRow(Base):
-    """A job. `attempt` counts claims; the lease names who holds it and until when."""
+    """A job. `attempt` counts claims, `handed_back` those of them that ended with a worker told to stop.
+
+    The lease names who holds the job and until when.
+    """
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -44,6 +47,7 @@ class JobRow(Base):
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
     body_digest: Mapped[str] = mapped_column(String(64))
     attempt: Mapped[int] = mapped_column(Integer, default=0)
+    handed_back: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
     lease_owner: Mapped[str | None] = mapped_column(String(255))
     lease_expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     rung_at: Mapped[datetime] = mapped_column(UtcDateTime)

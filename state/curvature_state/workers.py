@@ -52,12 +52,16 @@ def list_workers(database: Database) -> list[WorkerView]:
 
 
 def published_catalogue(database: Database) -> Catalogue | None:
-    """What workers can compute: the union of all catalogues, the freshest entry of each name."""
+    """What workers can compute: the union of their catalogues, the freshest entry of each name.
+
+    Workers that live count; while none does, those that lived when the last one was heard.
+    """
     with database.read() as session:
         rows = session.scalars(select(WorkerRow).order_by(WorkerRow.seen_at)).all()
     if not rows:
         return None
-    catalogues = [Catalogue.model_validate(r.catalogue) for r in rows]
+    since = min(datetime.now(UTC), rows[-1].seen_at) - timedelta(seconds=ALIVE_SECONDS)
+    catalogues = [Catalogue.model_validate(r.catalogue) for r in rows if r.seen_at >= since]
     extensions = {e.name: e for c in catalogues for e in c.extensions}
     losses = {loss.name: loss for c in catalogues for loss in c.losses}
     return Catalogue(

@@ -80,6 +80,13 @@ def test_wrappers_are_taken_off(tmp_path, wrap):
     assert "was analyzed; parameters are named as there" in notes[0]
 
 
+def test_parametrizations_are_traced(tmp_path):
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))).eval()
+    loaded, notes, _ = converted(net, tmp_path)
+    assert torch.allclose(loaded(X), net(X))
+    assert "0 has parametrizations" in notes[0]
+
+
 def test_a_path_goes_as_it_is(tmp_path):
     (tmp_path / "model.pt").write_bytes(b"any bytes")
     payload, notes = convert(tmp_path / "model.pt", Batch((X, Y)), tmp_path, eval=True)

@@ -3,12 +3,13 @@
 from dataclasses import fields
 
 import pytest
-from torch import nn, ones
+from torch import Tensor, jit, nn, ones, tensor
 
 from curvature_client._errors import UnprocessableError
 from curvature_client._extensions import EXTENSIONS, KFAC, BatchGrad, DiagGGNMC, read_extensions
-from curvature_client._losses import read_loss
+from curvature_client._losses import ALIASES, MODULES, read_loss
 from curvature_engine import catalogue
+from curvature_engine.losses import modules as engine_modules
 
 
 def test_every_extension_of_the_engine_has_a_value_with_its_options() -> None:
@@ -52,6 +53,10 @@ def test_a_wrong_list_of_extensions_says_what_is_wrong(given, message) -> None:
     assert caught.value.param == "extensions"
 
 
+TENTH = tensor(0.1).item()
+"""0.1 in float32, exactly."""
+
+
 @pytest.mark.parametrize(
     ("loss", "reduction", "expected"),
     [
@@ -63,6 +68,31 @@ def test_a_wrong_list_of_extensions_says_what_is_wrong(given, message) -> None:
             nn.CrossEntropyLoss(ignore_index=0),
             None,
             ({"name": "cross_entropy", "options": {"ignore_index": 0}}, "mean"),
+        ),
+        (
+            nn.CrossEntropyLoss(weight=tensor([0.1, 2.0]), label_smoothing=0.1),
+            None,
+            ({"name": "cross_entropy", "options": {"weight": [TENTH, 2.0], "label_smoothing": 0.1}}, "mean"),
+        ),
+        (nn.NLLLoss(weight=ones(2)), None, ({"name": "nll", "options": {"weight": [1.0, 1.0]}}, "mean")),
+        (
+            nn.BCEWithLogitsLoss(pos_weight=tensor([[2], [3]]), reduction="sum"),
+            "sum",
+            ({"name": "bce_with_logits", "options": {"pos_weight": [[2.0], [3.0]]}}, "sum"),
+        ),
+        (
+            nn.PoissonNLLLoss(log_input=False, full=True),
+            None,
+            ({"name": "poisson_nll", "options": {"log_input": False, "full": True}}, "mean"),
+        ),
+        (nn.HuberLoss(delta=2.0), None, ({"name": "huber", "options": {"delta": 2.0}}, "mean")),
+        (nn.SmoothL1Loss(beta=0.5), None, ({"name": "smooth_l1", "options": {"beta": 0.5}}, "mean")),
+        (nn.L1Loss(), None, ({"name": "l1", "options": {}}, "mean")),
+        ("nll_loss", None, ({"name": "nll", "options": {}}, "mean")),
+        (
+            {"name": "mse_loss", "options": {"output": "logits"}},
+            None,
+            ({"name": "mse", "options": {"output": "logits"}}, "mean"),
         ),
         (
             {"name": "cross_entropy", "options": {"ignore_index": 1}},
@@ -79,14 +109,26 @@ class _Twice(nn.MSELoss):
     pass
 
 
+def _double(outputs: Tensor, targets: Tensor) -> Tensor:
+    return 2.0 * (outputs - targets).square().sum(1)
+
+
+def test_client_and_engine_read_the_same_modules_and_names() -> None:
+    by_class = {kind.__name__: entry for kind, entry in engine_modules.MODULES.items()}
+
+    assert (by_class, engine_modules.ALIASES) == (MODULES, ALIASES)
+
+
 @pytest.mark.parametrize(
     ("loss", "reduction", "message"),
     [
         (nn.MSELoss(), "sum", "the loss module says reduction='mean', the call reduction='sum'"),
         (nn.MSELoss(reduction="none"), None, "got 'none'"),
-        (nn.CrossEntropyLoss(weight=ones(3)), None, "does not take weight"),
-        (nn.CrossEntropyLoss(label_smoothing=0.1), None, "does not take label_smoothing"),
-        (nn.L1Loss(), None, "got L1Loss"),
+        (nn.CrossEntropyLoss(weight=tensor([1.0, float("inf")])), None, "finite numbers"),
+        (nn.BCELoss(), None, "one of nn.BCEWithLogitsLoss.*got BCELoss"),
+        (nn.GaussianNLLLoss(), None, "gaussian_nll.*var"),
+        (jit.script(_double), None, "engine alone"),
+        ({"name": "custom", "function": "loss.pt"}, None, "function: Extra inputs"),
         (nn.MSELoss, None, r"make an instance: MSELoss\(\)"),
         (_Twice(), None, "got _Twice"),
         (nn.functional.cross_entropy, None, "got cross_entropy"),

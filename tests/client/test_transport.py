@@ -1,5 +1,7 @@
 """Requests: retries, errors, address and key, against a server that fails on purpose."""
 
+import json
+
 import httpx
 import pytest
 from tests.client.scripted_server import answering, reply
@@ -10,6 +12,7 @@ from curvature_client import (
     AuthenticationError,
     Client,
     CurvatureError,
+    NotFoundError,
     ServiceUnavailableError,
     UnprocessableError,
 )
@@ -150,3 +153,32 @@ def test_a_client_of_the_users_own_stays_open():
 def test_an_address_must_be_one(url):
     with pytest.raises(CurvatureError, match="address must be like http"):
         Client(url)
+
+
+def test_waiting_outlasts_a_server_that_fails_for_a_while():
+    view = {"id": "j", "status": "running", "created_at": "2026-01-01T00:00:00Z", "request": {}}
+    answers = [(500, b"{}"), (502, b""), (200, b"<html>"), (200, json.dumps({**view, "status": "succeeded"}).encode())]
+
+    def answer(handler, body):
+        status, data = answers.pop(0) if "wait" in handler.path else (200, json.dumps(view).encode())
+        reply(handler, status, data)
+
+    with answering(answer) as (url, _), Client(url, progress=False) as client:
+        assert client.jobs.get("j").wait(30).status == "succeeded"
+    assert answers == []
+
+
+def test_waiting_ends_where_the_server_does_not_know_the_job_any_more():
+    view = {"id": "j", "status": "running", "created_at": "2026-01-01T00:00:00Z", "request": {}}
+
+    def answer(handler, body):
+        known = "wait" not in handler.path
+        reply(handler, 200 if known else 404, json.dumps(view).encode() if known else b"")
+
+    with answering(answer) as (url, _), Client(url, progress=False) as client, pytest.raises(NotFoundError):
+        client.jobs.get("j").wait(30)
+
+
+def test_an_empty_id_is_refused_at_once():
+    with Client("http://127.0.0.1:9") as client, pytest.raises(NotFoundError, match="the job's id is empty"):
+        client.jobs.get("")

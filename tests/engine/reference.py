@@ -4,6 +4,7 @@ One batched forward, then one backward per sample (and per output for Jacobians)
 modules, with patches made by a convolution with one-hot kernels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,8 @@ class Reference:
     module: nn.Module
     inputs: tuple
     targets: torch.Tensor
-    loss: str
+    loss: str | Callable
+    """A name, or torch's function of (outputs, targets, reduction)."""
     reduction: str
 
     def __post_init__(self):
@@ -28,11 +30,18 @@ class Reference:
 
     @property
     def Z(self):
+        """What torch divides by."""
         if self.reduction == "sum":
             return 1
+        if callable(self.loss):
+            outputs = self.outputs.detach()
+            return float(self.loss(outputs, self.targets, "sum") / self.loss(outputs, self.targets, "mean"))
         return self.outputs.numel() if self.loss == "mse" else int((self.targets != -100).sum())
 
     def contributions(self):
+        if callable(self.loss):
+            rows = zip(self.outputs.split(1), self.targets.split(1), strict=True)
+            return torch.stack([self.loss(f, t, "sum") for f, t in rows]) / self.Z
         if self.loss == "mse":
             terms = (self.outputs - self.targets) ** 2
         else:
@@ -40,6 +49,8 @@ class Reference:
         return terms.reshape(self.N, -1).sum(1) / self.Z
 
     def loss_value(self):
+        if callable(self.loss):
+            return self.loss(self.outputs, self.targets, self.reduction)
         loss = F.mse_loss if self.loss == "mse" else F.cross_entropy
         return loss(self.outputs, self.targets, reduction=self.reduction)
 
@@ -49,6 +60,8 @@ class Reference:
 
         def contribution(flat):
             row = flat.view(f.shape)[None]
+            if callable(self.loss):
+                return self.loss(row, self.targets[n : n + 1], "sum") / Z
             if self.loss == "mse":
                 return ((row - self.targets[n : n + 1]) ** 2).sum() / Z
             return F.cross_entropy(row, self.targets[n : n + 1], reduction="sum") / Z

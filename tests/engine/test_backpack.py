@@ -76,3 +76,23 @@ def test_subsampling_equals_backpack(name, loss):
         torch.testing.assert_close(ours["batch_grad"][parameter], tensor.grad_batch, rtol=1e-10, atol=1e-12)
         root = ours["sqrt_ggn_exact"][parameter]
         torch.testing.assert_close(root.abs(), tensor.sqrt_ggn_exact.abs(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("extension", PEERS)
+def test_binary_cross_entropy_equals_backpack(extension, reduction):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(5, 6), nn.Sigmoid(), nn.Linear(6, 1)).double()
+    inputs, targets = torch.randn(7, 5).double(), torch.randint(0, 2, (7, 1)).double()
+    request = {"name": extension, "options": {"approximation": "backpack"} if extension == "kflr" else {}}
+    criterion = nn.BCEWithLogitsLoss(reduction=reduction)
+    ours = engine.analyze(torch.jit.script(module), inputs, targets, [request], loss=criterion)
+    make, read = PEERS[extension]
+    module, criterion = extend(module), extend(criterion)
+    with backpack(make()):
+        criterion(module(inputs), targets).backward()
+    for parameter, tensor in module.named_parameters():
+        theirs, mine = read(tensor), ours[extension][parameter]
+        pairs = [(mine, theirs)] if extension != "kflr" else list(zip(mine[: len(theirs)], theirs, strict=True))
+        for a, b in pairs:
+            assert (a - b).abs().max() <= 1e-10 * b.abs().max(), parameter

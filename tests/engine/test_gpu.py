@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.engine.losses import LOSS_CASES
 from tests.engine.models import CASES, build, targets_for, torchscript
 from tests.engine.test_table import PER_PARAMETER, REQUESTS, TOLERANCE, error
 
@@ -31,3 +32,17 @@ def test_a_gpu_computes_what_the_cpu_does(case, loss):
             assert error(there[extension][parameter].cpu(), value) <= TOLERANCE, (extension, parameter)
     for parameter, pair in here["kfac"].items():
         assert error(there["kfac"][parameter].B.cpu(), pair.B) <= TOLERANCE, parameter
+
+
+@pytest.mark.parametrize("case", LOSS_CASES, ids=lambda case: case.id)
+def test_a_gpu_computes_the_losses_that_the_cpu_does(case):
+    module, inputs, targets = case.build()
+    requests = ["batch_grad", *["diag_ggn_exact", MONTE_CARLO[0]] * case.second_order]
+    here, there = (
+        engine.analyze(torch.jit.script(module), inputs, targets, requests, loss=case.request, device=device)
+        for device in ("cpu", "cuda")
+    )
+    assert error(there.loss.cpu(), here.loss) <= TOLERANCE
+    for extension, group in here.groups.items():
+        for parameter, value in group.by_parameter.items():
+            assert error(there[extension][parameter].cpu(), value) <= TOLERANCE, (extension, parameter)

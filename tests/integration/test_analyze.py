@@ -53,6 +53,36 @@ def test_tensors_equal_the_engines_bit_for_bit(client, one_thread, name, loss, w
                 assert theirs is mine is None or (mine.dtype == theirs.dtype and torch.equal(mine, theirs))
 
 
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x) -> dict[str, torch.Tensor]:
+        h = torch.tanh(self.hidden(x))
+        return {"hidden": h, "logits": self.head(h)}
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets"),
+    [
+        (nn.CrossEntropyLoss(weight=torch.tensor([0.1, 2.0, 0.7]), label_smoothing=0.1), torch.tensor([0, 1, 2, 1])),
+        (nn.BCEWithLogitsLoss(pos_weight=torch.tensor([0.1, 2.0, 0.7]), reduction="sum"), torch.rand(4, 3)),
+        ({"name": "gaussian_nll", "options": {"var": [0.1, 2.0, 0.7]}}, torch.rand(4, 3)),
+    ],
+)
+def test_losses_and_their_options_reach_the_engine(client, one_thread, loss, targets):
+    named, x = Named().eval(), torch.randn(4, 5)
+    plain = nn.Sequential(named.hidden, nn.Tanh(), named.head).eval()
+    expected = engine.analyze(plain, x, targets, ["diag_ggn_exact"], loss=loss)["diag_ggn_exact"]
+    result = client.analyze(plain, (x, targets), ["diag_ggn_exact"], loss=loss)
+    assert torch.equal(result["diag_ggn_exact"]["2.weight"], expected["2.weight"])
+    if isinstance(loss, dict):
+        loss = {"name": loss["name"], "options": {**loss["options"], "output": "logits"}}
+        result = client.analyze(named, (x, targets), ["diag_ggn_exact"], loss=loss)
+        torch.testing.assert_close(result["diag_ggn_exact"]["head.weight"][...], expected["2.weight"])
+
+
 def test_the_bare_call_needs_no_loss(client):
     model, batch = small()
     result = client.analyze(model, batch, ["diag_ggn_mc"])

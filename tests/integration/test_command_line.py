@@ -72,6 +72,10 @@ def test_extensions_are_listed(run):
         (["analyze", "model.pt", "batch.safetensors", "-e", "kfca", "-o", "x"], "did you mean 'kfac'"),
         (["analyze", "absent.pt", "batch.safetensors", "-e", "kfac", "-o", "x"], "absent.pt does not exist"),
         (["analyze", "batch.safetensors", "batch.safetensors", "-e", "kfac", "-o", "x"], "no TorchScript archive"),
+        (
+            ["analyze", "model.pt", "batch.safetensors", "-e", "kfac", "-o", "/no/such/folder/x"],
+            "lies in a folder that does not exist",
+        ),
         (["jobs", "show", "nothing"], "there is no job 'nothing'"),
     ],
 )

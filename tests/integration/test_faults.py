@@ -84,7 +84,7 @@ def test_a_second_start_finds_old_results_and_runs_what_was_queued(tmp_path):
         assert client.jobs.get(old.id).result()["variance"]["0.weight"].shape == (4, 5)
         job = client.jobs.get(running.id)
         wait_for(lambda: job.refresh().status == "running", 30, "the interrupted job to run again")
-        assert job.attempt == 1
+        assert job.attempt == 2
         job.cancel().wait(30)
         assert client.jobs.get(queued.id).wait(30).result().loss > 0
     assert server.stop(signal.SIGTERM) == 0

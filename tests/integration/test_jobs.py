@@ -113,6 +113,21 @@ def test_events_tell_the_whole_story(client):
     assert events[-1].job_id == job.id
 
 
+def test_no_state_is_told_twice_however_often_the_connection_is_made(long_job, client, monkeypatch):
+    monkeypatch.setattr("curvature_client._jobs.POLL_SECONDS", 0.2)
+    model, batch = small()
+    waiting = client.submit(model, batch, ["grad"])
+    seen = []
+    follower = threading.Thread(target=lambda: seen.extend(waiting.events()))
+    follower.start()
+    wait_for(lambda: seen, 30, "the first event")
+    follower.join(1.0)
+    long_job.cancel()
+    follower.join(30)
+    states = [event.status.value for event in seen if event.event == "state"]
+    assert states == ["queued", "running", "succeeded"]
+
+
 def test_events_end_when_the_job_is_cancelled(long_job):
     seen = []
     follower = threading.Thread(target=lambda: seen.extend(long_job.events()))

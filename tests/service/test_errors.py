@@ -20,7 +20,7 @@ def test_an_unknown_path(client):
 
 def test_a_verb_that_a_path_does_not_take(client):
     reply = client.delete("/v1/jobs")
-    expect_problem(reply, 405, "not_found")
+    expect_problem(reply, 405, "invalid_request")
     assert reply.headers["allow"]
 
 

@@ -73,6 +73,19 @@ def test_a_reader_resumes_where_it_was(server, job):
     resumed.close()
 
 
+def test_a_reader_who_resumes_is_not_told_the_state_it_knows(server, job):
+    claim(server, job)
+    publish_state(server, job)
+    publish_progress(server, job, 1)
+    stream = follow(server.client, job)
+    last = next(event_id for event_id, event in stream if event.event == "progress")
+    stream.close()
+    with connect_sse(
+        server.client, "GET", f"/v1/jobs/{job.id}/events?wait=0.2", headers={"Last-Event-ID": last}
+    ) as source:
+        assert [sent.data for sent in source.iter_sse() if sent.data] == []
+
+
 def test_the_last_event_tells_why_a_job_failed(server, job):
     fail(server, job)
     publish_state(server, job)

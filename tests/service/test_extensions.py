@@ -95,6 +95,43 @@ def test_an_unknown_loss_is_told_with_the_known_ones():
     assert "cross_entropy" in error.remedy
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"name": "cross_entropy", "options": {"weight": [1, 0.5], "label_smoothing": 0.1, "class_axis": "last"}},
+        {"name": "bce_with_logits", "options": {"pos_weight": [[2.0], [3.0]], "weight": 2}},
+        {"name": "poisson_nll", "options": {"log_input": False}},
+        {"name": "gaussian_nll", "options": {"var": [0.5, 2.0]}},
+        {"name": "huber", "options": {"delta": 0.5, "output": "logits"}},
+        {"name": "mse", "options": {"output": 1}},
+    ],
+)
+def test_options_of_losses_are_accepted(loss):
+    check_request(built_in_catalogue(), request(loss=loss))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "param"),
+    [
+        ("cross_entropy", {"weight": [1.0, -0.5]}, "weight.1"),
+        ("cross_entropy", {"weight": 2.0}, "weight"),
+        ("cross_entropy", {"label_smoothing": 1.5}, "label_smoothing"),
+        ("cross_entropy", {"class_axis": "first"}, "class_axis"),
+        ("poisson_nll", {"full": 1}, "full"),
+        ("huber", {"delta": 0}, "delta"),
+        ("mse", {"output": 1.5}, "output"),
+        ("mse", {"output": [0]}, "output"),
+    ],
+)
+def test_an_option_of_a_loss_that_does_not_fit_is_named(name, options, param):
+    error = refused(loss={"name": name, "options": options})
+    assert (error.code, error.param) == ("invalid_option", f"loss.options.{param}")
+
+
+def test_no_request_can_name_a_function_as_loss():
+    assert refused(loss="custom").code == "unknown_loss"
+
+
 # Over HTTP, with workers
 
 

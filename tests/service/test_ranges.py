@@ -37,16 +37,16 @@ def test_a_range_gives_its_part(get, wanted, expected, content_range):
     assert reply.headers["content-length"] == str(len(expected))
 
 
-@pytest.mark.parametrize(
-    "wanted", ["bytes=100-", "bytes=100-200", "bytes=-0", "bytes=9-3", "bytes=" + "9" * 5000 + "-"]
-)
+@pytest.mark.parametrize("wanted", ["bytes=100-", "bytes=100-200", "bytes=-0", "bytes=" + "9" * 5000 + "-"])
 def test_a_range_outside_is_not_satisfiable(get, wanted):
     reply = get(wanted)
     expect_problem(reply, 416, "range_not_satisfiable", "Range")
     assert reply.headers["content-range"] == "bytes */100"
 
 
-@pytest.mark.parametrize("wanted", ["bytes=-", "bytes=a-b", "bytes=1", "items=0-1", "bytes=0-1,5-6", "nonsense", ""])
+@pytest.mark.parametrize(
+    "wanted", ["bytes=-", "bytes=9-3", "bytes=a-b", "bytes=1", "items=0-1", "bytes=0-1,5-6", "nonsense", ""]
+)
 def test_malformed_and_multiple_ranges_give_the_whole(get, wanted):
     reply = get(wanted)
     assert reply.status_code == 200

@@ -9,7 +9,7 @@ from tests.service.planting import claim, submit
 from tests.service.test_events import follow
 from tests.state.servers import RedisServer
 
-from curvature_service.reconciler import reconcile_once, remove_abandoned_uploads
+from curvature_service.reconciler import reconcile_once, remove_abandoned_uploads, remove_leftover_results
 from curvature_state import broker, jobs
 from curvature_state.tables import JobRow
 
@@ -85,3 +85,14 @@ def test_uploads_abandoned_a_day_ago_are_removed(server):
     os.utime(server.folder / "uploads/old", (1000, 1000))
     remove_abandoned_uploads(server.resources)
     assert server.stored() == ["uploads/new"]
+
+
+def test_results_that_no_job_names_are_removed_after_a_day(server):
+    job = submit(server.client)
+    held = claim(server, job)
+    jobs.fail(server.resources.database, job.id, held.attempt, jobs.problem("internal_error", "x"))
+    for attempt, name in ((held.attempt, "old"), (held.attempt, "new")):
+        server.resources.objects.put_bytes(f"results/{job.id}/{attempt}/{name}", b"x")
+    os.utime(server.folder / f"results/{job.id}/{held.attempt}/old", (1000, 1000))
+    remove_leftover_results(server.resources)
+    assert [key for key in server.stored() if key.startswith("results/")] == [f"results/{job.id}/1/new"]

@@ -10,8 +10,8 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import URL, text
 from sqlalchemy.exc import OperationalError
 
-from curvature_state import Database, jobs, migrate
-from curvature_state.database import make_engine
+from curvature_state import Database, jobs
+from curvature_state.database import make_engine, migrate
 from curvature_state.jobs import NewJob
 from curvature_state.tables import Base
 
@@ -26,6 +26,22 @@ def test_the_migrations_make_exactly_the_tables_of_the_code(database_url):
 
 def test_migrating_twice_is_no_error(database_url):
     migrate(database_url)
+
+
+def test_rows_of_the_version_before_have_been_handed_back_never(tmp_path):
+    url = f"sqlite:///{tmp_path / 'old.db'}"
+    migrate(url, "0001")
+    engine = make_engine(url)
+    columns = "id, tenant, status, priority, request, body_digest, attempt, rung_at, warnings, details, created_at"
+    with engine.begin() as connection:
+        connection.execute(
+            text(f"INSERT INTO jobs ({columns}) VALUES ('j', 't', 'queued', 5, '{{}}', 'd', 2, :t, '[]', '{{}}', :t)"),
+            {"t": "2026-01-01 00:00:00"},
+        )
+    migrate(url)
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT attempt, handed_back FROM jobs")).one() == (2, 0)
+    engine.dispose()
 
 
 def test_a_write_that_fails_leaves_nothing(database):

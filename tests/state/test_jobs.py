@@ -125,12 +125,34 @@ def test_an_older_attempt_holds_nothing(database):
     assert status(database, held.id) == JobStatus.RUNNING
 
 
-def test_a_stopping_worker_hands_its_job_back_without_counting_the_attempt(database):
+def test_a_stopping_worker_hands_its_job_back(database):
     held = claimed(database)
+    jobs.renew(database, held.id, held.attempt, LEASE, Progress(phase="computing"))
     assert jobs.release(database, held.id, held.attempt)
     job = jobs.get_job(database, held.id)
-    assert (job.status, job.attempt) == (JobStatus.QUEUED, 0)
+    assert (job.status, job.attempt, job.progress) == (JobStatus.QUEUED, 1, None)
     assert job.id in jobs.reconcile(database).ring
+
+
+def test_the_number_of_an_attempt_handed_back_is_not_used_again(database):
+    held = claimed(database)
+    jobs.release(database, held.id, held.attempt)
+    assert jobs.claim(database, held.id, "w2", LEASE).attempt == 2
+    assert jobs.renew(database, held.id, held.attempt, LEASE, None) is None
+    assert not jobs.release(database, held.id, held.attempt)
+    assert status(database, held.id) == JobStatus.RUNNING
+
+
+def test_handing_back_does_not_count_as_a_death(database):
+    job = make(database)
+    for _ in range(jobs.MAX_ATTEMPTS):
+        jobs.release(database, job.id, jobs.claim(database, job.id, "stopping", LEASE).attempt)
+    for _ in range(jobs.MAX_ATTEMPTS):
+        assert status(database, job.id) == JobStatus.QUEUED
+        jobs.claim(database, job.id, "dying", LEASE)
+        age(database, job.id, lease_expires_at=long_ago())
+        jobs.reconcile(database)
+    assert "died 3 times" in jobs.get_job(database, job.id).error.detail
 
 
 # Ending
@@ -153,6 +175,40 @@ def test_failure_keeps_code_param_and_remedy(database):
     assert job.status == JobStatus.FAILED
     assert job.error == problem
     assert job.error.status == 422
+
+
+ENDS = {
+    "succeeded": lambda database, held: jobs.succeed(database, held.id, held.attempt, []),
+    "failed": lambda database, held: jobs.fail(database, held.id, held.attempt, jobs.problem("internal_error", "x")),
+    "cancelled": lambda database, held: jobs.confirm_cancel(database, held.id, held.attempt),
+    "queued": lambda database, held: jobs.release(database, held.id, held.attempt),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_end_whose_acknowledgement_was_lost_can_be_written_again(database, end):
+    held = claimed(database)
+    assert ENDS[end](database, held)
+    once = jobs.get_job(database, held.id)
+    assert ENDS[end](database, held)
+    assert jobs.get_job(database, held.id) == once
+    assert once.status == end
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_another_end_is_not_taken_for_the_own_one(database, end):
+    held = claimed(database)
+    ENDS[end](database, held)
+    for other in ENDS.keys() - {end}:
+        assert not ENDS[other](database, held)
+
+
+@pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled"])
+def test_a_job_that_is_over_shows_no_progress(database, end):
+    held = claimed(database)
+    jobs.renew(database, held.id, held.attempt, LEASE, Progress(phase="admitting"))
+    ENDS[end](database, held)
+    assert jobs.get_job(database, held.id).progress is None
 
 
 def test_a_result_beats_a_cancellation(database):
@@ -183,6 +239,20 @@ def test_a_finished_job_stays_as_it_is(database):
     held = claimed(database)
     jobs.succeed(database, held.id, held.attempt, [])
     assert jobs.request_cancel(database, held.id).status == JobStatus.SUCCEEDED
+
+
+@pytest.mark.integration
+def test_a_cancellation_is_not_lost_to_a_worker_that_hands_the_job_back_meanwhile(postgres_url):
+    database = Database(postgres_url)
+    held = claimed(database)
+    with ThreadPoolExecutor(1) as pool:
+        with database.write() as session:
+            session.execute(update(JobRow).where(JobRow.id == held.id).values(status="queued"))
+            cancelling = pool.submit(jobs.request_cancel, database, held.id)
+            await_blocked_session(database)
+        assert cancelling.result().status == JobStatus.CANCELLED
+        assert cancelling.result().finished_at is not None
+    database.close()
 
 
 def test_cancelling_an_unknown_job_is_none(database):

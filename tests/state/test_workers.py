@@ -44,6 +44,20 @@ def test_a_silent_worker_is_not_listed_but_its_catalogue_counts(database):
     assert [e.name for e in workers.published_catalogue(database).extensions] == ["mine"]
 
 
+def test_a_silent_workers_catalogue_does_not_count_beside_a_live_one(database):
+    workers.publish_worker(database, worker("dead", 60), catalogue(entry("theirs"), entry("gone"), version="0"))
+    workers.publish_worker(database, worker("live"), catalogue(entry("theirs")))
+    found = workers.published_catalogue(database)
+    assert ([e.name for e in found.extensions], found.engine_version) == (["theirs"], "1")
+
+
+def test_while_all_are_silent_those_count_that_lived_together_last(database):
+    workers.publish_worker(database, worker("w1", 7200), catalogue(entry("long gone")))
+    workers.publish_worker(database, worker("w2", 65), catalogue(entry("a")))
+    workers.publish_worker(database, worker("w3", 60), catalogue(entry("b")))
+    assert [e.name for e in workers.published_catalogue(database).extensions] == ["a", "b"]
+
+
 def test_a_worker_gone_for_a_day_is_forgotten(database):
     workers.publish_worker(database, worker("old", 2 * 24 * 3600), catalogue(entry("old")))
     workers.publish_worker(database, worker("new"), catalogue(entry("new")))

@@ -130,7 +130,7 @@ def test_a_worker_told_to_stop_hands_its_job_back(desk, start, number):
     begun = time.monotonic()
     worker.stop(number)
     assert time.monotonic() - begun < 5
-    assert (status(desk, job_id), desk.job(job_id).attempt) == (JobStatus.QUEUED, 0)
+    assert (status(desk, job_id), desk.job(job_id).attempt) == (JobStatus.QUEUED, 1)
     assert "handed back" in worker.log
     assert "Traceback" not in worker.log
 

@@ -132,6 +132,7 @@ def test_files_linked_into_the_inbox_later_can_be_read(attack, original):
         "map inbox writable",
         "reopen inbox for writing",
         "lease inbox",
+        pytest.param("lease inbox with more bits", marks=on_x86),
         "hard link out of inbox",
         "move out of inbox",
     ],
@@ -166,6 +167,22 @@ def test_other_processes_are_left_alone(attack, bystander, name):
 
 
 @on_x86
+@pytest.mark.parametrize(
+    "name",
+    [
+        "own a pipe",
+        "own a pipe with more bits",
+        "own a pipe, extended",
+        "choose a pipe's signal",
+        "own a socket",
+        "own a socket by its older name",
+    ],
+)
+def test_nothing_is_made_to_signal_other_processes(attack, bystander, name):
+    assert attack(name, bystander.pid)["denied"]
+
+
+@on_x86
 def test_other_processes_are_not_traced(attack, bystander):
     assert attack("trace", bystander.pid)["denied"]
 
@@ -176,7 +193,9 @@ def test_there_is_no_network(attack, name):
 
 
 @on_x86
-@pytest.mark.parametrize("name", ["io_uring", "shared memory", "new namespace", "outlive the worker"])
+@pytest.mark.parametrize(
+    "name", ["io_uring", "shared memory", "new namespace", "outlive the worker", "outlive the worker with more bits"]
+)
 def test_ways_around_are_closed(attack, name):
     assert attack(name)["denied"]
 

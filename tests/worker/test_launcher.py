@@ -9,8 +9,10 @@ import psutil
 import pytest
 from tests.worker.desk import wait_until
 
+from curvature_worker import sealing
 from curvature_worker.channel import ChannelClosed
 from curvature_worker.launcher import launch
+from curvature_worker.sealing import FileInUse
 
 TARGETS = Path(__file__).parent / "targets"
 
@@ -91,6 +93,43 @@ def test_a_file_taken_from_the_outbox_is_out_of_its_reach(process):
     taken = process.take("result")
     assert taken.read_text() == "x"
     assert process.outbox not in taken.parents
+
+
+@pytest.fixture
+def attacker(scratch, children_of_this_process):
+    made = launch("attacks", scratch=scratch, options={}, import_paths=[str(TARGETS)])
+    assert made.channel.receive(60)["event"] == "ready"
+
+    def attack(name):
+        made.channel.send({"attack": name})
+        assert not (tried := made.channel.receive(30))["denied"], tried
+
+    yield made, attack
+    made.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the file is copied")
+@pytest.mark.parametrize("kept", ["keep descriptor", "keep mapping"])
+def test_a_file_that_it_can_still_write_is_not_taken(attacker, kept):
+    process, attack = attacker
+    attack(kept)
+    with pytest.raises(FileInUse, match="kept is still open for writing"):
+        process.take("kept")
+
+
+@pytest.mark.parametrize("kept", ["keep descriptor", "keep mapping"])
+def test_where_no_lease_is_had_what_is_taken_is_a_copy(attacker, kept, monkeypatch):
+    process, attack = attacker
+    monkeypatch.setattr(sealing, "_is_left_alone", lambda descriptor, name: False)
+    attack(kept)
+    taken = process.take("kept")
+    attack("forge")
+    assert taken.read_bytes() == b"honest"
+
+
+def test_emptying_the_outbox_of_a_killed_process_is_no_error(process):
+    process.kill()
+    process.empty_outbox()
 
 
 def test_emptying_the_outbox_leaves_nothing(process):

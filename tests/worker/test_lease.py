@@ -1,4 +1,5 @@
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -66,6 +67,16 @@ def test_a_lease_is_renewed_for_as_long_as_it_is_held(database, job, settings):
     with Lease(database, job, settings) as lease:
         wait_until(lambda: expiry() > first + timedelta(seconds=0.3))
         lease.check()
+
+
+def test_a_lease_shorter_than_the_pause_between_renewals_is_kept(database, settings):
+    short = settings.model_copy(update={"lease_seconds": 1.0, "renew_seconds": 3.0})
+    job_id = jobs.create_job(database, jobs.NewJob({}, "digest")).job.id
+    job = jobs.claim(database, job_id, "me", short.lease_seconds)
+    begun, taken = time.monotonic(), []
+    with Lease(database, job, short):
+        wait_until(lambda: taken.extend(jobs.reconcile(database).changed) or time.monotonic() - begun > 1.5)
+    assert taken == []
 
 
 def test_progress_is_noted_with_the_renewal(database, job, settings):

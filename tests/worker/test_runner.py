@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import time
@@ -7,6 +8,7 @@ import pytest
 import redis
 import torch
 from safetensors.torch import save
+from sqlalchemy.exc import OperationalError
 from tests.worker import models
 from tests.worker.desk import Desk, script, wait_until
 
@@ -17,7 +19,9 @@ from curvature_protocol.names import admitted_key, artefact_key, event_stream
 from curvature_state import jobs
 from curvature_state.tables import JobRow
 from curvature_worker.admission import ADMISSION_VERSION
-from curvature_worker.errors import WorkerUnfit
+from curvature_worker.errors import JobStopped, LeaseLost, WorkerUnfit
+from curvature_worker.launcher import Confined
+from curvature_worker.lease import Lease
 from curvature_worker.pool import ChildPool
 
 pytestmark = pytest.mark.integration
@@ -214,7 +218,7 @@ class TestInterruptions:
     def test_a_worker_that_is_told_to_stop_hands_the_job_back(self, desk):
         job_id = desk.submit(models.Endless(), models.batch())
         job, seconds = desk.run_while(job_id, desk.runner.stopping.set)
-        assert (job.status, job.attempt) == (JobStatus.QUEUED, 0)
+        assert (job.status, job.attempt) == (JobStatus.QUEUED, 1)
         assert seconds < 2.0
         assert job_id in jobs.reconcile(desk.database).ring
 
@@ -254,6 +258,67 @@ class TestInterruptions:
         assert desk.job(job_id).status == JobStatus.RUNNING
         assert desk.results(job_id) == []
 
+    def test_followers_hear_of_a_hand_back_as_the_row_has_it(self, desk, redis_url):
+        job_id = desk.submit(models.Endless(), models.batch())
+        job, _ = desk.run_while(job_id, desk.runner.stopping.set)
+        last = heard(redis_url, job_id)[-1]
+        assert (last.status, last.attempt) == (job.status, job.attempt)
+
+    def test_a_result_whose_commit_was_not_acknowledged_is_kept(self, desk, monkeypatch, redis_url):
+        lose_first_acknowledgement(monkeypatch, "succeed")
+        job = desk.run(desk.submit(models.small(), models.batch()))
+        assert job.status == JobStatus.SUCCEEDED
+        assert len(desk.results(job.id)) == 2
+        assert heard(redis_url, job.id)[-1].status == JobStatus.SUCCEEDED
+
+    def test_followers_hear_of_a_failure_whose_commit_was_not_acknowledged(self, desk, monkeypatch, redis_url):
+        lose_first_acknowledgement(monkeypatch, "fail")
+        job = desk.run(desk.submit(b"nonsense", models.batch()))
+        assert heard(redis_url, job.id)[-1].status == job.status == JobStatus.FAILED
+
+    @pytest.mark.parametrize("what", ["cancel", "store", "lease"])
+    def test_what_breaks_off_the_storing_leaves_no_file(self, desk, monkeypatch, what):
+        job_id = desk.submit(models.small(), models.batch(), ["grad", "variance", "batch_grad"])
+        objects, stored, leases = desk.runner._tools.objects, [], []
+        put, enter = objects.put_file, Lease.__enter__
+        monkeypatch.setattr(Lease, "__enter__", lambda lease: leases.append(lease) or enter(lease))
+
+        def put_file(key, path):
+            if key.startswith("results/"):
+                stored.append(key)
+                if len(stored) == 2:
+                    break_off(desk, job_id, leases[0], what)
+            return put(key, path)
+
+        monkeypatch.setattr(objects, "put_file", put_file)
+        job = desk.run(job_id)
+        assert len(stored) == 2
+        assert job.status == {"cancel": "cancelled", "store": "failed", "lease": "running"}[what]
+        assert desk.results(job_id) == []
+
+    @pytest.mark.parametrize("meddle", ["kept open", "linked"])
+    def test_a_result_that_its_process_could_still_change_is_not_taken(self, desk, monkeypatch, meddle):
+        """The test stands for the process: it opens the file, or names it twice, before the worker takes it."""
+        take, kept = Confined.take, []
+
+        def take_late(process, name):
+            if name == "batch_grad.safetensors":
+                file = process.outbox / name
+                kept.append(file.open("r+b") if meddle == "kept open" else (process.outbox / "b").hardlink_to(file))
+            return take(process, name)
+
+        monkeypatch.setattr(Confined, "take", take_late)
+        job_id = desk.submit(models.small(), models.batch())
+        job = desk.run(job_id)
+        if meddle == "kept open":
+            kept[0].close()
+        assert (job.status, job.error.code) == (JobStatus.FAILED, "internal_error")
+        assert "kept hold of" in job.error.detail
+        assert desk.results(job_id) == []
+        assert "default" not in desk.pool._children
+        monkeypatch.undo()
+        assert desk.run(desk.submit(models.small(), models.batch())).status == JobStatus.SUCCEEDED
+
     def test_progress_is_noted_while_computing(self, desk):
         job_id = desk.submit(
             models.small(), models.batch(200), [{"name": "diag_ggn_mc", "options": {"mc_samples": 100_000}}]
@@ -272,6 +337,49 @@ class TestInterruptions:
 
 def over(desk, job_id):
     return desk.job(job_id).finished_at is not None
+
+
+def heard(redis_url, job_id):
+    """The states that a job's followers were told."""
+    with redis.Redis.from_url(redis_url) as connection:
+        entries = connection.xrange(event_stream(job_id))
+    events = [JobEvent.model_validate_json(fields[b"event"]) for _, fields in entries]
+    return [event for event in events if event.event == "state"]
+
+
+def lose_first_acknowledgement(monkeypatch, name):
+    """The step commits, but the connection breaks before it can say so."""
+    step, calls = getattr(jobs, name), []
+
+    def commit_silently(*arguments):
+        done = step(*arguments)
+        calls.append(done)
+        if len(calls) == 1:
+            raise OperationalError("COMMIT", {}, Exception("server closed the connection unexpectedly"))
+        return done
+
+    monkeypatch.setattr(jobs, name, commit_silently)
+
+
+def break_off(desk, job_id, lease, what):
+    """Something that ends an attempt in the middle of storing."""
+    if what == "store":
+        raise OSError(errno.ENOSPC, "No space left on device")
+    if what == "cancel":
+        jobs.request_cancel(desk.database, job_id)
+        kind = JobStopped
+    else:
+        give_away(desk, job_id)
+        kind = LeaseLost
+    wait_until(lambda: raises(lease.check, kind))
+
+
+def raises(check, kind):
+    try:
+        check()
+    except kind:
+        return True
+    return False
 
 
 def give_away(desk, job_id):
@@ -327,7 +435,7 @@ class TestLimits:
             job_id = desk.submit(models.small(), models.batch())
             with pytest.raises(WorkerUnfit, match="cuda:99"):
                 desk.runner.run(job_id)
-            assert (desk.job(job_id).status, desk.job(job_id).attempt) == (JobStatus.QUEUED, 0)
+            assert (desk.job(job_id).status, desk.job(job_id).attempt) == (JobStatus.QUEUED, 1)
         finally:
             pool.close()
             desk.close()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from curvature_engine.errors import EngineError
+from curvature_engine.execution import map_tensors
 from curvature_engine.extensions import KroneckerFactors
 from curvature_engine.losses import BoundLoss, LossSpec
 from curvature_engine.passes import BackwardPasses, Order, Progress
@@ -42,7 +43,9 @@ def analyze(
         inputs: one tensor, a tuple of positional inputs, or a mapping by name.
         targets: what the loss compares the outputs with.
         extensions: names, or mappings with `name`, `label`, `options`.
-        loss: None (cross-entropy for integer targets on [N, C] outputs), a name, a mapping, or a loss module.
+        loss: None (cross-entropy for integer targets on [N, C] outputs), a name, a mapping with name and options, one
+            of torch's loss modules, or a TorchScript function of (outputs, targets) giving each sample's loss [N]
+            (scripted, or its file's path or bytes).
         reduction: "mean" (default) or "sum".
         seed: of the Monte-Carlo draws.
         device: where to compute; a program stays where it was loaded.
@@ -95,8 +98,12 @@ class _Analyzer:
             if self.program.keeps_training:
                 torch.manual_seed(self.seed)
             forward = self.program.run(inputs, tape)
-        outputs = _check_outputs(forward.outputs)
+        outputs = self.spec.select(forward.outputs)
         bound = self.spec.bind(outputs, targets)
+        second_order = [r.label for r in self.requests if r.extension.columns not in ("outputs", "gradient")]
+        if second_order:
+            bound.check_second_order(second_order)
+            self.warnings.extend(bound.warnings)
         value = bound.contributions().sum()
         self._warn(program_loss=value, used_dropout=forward.used_dropout)
         groups = self._groups()
@@ -120,21 +127,18 @@ class _Analyzer:
     # Preparation
 
     def _placed(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_nested:
-                raise EngineError(
-                    "invalid_inputs",
-                    f"inputs and targets must be dense tensors; got {value.layout} on {value.device}, "
-                    f"{_name(value.dtype)}",
-                    param="inputs",
-                    remedy="call to_dense() or dequantize()",
-                )
-            return value.detach().to(self.program.device)
-        if isinstance(value, tuple | list):
-            return type(value)(self._placed(v) for v in value)
-        if isinstance(value, dict):
-            return {k: self._placed(v) for k, v in value.items()}
-        return value
+        return map_tensors(self._placed_tensor, value)
+
+    def _placed_tensor(self, tensor: Tensor) -> Tensor:
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
+            raise EngineError(
+                "invalid_inputs",
+                f"inputs and targets must be dense tensors; got {tensor.layout} on {tensor.device}, "
+                f"{_name(tensor.dtype)}",
+                param="inputs",
+                remedy="call to_dense() or dequantize()",
+            )
+        return tensor.detach().to(self.program.device)
 
     def _warn(self, *, program_loss: Tensor, used_dropout: bool) -> None:
         if self.program.was_training and not self.program.keeps_training:
@@ -224,18 +228,6 @@ def _check_not_empty(inputs: Any, targets: Any) -> None:
             param="batch",
             remedy="give at least one sample",
         )
-
-
-def _check_outputs(outputs: Any) -> Tensor:
-    if isinstance(outputs, Tensor) and outputs.is_floating_point():
-        return outputs
-    came = _name(outputs.dtype) + " tensor" if isinstance(outputs, Tensor) else type(outputs).__name__
-    raise EngineError(
-        "unsupported_outputs",
-        f"the model must return one floating-point tensor [N, …]; it returned a {came}",
-        param="model",
-        remedy="wrap the model so that forward returns the tensor that enters the loss",
-    )
 
 
 def _convention(request: Request) -> str:

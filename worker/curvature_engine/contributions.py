@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from curvature_engine.losses import accumulation_dtype
+from curvature_engine.precision import accumulation_dtype
 from curvature_engine.probe import Attribution
 from curvature_engine.rules import Rule
 from curvature_engine.tape import Tap, Use, backward

@@ -1,5 +1,6 @@
 """One run of a compiled program: the value table, and what is noticed on the way."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,8 @@ class Run:
         self.routed_by_data = False
         self.used_dropout = False
         self._overlay: dict[tuple[int, str], Any] = {}
-        self._clones: dict[int, tuple[Tensor, Tensor]] = {}
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._storages: dict[int, torch.UntypedStorage] = {}
         self._entered: list[ScriptContext] = []
 
     def attribute(self, owner: Any, name: str) -> Any:
@@ -57,19 +59,35 @@ class Run:
         if key in self._overlay:
             return self._overlay[key]
         value = owner.getattr(name)
+        if self.edits:
+            value = map_tensors(self.private, value)
         if isinstance(value, list | dict):
             self._overlay[key] = value
-        if self.edits:
-            return self.private(value)
         return value
 
-    def private(self, value: Any) -> Any:
-        """A copy of a tensor, the same one each time; parameters stay themselves."""
-        if not isinstance(value, Tensor) or value.untyped_storage().data_ptr() in self.parameter_places:
-            return value
-        if id(value) not in self._clones:
-            self._clones[id(value)] = (value, value.clone())  # the original is kept so that its id stays its own
-        return self._clones[id(value)][1]
+    def private(self, tensor: Tensor) -> Tensor:
+        """A copy of a tensor, the same one each time; parameters stay themselves.
+
+        Tensors that share memory go on sharing it: an edit of one shows in the other.
+        """
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            return tensor
+        if tensor.untyped_storage().data_ptr() in self.parameter_places:
+            return tensor
+        if id(tensor) not in self._copies:
+            self._copies[id(tensor)] = (tensor, self._copied(tensor))  # the original is kept: its id stays its own
+        return self._copies[id(tensor)][1]
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        if tensor.is_conj() or tensor.is_neg():
+            return tensor.clone()
+        storage = tensor.untyped_storage()
+        place = storage.data_ptr()
+        if place not in self._storages:
+            self._storages[place] = storage.clone()  # type: ignore[no-untyped-call]
+        copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        with torch.no_grad():
+            return copy.set_(self._storages[place], tensor.storage_offset(), tensor.shape, tensor.stride())
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
         """Write an attribute for this run only: the next job finds the module as it was."""
@@ -162,12 +180,19 @@ class Run:
             if isinstance(value, Tensor) and value.untyped_storage().data_ptr() == place:
                 self.tainted[other] = True
 
+    def _of_parameters(self, arguments: list[Any]) -> str:
+        """Which layer it is, by its parameters: the place is often torch's own code."""
+        watched = {} if self.tape is None else self.tape.watched
+        names = [watched[id(a)].parameter for a in arguments if id(a) in watched]
+        return f", with {' and '.join(names)}" if names else ""
+
     def _guard(self, call: OperatorCall, arguments: list[Any]) -> None:
         name = call.name.removesuffix("_")
         if name in _BATCH_NORMS and arguments[_BATCH_NORMS[name]]:
             raise EngineError(
                 "training_mode",
-                f"batch normalisation runs in training mode ({call.place}): each sample's output depends on the others",
+                f"batch normalisation runs in training mode{self._of_parameters(arguments)} ({call.place}): each "
+                "sample's output depends on the others",
                 param="model",
                 remedy="call .eval() on the module before tracing or scripting it, and leave eval=True",
             )
@@ -234,3 +259,16 @@ def _rejection(call: OperatorCall, error: Exception) -> EngineError:
         param="inputs",
         remedy="give inputs of the number, shapes and dtypes that the model was written for",
     )
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Apply to every tensor in nested containers."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(function, v) for v in value))
+    if isinstance(value, list | tuple):
+        return type(value)(map_tensors(function, v) for v in value)
+    if isinstance(value, dict):
+        return {k: map_tensors(function, v) for k, v in value.items()}
+    return value

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from curvature_engine.contributions import pull_back
 from curvature_engine.errors import EngineError
-from curvature_engine.losses import accumulation_dtype
+from curvature_engine.precision import accumulation_dtype
 from curvature_engine.probe import Attribution, Code, Verdict, attribute, predicts, scaled
 from curvature_engine.program import Parameter
 from curvature_engine.tape import Tap, Tape, Use, backward
@@ -47,8 +47,8 @@ def judge(outputs: Tensor, tape: Tape, parameters: Mapping[str, Parameter]) -> V
         if not verdict.pure and not tap.static:
             raise EngineError(
                 "coupled_samples",
-                f"samples are coupled at aten::{tap.name} ({tap.place}): a row of its output belongs to several "
-                "samples, so individual quantities are not defined there",
+                f"samples are coupled at aten::{tap.name} of {tap.parameters} ({tap.place}): a row of its output "
+                "belongs to several samples, so individual quantities are not defined there",
                 param="model",
                 remedy="remove operations across the batch axis (statistics over the batch, batch-wide attention)",
             )

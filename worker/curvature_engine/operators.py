@@ -62,6 +62,12 @@ zeros ones full empty new_zeros new_ones new_full new_empty zeros_like ones_like
 eye tensor as_tensor scalar_tensor hann_window
 """
 
+_LOSSES = """
+mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits nll_loss nll_loss_nd
+nll_loss2d cross_entropy_loss kl_div poisson_nll_loss soft_margin_loss hinge_embedding_loss margin_ranking_loss
+cosine_embedding_loss triplet_margin_loss
+"""
+
 _QUESTIONS = """
 size sym_size dim numel item Int Float Bool IntImplicit FloatImplicit ScalarImplicit is_floating_point is_complex
 is_nonzero stride storage_offset len is_same_size equal allclose isclose element_size is_contiguous device cpu cuda
@@ -74,7 +80,7 @@ def _names(*groups: str) -> frozenset[str]:
     return frozenset(name for group in groups for name in group.split())
 
 
-ALLOWED = _names(_ELEMENTWISE, _PRODUCTS, _NORMS, _REDUCTIONS, _SHAPES, _POOLING, _FACTORIES, _QUESTIONS)
+ALLOWED = _names(_ELEMENTWISE, _PRODUCTS, _NORMS, _REDUCTIONS, _SHAPES, _POOLING, _FACTORIES, _LOSSES, _QUESTIONS)
 """Operator names without namespace and without the `_` of the in-place form."""
 
 MOVERS = _names(

@@ -21,7 +21,8 @@ from curvature_engine.contributions import (
 from curvature_engine.errors import EngineError
 from curvature_engine.extensions import WHOLE, Accumulator, Extension, Setting
 from curvature_engine.judgement import confirm, judge, random_cotangent, reproducible
-from curvature_engine.losses import BoundLoss, accumulation_dtype
+from curvature_engine.losses import BoundLoss
+from curvature_engine.precision import accumulation_dtype
 from curvature_engine.probe import Verdict
 from curvature_engine.program import Forward, Parameter, Program
 from curvature_engine.requests import Request

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvature_engine.losses import accumulation_dtype
+from curvature_engine.precision import accumulation_dtype
 from curvature_engine.tape import Tap
 
 UNKNOWN = -1  # no gradient reaches this row, whatever the cotangent

@@ -46,7 +46,7 @@ class Group(Mapping[str, "Tensor | KroneckerFactors"]):
         return len(self.by_parameter)
 
 
-@dataclass
+@dataclass(repr=False)
 class Analysis:
     """The result of one request.
 
@@ -68,3 +68,12 @@ class Analysis:
             return self.loss
         group = self.groups[label]
         return group.tensors[label] if group.kind == "tensor" else group
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __repr__(self) -> str:
+        return f"<Analysis: loss {float(self.loss):.6g}; {', '.join(self.groups)}>"

@@ -57,7 +57,75 @@ def _list(values: Any) -> list[Any]:
 
 
 def _format(template: str, *values: Any) -> str:
-    return template.format(*values)
+    """TorchScript replaces each plain `{}` and nothing else; Python's own would follow attributes."""
+    parts = template.split("{}")
+    filled = [str(value) for value in values[: len(parts) - 1]] + ["{}"] * (len(parts) - 1 - len(values))
+    return "".join(part + value for part, value in zip(parts, [*filled, ""], strict=True))
+
+
+def _division(a: float, b: float) -> float:
+    """As C++ divides floating-point numbers."""
+    if b != 0:
+        return a / b
+    return math.nan if a == 0 or a != a else math.copysign(math.inf, a) * math.copysign(1.0, b)
+
+
+def _floor_division(a: float, b: float) -> float:
+    if b == 0 and (isinstance(a, float) or isinstance(b, float)):
+        return _division(a, b)
+    return a // b
+
+
+def _power(a: float, b: float) -> float:
+    """As C++'s `pow`; zero to a negative power is an error there, too."""
+    try:
+        return math.pow(a, b)
+    except OverflowError:
+        return -math.inf if a < 0 and b % 2 == 1 else math.inf
+    except ValueError:
+        if a == 0:
+            raise
+        return math.nan
+
+
+def integer_power(a: int, b: int) -> int:
+    """Whole numbers to a whole number, low 64 bits alone: the exact power may not fit any memory."""
+    return pow(a, b, 2**64) if b >= 0 else int(_power(a, b))
+
+
+def _ieee(function: Callable[[float], float]) -> Callable[[float], float]:
+    """A function of Python's with C++'s infinities and NaN instead of exceptions."""
+
+    def evaluated(x: float) -> float:
+        try:
+            return function(x)
+        except OverflowError:
+            return math.inf
+        except ValueError:
+            return -math.inf if x == 0 else math.nan
+
+    return evaluated
+
+
+def as_it_is(value: Any) -> Any:
+    """No conversion."""
+    return value
+
+
+def _as_int64(value: Any) -> Any:
+    """Whole numbers wrap at 64 bits."""
+    if type(value) is bool or not isinstance(value, int):
+        return value
+    low = value & (2**64 - 1)
+    return low - 2**64 if low >= 2**63 else low
+
+
+def _as_float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) else value
+
+
+TYPED: dict[str, Callable[[Any], Any]] = {"IntType": _as_int64, "FloatType": _as_float}
+"""Kind of TorchScript type → conversion of what Python computed."""
 
 
 def _identity_of(a: Any, b: Any) -> bool:
@@ -68,11 +136,11 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "aten::add": operator.add,
     "aten::sub": operator.sub,
     "aten::mul": operator.mul,
-    "aten::div": operator.truediv,
-    "aten::floordiv": operator.floordiv,
+    "aten::div": _division,
+    "aten::floordiv": _floor_division,
     "aten::remainder": operator.mod,
     "aten::__round_to_zero_floordiv": _truncated_division,
-    "aten::pow": operator.pow,
+    "aten::pow": _power,
     "aten::neg": operator.neg,
     "aten::abs": abs,
     "aten::eq": operator.eq,
@@ -129,12 +197,12 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "aten::ceil": math.ceil,
     "aten::floor": math.floor,
     "aten::round": _round,
-    "aten::sqrt": math.sqrt,
-    "aten::exp": math.exp,
-    "aten::log": math.log,
-    "aten::sin": math.sin,
-    "aten::cos": math.cos,
-    "aten::tanh": math.tanh,
+    "aten::sqrt": _ieee(math.sqrt),
+    "aten::exp": _ieee(math.exp),
+    "aten::log": _ieee(math.log),
+    "aten::sin": _ieee(math.sin),
+    "aten::cos": _ieee(math.cos),
+    "aten::tanh": _ieee(math.tanh),
     "aten::warn": lambda *a: None,
     "aten::__range_length": _range_length,
     "aten::__derive_index": _derive_index,

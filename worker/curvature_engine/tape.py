@@ -69,6 +69,11 @@ class Tap:
     place: str = ""
 
     @property
+    def parameters(self) -> str:
+        """The parameters consumed, for messages."""
+        return ", ".join(dict.fromkeys(use.watched.parameter for use in self.uses))
+
+    @property
     def intact(self) -> bool:
         """Whether the saved inputs are still what the operator saw."""
         return all(t._version == v for t, v in zip(self.saved, self.versions, strict=True))

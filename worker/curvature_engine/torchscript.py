@@ -15,7 +15,7 @@ from curvature_engine import operators, scalars
 from curvature_engine.calls import OperatorCall
 from curvature_engine.contexts import make_context
 from curvature_engine.errors import EngineError, first_line
-from curvature_engine.execution import Run
+from curvature_engine.execution import Run, map_tensors
 
 Step = Callable[[Run], None]
 
@@ -53,9 +53,9 @@ class Compiled:
         run.values = [None] * len(self._slots)
         run.tainted = [False] * len(self._slots)
         for slot, value in self._constants:
-            run.values[slot] = run.private(value) if self.edits_tensors else value
+            run.values[slot] = map_tensors(run.private, value) if self.edits_tensors else value
         for slot, value in zip(self._inputs, arguments, strict=True):
-            run.values[slot] = _map_tensors(run.private, value) if self.edits_tensors else value
+            run.values[slot] = map_tensors(run.private, value) if self.edits_tensors else value
             run.tainted[slot] = slot != self._inputs[0]
         for step in self._steps:
             step(run)
@@ -249,9 +249,13 @@ class Compiled:
     def _scalar(self, node: Any) -> Step:
         function = scalars.OPERATORS[node.kind()]
         ins, outs = [self._slot(v) for v in node.inputs()], [self._slot(v) for v in node.outputs()]
+        made = next((v.type().kind() for v in node.outputs()), "")
+        as_typed = scalars.TYPED.get(made, scalars.as_it_is)
+        if node.kind() == "aten::pow" and made == "IntType":
+            function = scalars.integer_power
 
         def step(run: Run) -> None:
-            result = function(*[run.values[i] for i in ins])
+            result = as_typed(function(*[run.values[i] for i in ins]))
             tainted = any(run.tainted[i] for i in ins)
             if tainted and ins:  # appending a batch-dependent tensor makes the whole list so
                 run.tainted[ins[0]] = True
@@ -381,17 +385,6 @@ def _explained(step: Step, place: str) -> Step:
             ) from error
 
     return guarded
-
-
-def _map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
-    """Apply to every tensor in nested containers."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, list | tuple):
-        return type(value)(_map_tensors(function, v) for v in value)
-    if isinstance(value, dict):
-        return {k: _map_tensors(function, v) for k, v in value.items()}
-    return value
 
 
 _CONTAINER_OPERATORS = frozenset(

@@ -25,6 +25,7 @@ from curvature_worker.lease import Lease
 from curvature_worker.manifest import build_manifest
 from curvature_worker.pool import ChildPool
 from curvature_worker.reporter import Reporter
+from curvature_worker.sealing import FileInUse
 from curvature_worker.settings import WorkerSettings
 
 logger = logging.getLogger("curvature.worker")
@@ -126,7 +127,7 @@ class Attempt:
         if verdict["event"] == "failed":
             raise JobRefused("unavailable", _text(verdict, "message") or "not stored", remedy="try again later")
         judge.end()  # nobody is left who could change the file
-        self._tools.objects.put_file(key, judge.take("admitted"))
+        self._tools.objects.put_file(key, _take(judge, "admitted"))
 
     def _compute(self, model: Path, batch: Path) -> tuple[dict[str, Any], Confined]:
         """Hand the job to the tenant's child; its reply, and the child, whose outbox holds the files.
@@ -209,19 +210,11 @@ class Attempt:
         """Check what the child wrote, store it, and commit the job's row to it.
 
         Raises:
-            LeaseLost: somebody else has the job now; what was stored is removed.
+            LeaseLost: somebody else has the job now, and what was stored is removed; or nobody can say, and it stays.
         """
         job = self._job
         try:
-            files = self._take_files(child)
-            manifest = build_manifest(
-                reply,
-                files,
-                job_id=job.id,
-                attempt=job.attempt,
-                isolation=str(child.greeting["isolation"]),
-                warnings=list(job.request.get("warnings", [])),
-            )
+            files, manifest = self._check_result(reply, child)
             self._lap("check")
             self._tell("storing")
             self._put(files, manifest)
@@ -232,29 +225,48 @@ class Attempt:
             self._remove_stored(files)
             raise LeaseLost
 
-    def _take_files(self, child: Confined) -> dict[str, Path]:
-        """Label → file, each moved out of the child's reach."""
+    def _check_result(self, reply: dict[str, Any], child: Confined) -> tuple[dict[str, Path], Manifest]:
+        """(label → file, each moved out of the child's reach; the manifest).
+
+        Raises:
+            JobRefused: `internal_error` if something is wrong with them; the child gets no other job then.
+        """
+        job = self._job
         try:
-            return {label: child.take(_file_name(label)) for label in _labels(self._job.request)}
-        except FileNotFoundError as error:
-            raise JobRefused(
-                "internal_error", f"the model's process left no file {Path(error.filename).name}"
-            ) from error
+            files = {label: _take(child, _file_name(label)) for label in _labels(job.request)}
+            manifest = build_manifest(
+                reply,
+                files,
+                job_id=job.id,
+                attempt=job.attempt,
+                isolation=str(child.greeting["isolation"]),
+                warnings=list(job.request.get("warnings", [])),
+            )
+        except JobRefused:
+            self._tools.pool.discard(job.tenant)
+            raise
+        return files, manifest
 
     def _put(self, files: dict[str, Path], manifest: Manifest) -> None:
+        """Store the files and the manifest; all of them, or none stays."""
         job, objects = self._job, self._tools.objects
-        for label, path in files.items():
-            self._lease.check()  # a worker that is told to stop still delivers what is computed
-            objects.put_file(result_key(job.id, job.attempt, _file_name(label)), path)
-        self._lap("store")
-        manifest = manifest.model_copy(update={"timings_ms": {**self._timings, **manifest.timings_ms}})
-        key = result_key(job.id, job.attempt, "manifest.json")
-        objects.put_bytes(key, manifest.model_dump_json().encode())
+        try:
+            for label, path in files.items():
+                self._lease.check()  # a worker that is told to stop still delivers what is computed
+                objects.put_file(result_key(job.id, job.attempt, _file_name(label)), path)
+            self._lap("store")
+            manifest = manifest.model_copy(update={"timings_ms": {**self._timings, **manifest.timings_ms}})
+            key = result_key(job.id, job.attempt, "manifest.json")
+            objects.put_bytes(key, manifest.model_dump_json().encode())
+        except BaseException:
+            self._remove_stored(files)
+            raise
 
     def _remove_stored(self, files: dict[str, Path]) -> None:
+        """Remove what this attempt stored; what cannot be removed now, the reconciler finds."""
         job = self._job
-        with suppress(StoreError, OSError):
-            for name in ("manifest.json", *(_file_name(label) for label in files)):
+        for name in ("manifest.json", *(_file_name(label) for label in files)):
+            with suppress(StoreError, OSError):
                 self._tools.objects.delete(result_key(job.id, job.attempt, name))
 
     # Keeping in touch
@@ -293,6 +305,20 @@ def _labels(request: dict[str, Any]) -> list[str]:
 
 def _file_name(label: str) -> str:
     return f"{label}.safetensors"
+
+
+def _take(process: Confined, name: str) -> Path:
+    """Take a file that a process announced.
+
+    Raises:
+        JobRefused: `internal_error` if it is not there, or the process can still change it.
+    """
+    try:
+        return process.take(name)
+    except FileNotFoundError as error:
+        raise JobRefused("internal_error", f"the model's process left no file {name}") from error
+    except FileInUse as error:
+        raise JobRefused("internal_error", f"the model's process kept hold of what it left: {error}") from error
 
 
 def _order(request: dict[str, Any]) -> dict[str, Any]:

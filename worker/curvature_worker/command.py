@@ -13,7 +13,10 @@ from curvature_worker.settings import WorkerSettings
 def worker(
     device: Annotated[str | None, typer.Option(help="cpu (default), cuda, or cuda:N; one worker per GPU")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the computation")] = None,
-    memory_limit_gib: Annotated[float | None, typer.Option(help="limit of the model process's address space")] = None,
+    memory_limit_gib: Annotated[
+        float | None,
+        typer.Option(help="limit of the model process's address space; 80 % of memory on a CPU by default"),
+    ] = None,
     scratch_dir: Annotated[Path | None, typer.Option(help="where to keep files while working")] = None,
     require_isolation: Annotated[bool, typer.Option(help="refuse to start without Landlock and seccomp")] = False,
     log_level: Annotated[str | None, typer.Option(help="DEBUG, INFO (default), WARNING, ERROR")] = None,

@@ -9,7 +9,7 @@ import errno
 import os
 import resource
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,10 @@ _DENIED_NUMBERS = {
 
 _CLONE_THREAD = 0x00010000
 _F_SETLEASE = 1024
+_SIGNALLING_FCNTLS = {"F_SETOWN": 8, "F_SETSIG": 10, "F_SETOWN_EX": 15}
+_SIGNALLING_IOCTLS = {"FIOSETOWN": 0x8901, "SIOCSPGRP": 0x8902}
 _PR_SET_PDEATHSIG = 1
+_32_BITS = 0xFFFFFFFF
 _CAPABILITIES_VERSION = 0x20080522
 _CAP_DAC_READ_SEARCH = 1 << 2
 
@@ -167,15 +170,27 @@ def _restrict_calls(seccomp: Any) -> bool:
     # pointer: "not implemented" makes the C library fall back to clone.
     rules.add_rule(denied, "clone", seccomp.Arg(0, seccomp.MASKED_EQ, _CLONE_THREAD, 0))
     rules.add_rule(absent, "clone3")
+    # What is allowed may be compared in full: bits that the kernel ignores only make it denied.
     # abort() and the C library signal their own threads; nobody else's.
     rules.add_rule(denied, "tgkill", seccomp.Arg(0, seccomp.NE, own))
     # Limits of other processes; of its own (as 0) the C library asks.
     rules.add_rule(denied, "prlimit64", seccomp.Arg(0, seccomp.NE, 0))
-    # A lease on a file of the store would make its readers wait; dying with the worker is not to be revoked.
-    rules.add_rule(denied, "fcntl", seccomp.Arg(1, seccomp.EQ, _F_SETLEASE))
-    rules.add_rule(denied, "prctl", seccomp.Arg(0, seccomp.EQ, _PR_SET_PDEATHSIG))
+    for call, place, value in _denied_values():
+        rules.add_rule(denied, call, seccomp.Arg(place, seccomp.MASKED_EQ, _32_BITS, value))
     try:
         rules.load()
     except OSError:
         return False
     return True
+
+
+def _denied_values() -> Iterator[tuple[str, int, int]]:
+    """(call, place of the argument, its value) of what is denied; the kernel reads 32 bits of such an argument."""
+    # A lease on a file of the store would make its readers wait; dying with the worker is not to be revoked.
+    yield "fcntl", 1, _F_SETLEASE
+    yield "prctl", 0, _PR_SET_PDEATHSIG
+    # A pipe or socket with an owner sends it signals, and SIGIO or one chosen ends it as well as kill() would.
+    for command in _SIGNALLING_FCNTLS.values():
+        yield "fcntl", 1, command
+    for command in _SIGNALLING_IOCTLS.values():
+        yield "ioctl", 1, command

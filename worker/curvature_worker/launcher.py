@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from curvature_worker.channel import Channel
 from curvature_worker.child_output import ChildOutput
+from curvature_worker.sealing import seal
 
 _KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 _SIGNAL_MEANINGS = {
@@ -64,19 +65,21 @@ class Confined:
         return self._process.poll() is None
 
     def take(self, name: str) -> Path:
-        """Move a file of the outbox to where the process cannot exchange it any more.
+        """Move a file of the outbox to where the process can neither exchange nor change it any more.
 
         Raises:
             OSError: if there is no such file.
+            FileInUse: if the process kept a way to change it.
         """
         taken = self._folder / "taken" / name
         (self.outbox / name).rename(taken)
+        seal(taken)
         return taken
 
     def empty_outbox(self) -> None:
-        """Remove what a job left behind."""
+        """Remove what a job left behind, if the process was not killed and all of it is gone."""
         for folder in (self.outbox, self._folder / "taken"):
-            for entry in folder.iterdir():
+            for entry in folder.iterdir() if folder.is_dir() else ():
                 if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry, ignore_errors=True)
                 else:

@@ -16,6 +16,8 @@ from curvature_worker.settings import WorkerSettings
 logger = logging.getLogger("curvature.worker")
 
 _RETRY_SECONDS = 0.5
+_RENEWALS_PER_LEASE = 4
+"""At least; so that one that fails, or comes late, does not cost the lease."""
 
 
 class Lease:
@@ -28,6 +30,7 @@ class Lease:
     def __init__(self, database: Database, job: jobs.ClaimedJob, settings: WorkerSettings) -> None:
         self._database, self._job, self._settings = database, job, settings
         self.progress = Progress(phase="fetching")
+        self._renew_seconds = min(settings.renew_seconds, settings.lease_seconds / _RENEWALS_PER_LEASE)
         self._status: JobStatus | None = JobStatus.RUNNING
         self._renewed_at = time.monotonic()
         self._expires_at = self._renewed_at + settings.lease_seconds
@@ -70,7 +73,7 @@ class Lease:
                 time.sleep(_RETRY_SECONDS)
 
     def _keep(self) -> None:
-        while not self._ended.wait(self._settings.poll_seconds):
+        while not self._ended.wait(min(self._settings.poll_seconds, self._renew_seconds)):
             try:
                 self._status = self._ask()
             except SQLAlchemyError as error:
@@ -83,7 +86,7 @@ class Lease:
     def _ask(self) -> JobStatus | None:
         """The job's status, the lease renewed when it is time."""
         job, now = self._job, time.monotonic()
-        if now - self._renewed_at < self._settings.renew_seconds:
+        if now - self._renewed_at < self._renew_seconds:
             return jobs.peek(self._database, job.id, job.attempt)
         status = jobs.renew(self._database, job.id, job.attempt, self._settings.lease_seconds, self.progress)
         self._renewed_at, self._expires_at = now, now + self._settings.lease_seconds

@@ -15,11 +15,12 @@ class WorkerSettings(StateSettings):
     device: str = "cpu"
     threads: int | None = Field(default=None, ge=1)
     memory_limit_bytes: int | None = Field(default=None, ge=2**30)
-    """Address space of the child; none by default (CUDA reserves far more than it uses)."""
+    """Address space of the child; by default most of the machine's memory on the CPU, and no limit on CUDA."""
     scratch_dir: Path = Field(default_factory=lambda: Path(tempfile.gettempdir()) / "curvature-worker")
     cache_bytes: int = Field(default=20 * 2**30, ge=0)
     require_isolation: bool = False
     renew_seconds: float = Field(default=3.0, gt=0)
+    """How often a lease is renewed; more often where it is short."""
     poll_seconds: float = Field(default=0.25, gt=0)
     start_seconds: float = Field(default=120.0, gt=0)
     """How long a child may take to import torch and reach its device."""

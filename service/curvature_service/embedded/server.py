@@ -134,11 +134,15 @@ class EmbeddedServer:
             for process in self._processes:
                 if process.failed_at_once:
                     raise ServeError(f"the {process.name} did not start: {process.last_words()}")
-            if _get(f"{self.url}/v1/ready") is not None:
+            if _get(f"{self.url}/v1/ready") is not None and self._workers_seen() >= self._options.workers:
                 break
         else:
             raise ServeError(f"the server did not get ready; see {self._options.data_dir / 'logs'}")
         self._greet()
+
+    def _workers_seen(self) -> int:
+        health = _get(f"{self.url}/v1/health") or {"workers": []}
+        return len(health["workers"])
 
     def _greet(self) -> None:
         options = self._options
@@ -176,8 +180,9 @@ def _prepare_records(url: str) -> None:
 
 def _claim_folder(data: Path) -> "_Lock":
     try:
-        for folder in (data, data / "logs", data / "objects"):
-            folder.mkdir(parents=True, exist_ok=True)
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)  # models and batches are nobody else's business
+        for folder in (data / "logs", data / "objects"):
+            folder.mkdir(exist_ok=True)
         return _Lock(data / "lock")
     except OSError as error:
         raise ServeError(

@@ -28,7 +28,7 @@ async def follow_job(
     leads the stream, so a state told from there is not told once more when the stream brings it.
     """
     deadline = math.inf if seconds is None else time.monotonic() + seconds
-    told: tuple[JobStatus, int] | None = None
+    told = await _told_before(resources, job_id, after)
     patience = _AT_ONCE
     while True:
         try:
@@ -53,6 +53,15 @@ async def follow_job(
         patience = min(POLL_SECONDS, deadline - time.monotonic())
         if patience <= 0:
             return
+
+
+async def _told_before(resources: Resources, job_id: str, after: str) -> tuple[JobStatus, int] | None:
+    """The state that a follower who saw event `after` knows of; an end is told again all the same."""
+    try:
+        seen = None if after == "0" else await events.read_event(resources.async_redis, job_id, after)
+    except RedisError:
+        return None
+    return None if seen is None or seen.status in FINAL else (seen.status, seen.attempt)
 
 
 async def _read(resources: Resources, job_id: str) -> Job | None:

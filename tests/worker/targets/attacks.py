@@ -16,9 +16,12 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _FS_IOC_SETFLAGS = 0x40086602
 _FS_IMMUTABLE = 0x10
 _F_SETLEASE = 1024
+_KEPT = []
+_CHANNELS = []
 
 
 def serve(channel, isolation, options):
+    _CHANNELS.append(channel)
     channel.send({"event": "ready", "isolation": isolation})
     inbox, outbox = Path(options["inbox"]), Path(options["outbox"])
     while (order := channel.receive()) is not None:
@@ -82,6 +85,51 @@ def lease(path):
         fcntl.fcntl(file, _F_SETLEASE, fcntl.F_RDLCK)
 
 
+def lease_with_more_bits(path):
+    with Path(path).open("rb") as file:
+        call(72, file.fileno(), more_bits(_F_SETLEASE), fcntl.F_RDLCK)
+
+
+def more_bits(number):
+    """A number of which the kernel reads the lower 32 bits only."""
+    return ctypes.c_ulong(number | 1 << 32)
+
+
+def own_pipe(target, command, more=0):
+    """Have a pipe send signals to a process."""
+    reading, _ = os.pipe()
+    call(72, reading, ctypes.c_ulong(command | more << 32), ctypes.c_long(target))
+
+
+def own_pipe_extended(target):
+    reading, _ = os.pipe()
+    fcntl.fcntl(reading, 15, struct.pack("ii", 1, target))
+
+
+def own_socket(target, command):
+    """The same for the channel, the one socket there is."""
+    fcntl.ioctl(_CHANNELS[0]._socket.fileno(), command, struct.pack("i", target))
+
+
+def keep_descriptor(outbox):
+    file = (outbox / "kept").open("wb+", buffering=0)
+    file.write(b"honest")
+    _KEPT.append(file)
+
+
+def keep_mapping(outbox):
+    with (outbox / "kept").open("wb+", buffering=0) as file:
+        file.write(b"honest")
+        _KEPT.append(mmap.mmap(file.fileno(), 6))
+
+
+def forge_kept():
+    file = _KEPT.pop()
+    file.seek(0)
+    file.write(b"forged")
+    file.close()
+
+
 def fork():
     if os.fork() == 0:
         os._exit(0)
@@ -123,11 +171,15 @@ ATTACKS = {
     "map inbox writable": lambda t, i, o: map_writable(first(i)),
     "reopen inbox for writing": lambda t, i, o: reopen_for_writing(first(i)),
     "lease inbox": lambda t, i, o: lease(first(i)),
+    "lease inbox with more bits": lambda t, i, o: lease_with_more_bits(first(i)),
     "hard link out of inbox": lambda t, i, o: hard_link_out(i, o),
     "move out of inbox": lambda t, i, o: first(i).rename(o / "mine"),
     # The outbox
     "write outbox": lambda t, i, o: (o / "result").write_text("x"),
     "symlink in outbox": lambda t, i, o: symlink_out(o),
+    "keep descriptor": lambda t, i, o: keep_descriptor(o),
+    "keep mapping": lambda t, i, o: keep_mapping(o),
+    "forge": lambda t, i, o: forge_kept(),
     "fifo in outbox": lambda t, i, o: os.mkfifo(o / "fifo"),
     # Processes
     "exec": lambda t, i, o: os.execv("/bin/true", ["true"]),
@@ -139,6 +191,13 @@ ATTACKS = {
     "trace": lambda target, i, o: call(101, 16, target, 0, 0),
     "limit others": lambda target, i, o: resource.prlimit(target, resource.RLIMIT_NOFILE, (3, 3)),
     "outlive the worker": lambda t, i, o: _LIBC.prctl(1, 0, 0, 0, 0) == 0 or call(157, 1, 0, 0, 0, 0),
+    "outlive the worker with more bits": lambda t, i, o: call(157, more_bits(1), 0, 0, 0, 0),
+    "own a pipe": lambda target, i, o: own_pipe(target, 8),
+    "own a pipe with more bits": lambda target, i, o: own_pipe(target, 8, more=1),
+    "own a pipe, extended": lambda target, i, o: own_pipe_extended(target),
+    "choose a pipe's signal": lambda t, i, o: own_pipe(signal.SIGKILL, 10),
+    "own a socket": lambda target, i, o: own_socket(target, 0x8901),
+    "own a socket by its older name": lambda target, i, o: own_socket(target, 0x8902),
     "become another user": lambda t, i, o: os.setuid(65534),
     "new namespace": lambda t, i, o: call(272, 0x10000000),
     # The network

@@ -41,7 +41,8 @@ DIAG_GGN_MC = Extension(
     "Monte-Carlo estimate of the diagonal of the generalized Gauss-Newton matrix",
     "parameters",
     "[*p]",
-    "diag Σ_n J_nᵀ (1/M Σ_m s_nm s_nmᵀ) J_n, s from targets drawn from the model's likelihood",
+    "diag Σ_n J_nᵀ (1/M Σ_m s_nm s_nmᵀ) J_n, s with E s sᵀ = H_n: from targets drawn from the "
+    "model's likelihood (cross-entropy, squared error, bce_with_logits), else root(H_n) times normal numbers",
     "Dangel, Kunstner & Hennig 2020, eq. 20",
     "sampled",
     Diagonal,

@@ -202,7 +202,8 @@ KFAC = Extension(
     "Kronecker factors with sampled columns",
     "factors",
     "B [out, out], A [in, in]",
-    "block ≈ B ⊗ A; s from targets drawn from the model's likelihood (M draws, averaged)",
+    "block ≈ B ⊗ A; s with E s sᵀ = H_n, M draws averaged: from targets drawn from the model's likelihood "
+    "(cross-entropy, squared error, bce_with_logits), else root(H_n) times normal numbers",
     "Martens & Grosse 2015, eq. 1; Grosse & Martens 2016; Eschenhagen et al. 2023",
     "sampled",
     _Kronecker,

@@ -8,7 +8,7 @@ MC_SAMPLES = {
     "minimum": 1,
     "maximum": 100_000,
     "default": 1,
-    "description": "number of draws M from the model's likelihood",
+    "description": "number of draws M",
 }
 SCALE = {
     "type": "string",

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvature_engine.losses import accumulation_dtype
+from curvature_engine.precision import accumulation_dtype
 from curvature_engine.rules.base import Match, Rule
 
 

@@ -1,0 +1,163 @@
+"""Every loss × options × shape × reduction against brute force with torch's own losses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.engine.losses import LOSS_CASES
+from tests.engine.models import CASES, build
+from tests.engine.reference import Reference
+from tests.engine.test_monte_carlo import BATCHES, DRAWS, check_mean, mc
+from tests.engine.test_table import TOLERANCE, error
+from torch import nn
+
+import curvature_engine as engine
+from curvature_engine.losses import LOSSES
+
+FIRST_ORDER = ["grad", "batch_grad", "variance"]
+CASE = pytest.mark.parametrize("case", LOSS_CASES, ids=lambda case: case.id)
+
+
+def check(result, reference, second_order=True):
+    torch.testing.assert_close(result.loss, reference.loss_value().detach(), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(result["batch_loss"], reference.contributions().detach(), rtol=1e-11, atol=1e-14)
+    for extension in [*FIRST_ORDER, *["diag_ggn_exact"] * second_order]:
+        for parameter, expected in reference.expected(extension).items():
+            assert error(result[extension][parameter], expected) <= TOLERANCE, (extension, parameter)
+    if not second_order:
+        return
+    for parameter, (B, _) in reference.kflr("expand").items():
+        assert error(result["kflr"][parameter].B, B) <= TOLERANCE, parameter
+
+
+def test_the_table_holds_every_loss():
+    assert {case.name for case in LOSS_CASES} == set(LOSSES)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@CASE
+def test_equals_brute_force(case, reduction):
+    module, inputs, targets = case.build()
+    asked = ["batch_loss", *FIRST_ORDER, *["diag_ggn_exact", "kflr"] * case.second_order]
+    result = engine.analyze(torch.jit.script(module), inputs, targets, asked, loss=case.request, reduction=reduction)
+    check(result, Reference(module, inputs, targets, case.peer, reduction), case.second_order)
+
+
+SAMPLED = {case.id: case for case in LOSS_CASES if case.second_order and case.shape in ("[N,C]", "positive [N,C]")}
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_sampled_columns_are_unbiased_within_four_standard_errors(name):
+    module, inputs, targets = SAMPLED[name].build()
+    program = engine.load(torch.jit.script(module))
+    loss, M = SAMPLED[name].request, DRAWS // BATCHES
+    exact = engine.analyze(program, inputs, targets, ["diag_ggn_exact"], loss=loss)["diag_ggn_exact"]
+    runs = [
+        engine.analyze(program, inputs, targets, [mc("diag_ggn_mc", M)], loss=loss, seed=seed)["diag_ggn_mc"]
+        for seed in range(BATCHES)
+    ]
+    for parameter, expected in exact.items():
+        check_mean(torch.stack([run[parameter] for run in runs]), expected)
+
+
+@pytest.mark.parametrize("case", [c for c in LOSS_CASES if c.second_order], ids=lambda case: case.id)
+def test_draws_are_a_function_of_the_seed(case):
+    module, inputs, targets = case.build()
+    program = engine.load(torch.jit.script(module))
+    alone, beside, other = (
+        engine.analyze(program, inputs, targets, asked, loss=case.request, seed=seed)["diag_ggn_mc"]
+        for asked, seed in (
+            ([mc("diag_ggn_mc", 2)], 3),
+            ([mc("diag_ggn_mc", 2), "kflr"], 3),
+            ([mc("diag_ggn_mc", 2)], 4),
+        )
+    )
+    assert all(torch.equal(alone[p], beside[p]) for p in alone)
+    assert not all(torch.equal(alone[p], other[p]) for p in alone)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (nn.CrossEntropyLoss(weight=torch.tensor([0.1, 2.0, 0.5]), label_smoothing=0.1, reduction="sum"), "indices"),
+        (nn.NLLLoss(weight=torch.tensor([0.1, 2.0, 0.5])), "indices"),
+        (nn.BCEWithLogitsLoss(weight=torch.rand(3), pos_weight=torch.rand(3)), "unit"),
+        (nn.PoissonNLLLoss(full=True, reduction="sum"), "unit"),
+        (nn.HuberLoss(delta=0.3), "unit"),
+        (nn.SmoothL1Loss(beta=0.3), "unit"),
+        (nn.L1Loss(), "unit"),
+        (nn.MSELoss(), "unit"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_torchs_loss_modules_are_read_with_their_options(module, name):
+    torch.manual_seed(0)
+    net, x = nn.Linear(4, 3), torch.randn(5, 4)
+    targets = torch.rand(5, 3) if name == "unit" else torch.randint(0, 3, (5,))
+    value = module(net(x), targets)
+    result = engine.analyze(net, x, targets, ["grad"], loss=module)
+    torch.testing.assert_close(result.loss, value.detach())
+    torch.testing.assert_close(result["grad"]["weight"], torch.autograd.grad(value, net.weight)[0])
+
+
+def test_functional_names_are_aliases():
+    net, x = nn.Linear(4, 3), torch.randn(5, 4)
+    result = engine.analyze(net, x, torch.randn(5, 3), ["grad"], loss="mse_loss")
+    assert result.info["loss_name"] == "mse"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_language_model_with_tied_embeddings_and_ignored_tokens(reduction):
+    module = LanguageModel().double().eval()
+    tokens = torch.randint(0, 7, (4, 5))
+    targets = torch.roll(tokens, -1, 1)
+    targets[:, -1] = 0
+    targets[2] = 0  # a sample without any term
+    options = {"ignore_index": 0, "class_axis": "last", "label_smoothing": 0.1}
+
+    def peer(f, t, reduction):
+        return F.cross_entropy(f.transpose(1, 2), t, ignore_index=0, label_smoothing=0.1, reduction=reduction)
+
+    loss = {"name": "cross_entropy", "options": options}
+    asked = ["batch_loss", *FIRST_ORDER, "diag_ggn_exact"]
+    result = engine.analyze(torch.jit.script(module), tokens, targets, asked, loss=loss, reduction=reduction)
+    reference = Reference(module, (tokens,), targets, peer, reduction)
+    for extension in [*FIRST_ORDER, "diag_ggn_exact"]:
+        for parameter, expected in reference.expected(extension).items():
+            assert error(result[extension][parameter], expected) <= TOLERANCE, (extension, parameter)
+    assert result["batch_loss"][2] == 0
+    assert torch.all(result["batch_grad"]["embedding.weight"][2] == 0)
+
+
+class LanguageModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.hidden = nn.Embedding(7, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.hidden(self.embedding(tokens))))
+
+
+def test_cross_entropy_on_log_probabilities_has_the_ggn_of_the_logits():
+    module, inputs = build({c.name: c for c in CASES}["mlp"])
+    logs = nn.Sequential(*module, nn.LogSoftmax(1))
+    targets = torch.tensor([0, 1, 2, 1])
+    asked = ["grad", "diag_ggn_exact"]
+    of_logits, of_logs = (engine.analyze(m, inputs, targets, asked, loss="cross_entropy") for m in (module, logs))
+    by_nll = engine.analyze(logs, inputs, targets, ["grad"], loss="nll")
+    for parameter, value in of_logits["diag_ggn_exact"].items():
+        assert error(of_logs["diag_ggn_exact"][parameter], value) <= TOLERANCE
+        assert error(by_nll["grad"][parameter], of_logits["grad"][parameter]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@CASE
+def test_lower_precision_is_near_float64(case, dtype):
+    module, inputs, targets = case.build()
+    exact = engine.analyze(module, inputs, targets, ["grad"], loss=case.request)
+    floats = targets.to(dtype) if targets.is_floating_point() else targets
+    low = engine.analyze(module.to(dtype), (inputs[0].to(dtype),), floats, ["grad"], loss=case.request)
+    bound = 1e-3 if dtype == torch.float32 else 0.2
+    assert low.loss.dtype == torch.float32
+    assert abs(float(low.loss) - float(exact.loss)) <= bound * max(1.0, abs(float(exact.loss)))

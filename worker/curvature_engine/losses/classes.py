@@ -1,0 +1,147 @@
+"""What losses over classes share: the class axis, class weights, class indices that may be ignored."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from curvature_engine.errors import EngineError
+from curvature_engine.losses.base import BoundLoss, invalid_targets
+from curvature_engine.precision import dtype_name
+
+
+class ClassLoss(BoundLoss):
+    """Outputs with one score per class along their second axis, or their last: [N, C, T] inside.
+
+    Attributes:
+        scores: the outputs, [N, C, T].
+        weights: one per class, [C].
+    """
+
+    expectation: ClassVar[str]
+
+    def __init__(
+        self, outputs: Tensor, targets: Tensor, class_axis: str | None, weight: Sequence[float] | None
+    ) -> None:
+        super().__init__(outputs)
+        if outputs.dim() < 2:
+            raise EngineError(
+                "unsupported_outputs",
+                f"{self.name} needs outputs [N, C, …] with at least two axes; the model returned {list(outputs.shape)}",
+                param="model",
+                remedy="return one score per class, or use bce_with_logits for a single logit",
+            )
+        self._axis = find_class_axis(self.name, outputs, targets, class_axis)
+        moved = self.outputs.movedim(self._axis, 1)
+        self._moved_shape = moved.shape
+        self.scores = moved.reshape(moved.shape[0], moved.shape[1], -1)
+        self.weights = self._class_weights(weight)
+
+    @property
+    def C(self) -> int:
+        """The number of classes."""
+        return self.scores.shape[1]
+
+    @property
+    def T(self) -> int:
+        """The number of positions."""
+        return self.scores.shape[2]
+
+    def _shaped(self, column: Tensor) -> Tensor:
+        """[N, C, T] in the outputs' own shape."""
+        return column.reshape(self._moved_shape).movedim(1, self._axis)
+
+    def _class_weights(self, weight: Sequence[float] | None) -> Tensor:
+        if weight is None:
+            return self.outputs.new_ones(self.C)
+        if len(weight) != self.C:
+            raise EngineError(
+                "invalid_option",
+                f"{self.name}'s weight must hold one number for each of the {self.C} classes; got {len(weight)}",
+                param="loss.weight",
+                remedy="give as many weights as the model has classes",
+            )
+        return torch.tensor(weight, dtype=torch.float64, device=self.outputs.device).to(self.outputs.dtype)
+
+    def _read_indices(self, targets: Tensor, ignore_index: int) -> None:
+        """Set `labels` [N, T], `counts` [N, T] (0 where ignored) and `label_weights` w_y [N, T] (0 where ignored)."""
+        labels = self._checked_indices(targets, ignore_index).reshape(self.N, -1)
+        self.counts = (labels != ignore_index).to(self.outputs.dtype)
+        self.labels = labels.clamp(0, self.C - 1)
+        self.label_weights = self.weights[self.labels] * self.counts
+        if not bool((self.label_weights != 0).any()):
+            raise invalid_targets(
+                "every target is ignore_index, or of a class with weight 0: no term is left",
+                "leave at least one target that counts",
+            )
+
+    def _checked_indices(self, targets: Tensor, ignore_index: int) -> Tensor:
+        shape = list(self.outputs.shape)
+        expected = [n for axis, n in enumerate(shape) if axis != self._axis]
+        if not holds_indices(targets):
+            raise invalid_targets(
+                f"targets have dtype {dtype_name(targets.dtype)} and shape {list(targets.shape)}; "
+                f"{self.expectation.format(indices=expected, outputs=shape)}",
+                "cast or reshape them",
+            )
+        targets = targets.long()  # unsigned types compare with nothing negative
+        if list(targets.shape) != expected:
+            raise invalid_targets(
+                f"{self.name} on outputs {shape} expects targets {expected}; got {list(targets.shape)}",
+                "classes stand along the outputs' second axis unless class_axis says otherwise; targets hold one class "
+                "index per position",
+            )
+        wrong = (targets != ignore_index) & ((targets < 0) | (targets >= self.C))
+        if bool(wrong.any()):
+            raise invalid_targets(
+                f"class indices must lie in 0 … {self.C - 1} for outputs {shape}; got {int(targets[wrong][0])}",
+                "check the number of classes of the model and of the data",
+            )
+        return targets
+
+
+def holds_indices(targets: Tensor) -> bool:
+    """Whether the targets are whole numbers."""
+    return not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+
+
+def find_class_axis(name: str, outputs: Tensor, targets: Tensor, asked: str | None) -> int:
+    """The outputs' axis of classes: the second, as in torch, unless `asked` for the last.
+
+    Raises:
+        EngineError: `invalid_option` where nobody said, and the targets fit the last axis.
+    """
+    last = outputs.dim() - 1
+    if asked is not None or last == 1:
+        return last if asked == "last" else 1
+    shape = list(outputs.shape)
+    if holds_indices(targets):
+        fits_second = list(targets.shape) == shape[:1] + shape[2:]
+        fits_last = list(targets.shape) == shape[:-1]
+    else:
+        fits_second = fits_last = targets.shape == outputs.shape
+    if not fits_last:
+        return 1
+    found = "may stand along either axis" if fits_second else "stand along the last axis"
+    raise EngineError(
+        "invalid_option",
+        f"targets {list(targets.shape)} on outputs {shape} say that classes {found}; {name} takes no guess",
+        param="loss.class_axis",
+        remedy='say class_axis="last" ([N, …, C], language models) or class_axis="second" ([N, C, …], as torch has it)',
+    )
+
+
+WEIGHT: dict[str, Any] = {
+    "type": ["array", "null"],
+    "items": {"type": "number", "minimum": 0},
+    "default": None,
+    "description": "one factor per class",
+}
+IGNORE_INDEX: dict[str, Any] = {"type": "integer", "default": -100, "description": "targets that count for nothing"}
+CLASS_AXIS: dict[str, Any] = {
+    "enum": ["second", "last", None],
+    "default": None,
+    "description": "where classes stand: second ([N, C, …], the default), or last ([N, …, C]); "
+    "must be said where the targets fit the last",
+}

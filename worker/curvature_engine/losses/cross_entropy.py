@@ -1,0 +1,184 @@
+"""Softmax cross-entropy, with class indices or probabilities as targets."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from curvature_engine import draws
+from curvature_engine.losses.base import LossKind, invalid_targets
+from curvature_engine.losses.classes import CLASS_AXIS, IGNORE_INDEX, WEIGHT, ClassLoss
+from curvature_engine.options import Options
+
+
+class CrossEntropy(ClassLoss):
+    """ℓ̃ = −Σ_c a_c log p_c with a_c = w_c q_c, q the target smoothed by ε, p the softmax.
+
+    With c = Σ a: gradient c p − a, Hessian c (diag p − p pᵀ). Columns: √c √p_k (δ_vk − √(p_v p_k)), for position t as
+    column k·T + t (Dangel et al. 2020, appendix). Sampled: √c (p − onehot), the label drawn from p.
+
+    Attributes:
+        mass: c, [N, T].
+    """
+
+    name = "cross_entropy"
+    expectation = (
+        "cross_entropy expects class indices (int64) {indices}, or probabilities of the outputs' shape {outputs}"
+    )
+    mass: Tensor
+
+    def __init__(
+        self, outputs: Tensor, targets: Tensor, class_axis: str | None, weight: Sequence[float] | None
+    ) -> None:
+        super().__init__(outputs, targets, class_axis, weight)
+        self._p = self.scores.softmax(1)
+        self.columns = self.C * self.T
+
+    @abstractmethod
+    def _terms(self, log_p: Tensor) -> Tensor:
+        """ℓ̃ from the logarithms of p [N, C, T]: [N, T]."""
+
+    @abstractmethod
+    def _minus_target(self, scaled: Tensor) -> Tensor:
+        """`scaled` − a, [N, C, T]; may edit `scaled`."""
+
+    def contributions(self) -> Tensor:
+        return self._terms(self.scores.log_softmax(1)).sum(1) / self.Z
+
+    def gradient(self) -> Tensor:
+        return self._shaped(self._minus_target(self._p * self.mass[:, None]) / self.Z)
+
+    def exact_column(self, v: int) -> Tensor:
+        k, t = divmod(v, self.T)
+        p = self._p[:, :, t]
+        part = -p * p[:, k : k + 1].sqrt()
+        part[:, k] += p[:, k].sqrt()
+        column = torch.zeros_like(self._p)
+        column[:, :, t] = part * (self.mass[:, t, None] / self.Z).sqrt()
+        return self._shaped(column)
+
+    def sampled_column(self, seed: int, draw: int) -> Tensor:
+        positions = torch.arange(self.T, device=self._p.device)
+        u = draws.uniform(seed, self._samples(), positions, draw)  # [N, T]
+        cumulative = self._p.double().cumsum(1)
+        thresholds = u[:, None] * cumulative[:, -1:]
+        labels = (cumulative <= thresholds).sum(1).clamp_(max=self.C - 1)
+        ones = torch.ones_like(self._p[:, :1])
+        score = self._p.scatter_add(1, labels[:, None], -ones)
+        return self._shaped(score * (self.mass / self.Z).sqrt()[:, None])
+
+
+class IndexCrossEntropy(CrossEntropy):
+    """Class indices: a_c = (1−ε) w_y δ_cy + (ε/C) w_c; under mean Z = Σ w_y over terms that are not ignored."""
+
+    def __init__(
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        reduction: str,
+        *,
+        weight: Sequence[float] | None,
+        label_smoothing: float,
+        ignore_index: int,
+        class_axis: str | None,
+    ) -> None:
+        super().__init__(outputs, targets, class_axis, weight)
+        self._read_indices(targets, ignore_index)
+        self._on_label = (1.0 - label_smoothing) * self.label_weights
+        self._on_each = self.weights * (label_smoothing / self.C)
+        self._smooth = label_smoothing > 0.0
+        self.mass = self._on_label + self._on_each.sum() * self.counts
+        self.Z = float(self.label_weights.double().sum()) if reduction == "mean" else 1.0
+
+    def _terms(self, log_p: Tensor) -> Tensor:
+        terms = -self._on_label * log_p.gather(1, self.labels[:, None]).squeeze(1)
+        if self._smooth:
+            terms = terms - (log_p * self._on_each[:, None]).sum(1)
+        return torch.where(self.counts > 0, terms, 0.0)
+
+    def _minus_target(self, scaled: Tensor) -> Tensor:
+        scaled = scaled.scatter_add(1, self.labels[:, None], -self._on_label[:, None])
+        if self._smooth:
+            scaled = scaled - self._on_each[:, None] * self.counts[:, None]
+        return scaled
+
+
+class ProbabilityCrossEntropy(CrossEntropy):
+    """Probabilities q of the outputs' shape: a = w ((1−ε) q + ε/C); under mean Z is the number of terms N·T."""
+
+    def __init__(
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        reduction: str,
+        *,
+        weight: Sequence[float] | None,
+        label_smoothing: float,
+        class_axis: str | None,
+    ) -> None:
+        super().__init__(outputs, targets, class_axis, weight)
+        if bool((targets < 0).any()):
+            raise invalid_targets(
+                f"probabilities as targets must not be negative; got {float(targets.min()):.6g}",
+                "give probabilities, not scores",
+            )
+        q = targets.to(self.outputs.dtype).movedim(self._axis, 1).reshape(self.scores.shape)
+        self._a = self.weights[:, None] * ((1.0 - label_smoothing) * q + label_smoothing / self.C)
+        self.mass = self._a.sum(1)
+        self.Z = float(self.N * self.T) if reduction == "mean" else 1.0
+
+    def _terms(self, log_p: Tensor) -> Tensor:
+        return -(self._a * log_p).sum(1)
+
+    def _minus_target(self, scaled: Tensor) -> Tensor:
+        return scaled - self._a
+
+
+def cross_entropy(
+    outputs: Tensor,
+    targets: Tensor,
+    reduction: str,
+    *,
+    weight: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    class_axis: str | None = None,
+) -> CrossEntropy:
+    """Cross-entropy with floating targets of the outputs' shape as probabilities, others as class indices.
+
+    `ignore_index` is of no consequence for probabilities.
+    """
+    if targets.is_floating_point() and targets.shape == outputs.shape and outputs.dim() > 1:
+        return ProbabilityCrossEntropy(
+            outputs, targets, reduction, weight=weight, label_smoothing=label_smoothing, class_axis=class_axis
+        )
+    return IndexCrossEntropy(
+        outputs,
+        targets,
+        reduction,
+        weight=weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        class_axis=class_axis,
+    )
+
+
+_OPTIONS: Options = {
+    "weight": WEIGHT,
+    "label_smoothing": {
+        "type": "number",
+        "minimum": 0,
+        "maximum": 1,
+        "default": 0.0,
+        "description": "ε: this much of each target is spread evenly over the classes",
+    },
+    "ignore_index": IGNORE_INDEX,
+    "class_axis": CLASS_AXIS,
+}
+
+CROSS_ENTROPY = LossKind(
+    cross_entropy,
+    "softmax cross-entropy of logits [N, C, …] (or [N, …, C]) and class indices [N, …] or probabilities",
+    _OPTIONS,
+)
