@@ -275,3 +275,11 @@ def test_a_socket_path_too_long_for_the_system_goes_to_a_private_folder():
         assert path == _socket_path(data)
     finally:
         path.parent.rmdir()
+
+
+def test_several_workers_share_the_cores(tmp_path):
+    cores = os.cpu_count() or 1
+    assert Options("127.0.0.1", 0, tmp_path).threads_each is None
+    assert Options("127.0.0.1", 0, tmp_path, workers=2).threads_each == max(1, cores // 2)
+    assert Options("127.0.0.1", 0, tmp_path, workers=1000).threads_each == 1
+    assert Options("127.0.0.1", 0, tmp_path, workers=2, threads=7).threads_each == 7

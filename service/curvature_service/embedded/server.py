@@ -46,6 +46,13 @@ class Options:
     workers: int = 1
     threads: int | None = None
 
+    @property
+    def threads_each(self) -> int | None:
+        """Threads of each worker's computation: several workers share the cores, or all of them crawl."""
+        if self.threads is None and self.workers > 1:
+            return max(1, (os.cpu_count() or 1) // self.workers)
+        return self.threads
+
 
 class EmbeddedServer:
     """Starts broker, API and workers on one data folder, watches them, and stops them.
@@ -122,8 +129,8 @@ class EmbeddedServer:
 
     def _worker_command(self) -> list[str]:
         command = [sys.executable, "-m", "curvature_worker", "--device", self._options.device]
-        if self._options.threads is not None:
-            command += ["--threads", str(self._options.threads)]
+        if (threads := self._options.threads_each) is not None:
+            command += ["--threads", str(threads)]
         return command
 
     def _await_ready(self) -> None:
