@@ -136,5 +136,5 @@ def test_strict_counts_a_joint_bias_as_present():
 
 @pytest.mark.parametrize("value", [1, "yes", None])
 def test_strict_is_true_or_false(value):
-    with pytest.raises(engine.EngineError, match="must be true or false; got"):
+    with pytest.raises(engine.EngineError, match="must be True or False; got"):
         analyze(nn.Linear(3, 2), torch.randn(4, 3, dtype=torch.float64), [kfac(strict=value)])

@@ -152,7 +152,7 @@ def test_a_subsample_beside_the_whole():
     ("indices", "match"),
     [
         ([0, 4], r"names sample 4; the batch has 4 \(0 … 3\)"),
-        ([-1], "list of at least one whole number from 0; got .-1."),
+        ([-1], "each item a whole number from 0, or None; got .-1."),
         ([], r"got \[\]"),
         ([0.5], "0.5"),
         ([True], "True"),

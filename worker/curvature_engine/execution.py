@@ -79,7 +79,7 @@ class Run:
         return self._copies[id(tensor)][1]
 
     def _copied(self, tensor: Tensor) -> Tensor:
-        if tensor.is_conj() or tensor.is_neg():
+        if tensor.requires_grad or tensor.is_conj() or tensor.is_neg():
             return tensor.clone()
         storage = tensor.untyped_storage()
         place = storage.data_ptr()
