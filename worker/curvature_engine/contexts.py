@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from curvature_engine.errors import EngineError
+from curvature_engine.tensor_methods import DTYPE_OF
 
 
 class ScriptContext:
@@ -37,12 +38,10 @@ class ScriptContext:
             return torch.enable_grad()
         if self.kind == "set_grad_enabled":
             return torch.set_grad_enabled(bool(self.attributes.get("mode", True)))
-        from curvature_engine.torchscript import _DTYPE_OF
-
         fast = self.attributes.get("fast_dtype")
         return torch.autocast(
             str(self.attributes.get("device", "cpu")),
-            dtype=None if fast is None else _DTYPE_OF[fast],
+            dtype=None if fast is None else DTYPE_OF[fast],
             enabled=bool(self.attributes.get("_enabled", True)),
         )
 

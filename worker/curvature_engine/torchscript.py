@@ -5,7 +5,6 @@ name while it runs. Tensor operators resolve, through their schema, to the dispa
 are those TorchScript itself would call.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,8 @@ from curvature_engine.calls import OperatorCall
 from curvature_engine.contexts import make_context
 from curvature_engine.errors import EngineError, first_line
 from curvature_engine.execution import Run, map_tensors
+from curvature_engine.places import place_of
+from curvature_engine.tensor_methods import DTYPE_OF, METHODS, NUMBER_OF, TENSOR_QUESTIONS, read_dtype
 
 Step = Callable[[Run], None]
 
@@ -84,7 +85,7 @@ class Compiled:
             step = self._scalar(node)
         else:
             step = self._refuse(node)
-        return None if step is None else _explained(step, _place(node))
+        return None if step is None else _explained(step, place_of(node))
 
     # Values
 
@@ -136,7 +137,7 @@ class Compiled:
 
     def _unpack(self, node: Any) -> Step:
         source, outs = self._slot(node.input()), [self._slot(v) for v in node.outputs()]
-        place = _place(node)
+        place = place_of(node)
 
         def step(run: Run) -> None:
             values = run.values[source]
@@ -203,7 +204,7 @@ class Compiled:
         return step
 
     def _raise(self, node: Any) -> Step:
-        message, place = self._slot(next(iter(node.inputs()))), _place(node)
+        message, place = self._slot(next(iter(node.inputs()))), place_of(node)
 
         def step(run: Run) -> None:
             raise EngineError(
@@ -218,7 +219,7 @@ class Compiled:
     # Context managers
 
     def _create_object(self, node: Any) -> Step:
-        name, place = str(node.output().type()), _place(node)
+        name, place = str(node.output().type()), place_of(node)
         out = self._slot(node.output())
 
         def step(run: Run) -> None:
@@ -281,7 +282,7 @@ class Compiled:
             containers and name in ("list",)
         ):
             return self._scalar(node)
-        special = _TENSOR_QUESTIONS.get(name)
+        special = TENSOR_QUESTIONS.get(name)
         if special is not None and not makes_tensor:
             return self._question(node, special)
         if name in operators.REFUSED or name.removesuffix("_") in operators.REFUSED:
@@ -316,7 +317,7 @@ class Compiled:
         formal = overload._schema.arguments
         writes = tuple(i for i, a in enumerate(formal) if a.alias_info is not None and a.alias_info.is_write)
         self.edits_tensors = self.edits_tensors or bool(writes)
-        call = OperatorCall(name, overload, positional, keywords, writes, tuple(ins), tuple(outs), _place(node))
+        call = OperatorCall(name, overload, positional, keywords, writes, tuple(ins), tuple(outs), place_of(node))
 
         def step(run: Run) -> None:
             run.call(call)
@@ -325,10 +326,10 @@ class Compiled:
 
     def _method(self, node: Any, name: str) -> Step:
         """Operators that TorchScript has as a method only: casts, and `to` in its older forms."""
-        if name not in _METHODS:
+        if name not in METHODS:
             return self._refuse(node)
         ins, out = [self._slot(v) for v in node.inputs()], self._slot(node.output())
-        function = _METHODS[name]
+        function = METHODS[name]
 
         def step(run: Run) -> None:
             values = [run.values[i] for i in ins]
@@ -344,17 +345,17 @@ class Compiled:
         def step(run: Run) -> None:
             data, dtype, *_ = (run.values[i] for i in ins)
             if isinstance(data, torch.Tensor):  # `as_tensor` of a tensor is that tensor, with its history
-                run.values[out] = data if dtype is None else data.to(_DTYPE_OF[dtype])
+                run.values[out] = data if dtype is None else data.to(DTYPE_OF[dtype])
                 run.tainted[out] = run.tainted[ins[0]]
                 run.note_cast(data, run.values[out])
                 return
-            run.values[out] = torch.tensor(data, dtype=_dtype(dtype), device=run.device)
+            run.values[out] = torch.tensor(data, dtype=read_dtype(dtype), device=run.device)
             run.tainted[out] = False
 
         return step
 
     def _refuse(self, node: Any) -> Step:
-        kind, place = node.kind(), _place(node)
+        kind, place = node.kind(), place_of(node)
         plain = kind.removeprefix("aten::")
         reason, remedy = operators.REFUSED.get(plain.removesuffix("_"), ("", ""))
         if any(mark in kind for mark in _FOREIGN_ACCELERATED):
@@ -404,112 +405,6 @@ def _holds_tensor(type_: Any) -> bool:
     )
 
 
-def _place(node: Any) -> str:
-    """The line of the model's code that a node came from, in one line.
-
-    A script knows its source; a trace knows the Python stack, innermost first, and its generated code.
-    """
-    original, _, serialized = str(node.sourceRange()).partition("Serialized ")
-    where, code = _marked_line(original)
-    if not where:
-        first = original.strip().partition("\n")[0]
-        if match := _STACK_LINE.fullmatch(first):
-            where = f"{match['file'].rsplit('/', 1)[-1]}, line {match['line']}, in {match['function']}"
-        else:
-            where = _marked_line(serialized)[0]
-    code = code or _marked_line(serialized)[1]
-    return ": ".join(part for part in (where, code) if part) or f"node {node.kind()}"
-
-
-_STACK_LINE = re.compile(r"(?P<file>.+)\((?P<line>\d+)\): (?P<function>\S+)")
-
-
-def _marked_line(text: str) -> tuple[str, str]:
-    """(file and line, code) of the line that TorchScript underlined."""
-    where = code = ""
-    lines = text.splitlines()
-    for number, line in enumerate(lines):
-        if line.lstrip().startswith("File "):
-            file, _, rest = line.strip().removeprefix("File ").replace('"', "").partition(", ")
-            where = f"{file.rsplit('/', 1)[-1]}, {rest}"
-        if "<--- HERE" in line and number > 0:
-            code = lines[number - 1].strip()
-    return where, code
-
-
-def _dtype(value: Any) -> torch.dtype | None:
-    """TorchScript's integer for a dtype, as a dtype."""
-    if value is None or isinstance(value, torch.dtype):
-        return value
-    return _DTYPE_OF[value]
-
-
-_DTYPE_OF: dict[int, torch.dtype] = {
-    0: torch.uint8, 1: torch.int8, 2: torch.int16, 3: torch.int32, 4: torch.int64, 5: torch.float16, 6: torch.float32,
-    7: torch.float64, 8: torch.complex32, 9: torch.complex64, 10: torch.complex128, 11: torch.bool, 15: torch.bfloat16,
-}  # fmt: skip
-_NUMBER_OF = {dtype: number for number, dtype in _DTYPE_OF.items()}
-
-
-def _size(tensor: torch.Tensor, dim: int | None = None) -> Any:
-    return list(tensor.shape) if dim is None else tensor.shape[dim]
-
-
-_TENSOR_QUESTIONS: dict[str, Callable[..., Any]] = {
-    "size": _size,
-    "dim": lambda t: t.dim(),
-    "numel": lambda t: t.numel(),
-    "len": len,
-    "item": lambda t: t.item(),
-    "Int": int,
-    "Float": float,
-    "Bool": bool,
-    "IntImplicit": int,
-    "FloatImplicit": float,
-    "ScalarImplicit": lambda t: t.item(),
-    "is_floating_point": lambda t: t.is_floating_point(),
-    "is_complex": lambda t: t.is_complex(),
-    "is_nonzero": bool,
-    "stride": lambda t, d=None: list(t.stride()) if d is None else t.stride(d),
-    "storage_offset": lambda t: t.storage_offset(),
-    "is_contiguous": lambda t, *r: t.is_contiguous(),
-    "element_size": lambda t: t.element_size(),
-    "is_same_size": lambda a, b: a.shape == b.shape,
-    "equal": torch.equal,
-    "allclose": torch.allclose,
-    "is_autocast_enabled": lambda *a: torch.is_autocast_enabled(*a),
-    "get_autocast_dtype": lambda d: _NUMBER_OF[torch.get_autocast_dtype(d)],
-    "is_grad_enabled": torch.is_grad_enabled,
-    "__contains__": lambda values, value: value in values,
-}
-
-
-def _to(tensor: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    """`to` in the forms that take None for device or dtype."""
-    for argument in arguments:
-        if isinstance(argument, torch.device):
-            tensor = tensor.to(argument)
-        elif isinstance(argument, torch.Tensor):
-            tensor = tensor.to(argument.device, argument.dtype)
-        elif isinstance(argument, int) and not isinstance(argument, bool):
-            tensor = tensor.to(_DTYPE_OF[argument])
-    return tensor
-
-
-_METHODS: dict[str, Callable[..., Any]] = {
-    "to": _to,
-    "cpu": lambda t, *r: t,  # everything lives on the one device that the caller chose
-    "cuda": lambda t, *r: t,
-    "float": lambda t: t.float(),
-    "double": lambda t: t.double(),
-    "half": lambda t: t.half(),
-    "bfloat16": lambda t: t.bfloat16(),
-    "int": lambda t: t.int(),
-    "long": lambda t: t.long(),
-    "bool": lambda t: t.bool(),
-}
-
-
 def _property(read: Callable[[Any], Any]) -> Callable[[Compiled, Any], Step]:
     def handler(compiled: Compiled, node: Any) -> Step:
         return compiled._question(node, read)
@@ -544,7 +439,7 @@ _HANDLERS: dict[str, Callable[[Compiled, Any], Step | None]] = {
     "prim::Enter": Compiled._enter,
     "prim::Exit": Compiled._exit,
     "prim::NumToTensor": _number_to_tensor,
-    "prim::dtype": _property(lambda t: _NUMBER_OF[t.dtype]),
+    "prim::dtype": _property(lambda t: NUMBER_OF[t.dtype]),
     "prim::device": _property(lambda t: t.device),
     "prim::layout": _property(lambda t: 0),
     "prim::is_cuda": _property(lambda t: t.is_cuda),
