@@ -120,6 +120,7 @@ class _Analyzer:
             "dtype": _name(outputs.dtype),
             "device": str(self.program.device),
             "engine_version": __version__,
+            "format": self.program.format,
             "aliases": dict(self.program.aliases),
         }
         return Analysis(value, groups, self.warnings, info)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from curvature_engine.contributions import pull_back
 from curvature_engine.errors import EngineError
+from curvature_engine.parameters import Parameter
 from curvature_engine.precision import accumulation_dtype
 from curvature_engine.probe import Attribution, Code, Verdict, attribute, predicts, scaled
-from curvature_engine.program import Parameter
 from curvature_engine.tape import Tap, Tape, Use, backward
 
 # Of a sum's own size, and of the size of its terms.

@@ -54,7 +54,7 @@ class Analysis:
         loss: L, zero-dimensional.
         groups: label → group.
         warnings: what the caller should know.
-        info: loss_name, reduction, Z, seed, dtype, device, engine_version, aliases.
+        info: loss_name, reduction, Z, seed, dtype, device, engine_version, format, aliases.
     """
 
     loss: Tensor

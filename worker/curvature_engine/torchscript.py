@@ -5,6 +5,7 @@ name while it runs. Tensor operators resolve, through their schema, to the dispa
 are those TorchScript itself would call.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,8 @@ class Compiled:
         self._constants: list[tuple[int, Any]] = []
         self.edits_tensors = False
         """Whether an operator that edits tensors appears anywhere: then each run works on copies."""
-        self.call_kinds: set[str] = set()
+        self.calls: Counter[str] = Counter()
+        """How often each tensor operator appears, all branches counted."""
         inputs = list(graph.inputs())
         self._inputs = [self._slot(value) for value in inputs]
         self._steps = self._block(graph)
@@ -75,7 +77,6 @@ class Compiled:
 
     def _node(self, node: Any) -> Step | None:
         kind: str = node.kind()
-        self.call_kinds.add(kind)
         handler = _HANDLERS.get(kind)
         if handler is not None:
             step = handler(self, node)
@@ -304,6 +305,7 @@ class Compiled:
         return step
 
     def _call(self, node: Any, name: str) -> Step:
+        self.calls[name] += 1
         schema = torch._C.parse_schema(node.schema())
         ins, outs = [self._slot(v) for v in node.inputs()], [self._slot(v) for v in node.outputs()]
         if name == "tensor" or name == "as_tensor":
