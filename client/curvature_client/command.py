@@ -3,7 +3,7 @@
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -198,7 +198,7 @@ def _with_options(client: Client, names: list[str], options: dict[str, object]) 
 
 
 def _report(result: Result, path: Path) -> None:
-    typer.echo(f"loss {result.loss:.6g} ({result.manifest.loss_name}, {result.manifest.reduction})")
+    typer.echo(f"loss {result.loss:.6g} ({_loss_of(result)}, {result.manifest.reduction})")
     rows = []
     for group in result.manifest.groups:
         count = len({tensor.parameter for tensor in group.tensors})
@@ -209,6 +209,18 @@ def _report(result: Result, path: Path) -> None:
     for warning in result.warnings:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(f"wrote {path} ({path.stat().st_size:,} bytes)")
+
+
+def _loss_of(result: Result) -> str:
+    """The loss with the options that it used, e.g. "cross_entropy with label_smoothing=0.1, output 'logits'"."""
+    manifest = result.manifest
+    used = [f"{name}={_shortened(value)}" for name, value in manifest.loss_options.items() if value is not None]
+    used += [] if manifest.loss_output is None else [f"output {manifest.loss_output!r}"]
+    return manifest.loss_name + (f" with {', '.join(used)}" if used else "")
+
+
+def _shortened(value: Any) -> str:
+    return f"{len(value)} numbers" if isinstance(value, list) and len(value) > 3 else str(value)
 
 
 def _labels(job: Job) -> str:

@@ -61,6 +61,10 @@ class Manifest(Reply):
     engine_version: str
     loss: float | None = Field(description="L; null when it is not finite (see `warnings`)")
     loss_name: str
+    loss_options: dict[str, Any] = Field(default_factory=dict, description="the loss's options, complete")
+    loss_output: int | str | None = Field(
+        default=None, description="which entry of the tuple or dictionary that the model returned entered the loss"
+    )
     reduction: str
     Z: float
     seed: int

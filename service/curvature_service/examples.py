@@ -90,6 +90,8 @@ MANIFEST: dict[str, Any] = {
     "engine_version": "0.1.0",
     "loss": 0.3127,
     "loss_name": "cross_entropy",
+    "loss_options": {"weight": None, "label_smoothing": 0.0, "ignore_index": -100, "class_axis": None},
+    "loss_output": None,
     "reduction": "mean",
     "Z": 128.0,
     "seed": 0,

@@ -99,6 +99,22 @@ def test_torchs_loss_modules_are_read_with_their_options(module, name):
     torch.testing.assert_close(result["grad"]["weight"], torch.autograd.grad(value, net.weight)[0])
 
 
+def test_the_losses_options_stand_in_the_provenance_complete():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return {"logits": self.l(x)}
+
+    net, x = Named(), torch.randn(5, 4)
+    loss = {"name": "cross_entropy", "options": {"label_smoothing": 0.1, "output": "logits"}}
+    info = engine.analyze(net, x, torch.tensor([0, 1, 2, 0, 1]), ["grad"], loss=loss).info
+    options = {"weight": None, "label_smoothing": 0.1, "ignore_index": -100, "class_axis": None}
+    assert (info["loss_options"], info["loss_output"]) == (options, "logits")
+
+
 def test_functional_names_are_aliases():
     net, x = nn.Linear(4, 3), torch.randn(5, 4)
     result = engine.analyze(net, x, torch.randn(5, 3), ["grad"], loss="mse_loss")

@@ -81,6 +81,7 @@ def test_losses_and_their_options_reach_the_engine(client, one_thread, loss, tar
         loss = {"name": loss["name"], "options": {**loss["options"], "output": "logits"}}
         result = client.analyze(named, (x, targets), ["diag_ggn_exact"], loss=loss)
         torch.testing.assert_close(result["diag_ggn_exact"]["head.weight"][...], expected["2.weight"])
+        assert (result.manifest.loss_options["var"], result.manifest.loss_output) == ([0.1, 2.0, 0.7], "logits")
 
 
 def test_the_bare_call_needs_no_loss(client):

@@ -32,6 +32,7 @@ def run(server, tmp_path):
 def test_analyze_writes_the_tensors(run, tmp_path):
     done = run("analyze", "model.pt", "batch.safetensors", "-e", "diag_ggn_mc", "-e", "kfac", "-o", "out.safetensors")
     assert (done.returncode, done.stderr) == (0, "")
+    assert "(cross_entropy with label_smoothing=0.0, ignore_index=-100, mean)" in done.stdout
     assert "wrote out.safetensors" in done.stdout
     assert set(safetensors.torch.load_file(tmp_path / "out.safetensors")) >= {"diag_ggn_mc/0.weight", "kfac/0.weight/A"}
 

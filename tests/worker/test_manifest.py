@@ -42,6 +42,8 @@ def reply():
         "info": {
             "engine_version": "1",
             "loss_name": "cross_entropy",
+            "loss_options": {"ignore_index": -100},
+            "loss_output": "logits",
             "reduction": "mean",
             "Z": 6.0,
             "seed": 0,

@@ -114,6 +114,8 @@ class _Analyzer:
         self._finish(groups, bound, work)
         info = {
             "loss_name": self.spec.name,
+            "loss_options": dict(self.spec.options),
+            "loss_output": self.spec.output,
             "reduction": self.spec.reduction,
             "Z": bound.Z,
             "seed": self.seed,

@@ -54,7 +54,8 @@ class Analysis:
         loss: L, zero-dimensional.
         groups: label → group.
         warnings: what the caller should know.
-        info: loss_name, reduction, Z, seed, dtype, device, engine_version, format, aliases.
+        info: loss_name, loss_options (complete), loss_output (the entry of the model's output that enters the loss),
+            reduction, Z, seed, dtype, device, engine_version, format, aliases.
     """
 
     loss: Tensor

@@ -10,7 +10,18 @@ from curvature_protocol.results import Manifest, Provenance, ResultGroup, Tensor
 from curvature_worker.errors import JobRefused
 from curvature_worker.stored_file import StoredTensor, read_stored_file
 
-_INFO = ("engine_version", "loss_name", "reduction", "Z", "seed", "dtype", "device", "aliases")
+_INFO = (
+    "engine_version",
+    "loss_name",
+    "loss_options",
+    "loss_output",
+    "reduction",
+    "Z",
+    "seed",
+    "dtype",
+    "device",
+    "aliases",
+)
 _TIMINGS = ("load", "compute", "write")
 
 
