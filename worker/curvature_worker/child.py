@@ -195,7 +195,8 @@ def read_batch(path: Path) -> tuple[Any, torch.Tensor]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            # Copied: in the file they lie at any address, and the last bits of a sum may depend on its alignment.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise engine.EngineError(
             "invalid_batch",
