@@ -6,10 +6,11 @@ analysis = engine.analyze("model.pt", inputs, targets, ["variance", "diag_ggn_ex
 analysis["variance"]["0.weight"]
 """
 
-from curvature_engine.analysis import analyze
+from curvature_engine.analysis import analyze, plan
 from curvature_engine.catalogue import catalogue
 from curvature_engine.errors import EngineError
 from curvature_engine.extensions import KroneckerFactors
+from curvature_engine.plans import ParameterPlan, Plan, RequestPlan
 from curvature_engine.program import Program, load
 from curvature_engine.results import Analysis, Group
 from curvature_engine.version import __version__
@@ -19,9 +20,13 @@ __all__ = [
     "EngineError",
     "Group",
     "KroneckerFactors",
+    "ParameterPlan",
+    "Plan",
     "Program",
+    "RequestPlan",
     "__version__",
     "analyze",
     "catalogue",
     "load",
+    "plan",
 ]

@@ -1,24 +1,28 @@
 """One request from inputs to results: one forward pass, then backward passes to the taps, reduced as they come."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvature_engine.budget import Budget, check_whole_number
 from curvature_engine.errors import EngineError
 from curvature_engine.execution import map_tensors
 from curvature_engine.extensions import KroneckerFactors
 from curvature_engine.losses import BoundLoss, LossSpec
-from curvature_engine.passes import BackwardPasses, Order, Progress
-from curvature_engine.program import Inputs, Parameter, load
+from curvature_engine.passes import BackwardPasses, Order, Part, Progress
+from curvature_engine.planner import Division, Planner
+from curvature_engine.plans import Plan
+from curvature_engine.program import Forward, Inputs, Parameter, load
 from curvature_engine.requests import Request, parse_requests
 from curvature_engine.results import Analysis, Group
 from curvature_engine.selection import Wanted, select
+from curvature_engine.stores import ResultStore
 from curvature_engine.tape import Tape
 from curvature_engine.version import __version__
-
-DEFAULT_BUDGET_BYTES = 256 * 2**20
 
 
 def analyze(
@@ -52,7 +56,8 @@ def analyze(
         parameters: "trainable" (requires_grad), "all", or one or several patterns of names, e.g. "layer4.*".
         eval: put the model into eval mode (not for a program, which has its mode).
         progress: called with (columns done, columns in all; each parameter counts as one for Hessians).
-        budget_bytes: memory for intermediates of one parameter; draws do not depend on it.
+        budget_bytes: memory for what the analysis makes: graph, gradients, intermediates, results; by default half of
+            the device's. Draws do not depend on it.
 
     Returns:
         Results by label; every tensor is at least float32.
@@ -62,12 +67,50 @@ def analyze(
     """
     requests = parse_requests(extensions)
     spec = LossSpec.parse(loss, reduction)
-    _check_whole_number("seed", seed, -(2**63))
-    if budget_bytes is not None:
-        _check_whole_number("budget_bytes", budget_bytes, 1)
+    check_whole_number("seed", seed, -(2**63))
     program = load(model, device=device, eval=eval)
-    order = Order(program, requests, seed, progress, budget_bytes or DEFAULT_BUDGET_BYTES)
+    order = Order(program, requests, seed, progress, Budget.of(budget_bytes, program.device))
     return _Analyzer(order, spec, parameters).run(inputs, targets)
+
+
+def plan(
+    model: Any,
+    inputs: Inputs,
+    targets: Tensor,
+    extensions: Sequence[Any],
+    *,
+    loss: Any = None,
+    reduction: str | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    parameters: Wanted = "trainable",
+    eval: bool = True,
+    budget_bytes: int | None = None,
+) -> Plan:
+    """What `analyze` would do with the same arguments: methods, costs, memory.
+
+    Runs the forward pass and the probe, which finds what methods there are, and none of the columns.
+
+    Raises:
+        EngineError: as `analyze` before its first column.
+    """
+    requests = parse_requests(extensions)
+    spec = LossSpec.parse(loss, reduction)
+    check_whole_number("seed", seed, -(2**63))
+    program = load(model, device=device, eval=eval)
+    order = Order(program, requests, seed, None, Budget.of(budget_bytes, program.device))
+    return _Analyzer(order, spec, parameters).plan(inputs, targets)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A batch after its forward pass and probe: all that is known before the first column."""
+
+    forward: Forward
+    outputs: Tensor
+    bound: BoundLoss
+    work: BackwardPasses
+    plan: Plan
 
 
 class _Analyzer:
@@ -80,16 +123,50 @@ class _Analyzer:
         inputs, targets = self._placed(inputs), self._placed(targets)
         _check_not_empty(inputs, targets)
         selected = select(self.program, self.parameters)
-        restore = [(t, t.requires_grad) for p in selected.values() for t in p.tensors]
-        try:
-            for tensor, _ in restore:
-                tensor.requires_grad_(True)
+        with _differentiable(selected):
             return self._run(inputs, targets, selected)
-        finally:
-            for tensor, required in restore:
-                tensor.requires_grad_(required)
+
+    def plan(self, inputs: Inputs, targets: Tensor) -> Plan:
+        inputs, targets = self._placed(inputs), self._placed(targets)
+        _check_not_empty(inputs, targets)
+        selected = select(self.program, self.parameters)
+        with _differentiable(selected):
+            return self._prepare(inputs, targets, selected).plan
 
     def _run(self, inputs: Inputs, targets: Tensor, selected: dict[str, Parameter]) -> Analysis:
+        prepared = self._prepare(inputs, targets, selected)
+        bound, work = prepared.bound, prepared.work
+        value = bound.contributions().sum()
+        self._warn(program_loss=value, used_dropout=prepared.forward.used_dropout)
+        groups = self._groups()
+        self._fill_outputs(groups, prepared.outputs, bound)
+        if self._needs_backward:
+            work.open(ResultStore(), 1)
+            work.compute()
+            work.fill(groups)
+        self._finish(groups, bound, work)
+        info = {
+            "loss_name": self.spec.name,
+            "loss_options": dict(self.spec.options),
+            "loss_output": self.spec.output,
+            "reduction": self.spec.reduction,
+            "Z": bound.Z,
+            "seed": self.seed,
+            "dtype": _name(prepared.outputs.dtype),
+            "device": str(self.program.device),
+            "engine_version": __version__,
+            "format": self.program.format,
+            "aliases": dict(self.program.aliases),
+        }
+        return Analysis(value, groups, self.warnings, info, prepared.plan)
+
+    # Preparation
+
+    @property
+    def _needs_backward(self) -> bool:
+        return any(r.extension.columns != "outputs" for r in self.requests)
+
+    def _prepare(self, inputs: Inputs, targets: Tensor, selected: dict[str, Parameter]) -> _Prepared:
         tape = Tape()
         for parameter in selected.values():
             for tensor in parameter.tensors:
@@ -104,30 +181,14 @@ class _Analyzer:
         if second_order:
             bound.check_second_order(second_order)
             self.warnings.extend(bound.warnings)
-        value = bound.contributions().sum()
-        self._warn(program_loss=value, used_dropout=forward.used_dropout)
-        groups = self._groups()
-        self._fill_outputs(groups, outputs, bound)
-        work = BackwardPasses(self.order, forward, outputs, bound, selected)
-        if any(r.extension.columns != "outputs" for r in self.requests):
-            work.compute(groups)
-        self._finish(groups, bound, work)
-        info = {
-            "loss_name": self.spec.name,
-            "loss_options": dict(self.spec.options),
-            "loss_output": self.spec.output,
-            "reduction": self.spec.reduction,
-            "Z": bound.Z,
-            "seed": self.seed,
-            "dtype": _name(outputs.dtype),
-            "device": str(self.program.device),
-            "engine_version": __version__,
-            "format": self.program.format,
-            "aliases": dict(self.program.aliases),
-        }
-        return Analysis(value, groups, self.warnings, info)
-
-    # Preparation
+        work = BackwardPasses(self.order, bound, selected)
+        if self._needs_backward:
+            work.enter(Part(forward, outputs, 0, bound.N))
+        division = Division((0, bound.N), forward.kept_bytes)
+        planner = Planner(self.order.budget, self.requests, selected, division)
+        return _Prepared(
+            forward, outputs, bound, work, planner.plan(bound, outputs, work if self._needs_backward else None)
+        )
 
     def _placed(self, value: Any) -> Any:
         return map_tensors(self._placed_tensor, value)
@@ -197,14 +258,17 @@ class _Analyzer:
                 }
 
 
-def _check_whole_number(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
-        raise EngineError(
-            "invalid_option",
-            f"{name} must be a whole number from {least} to {2**63 - 1}; got {value!r}",
-            param=name,
-            remedy="pass an int",
-        )
+@contextmanager
+def _differentiable(selected: dict[str, Parameter]) -> Iterator[None]:
+    """Have the parameters asked for require gradients, as long as it lasts."""
+    restore = [(t, t.requires_grad) for p in selected.values() for t in p.tensors]
+    try:
+        for tensor, _ in restore:
+            tensor.requires_grad_(True)
+        yield
+    finally:
+        for tensor, required in restore:
+            tensor.requires_grad_(required)
 
 
 def _check_not_empty(inputs: Any, targets: Any) -> None:

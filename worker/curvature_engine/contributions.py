@@ -17,11 +17,36 @@ from curvature_engine.probe import Attribution
 from curvature_engine.rules import Rule
 from curvature_engine.tape import Tap, Use, backward
 
+_ACCUMULATED_BYTES = 8
+"""At most, of one number of a gradient."""
+
 
 class Contribution(ABC):
     """Per-sample gradients of one parameter under one cotangent."""
 
     shape: tuple[int, ...]
+    method = "fallback"
+
+    @property
+    def samples_per_block(self) -> int:
+        """How many samples' gradients are written out at a time."""
+        return 1
+
+    def multiply_adds(self) -> int:
+        """What writing all gradients out costs, beyond the backward passes."""
+        return 0
+
+    def working_bytes(self) -> int:
+        """What writing out one block takes, with the intermediates of its reduction."""
+        return 2 * self.samples_per_block * math.prod(self.shape) * _ACCUMULATED_BYTES
+
+    def norms_multiply_adds(self) -> int:
+        """What `squared_norms` costs."""
+        return self.multiply_adds()
+
+    def is_reduced(self, reduction: str) -> bool:
+        """Whether `sum_squared` or `squared_norms` goes without writing gradients out."""
+        return False
 
     @abstractmethod
     def blocks(self, start: int = 0) -> Iterator[tuple[int, Tensor]]:
@@ -107,6 +132,8 @@ class Materialised(Contribution):
 class Absent(Contribution):
     """Zero: the parameter does not reach the outputs on this path."""
 
+    method = "absent"
+
     def __init__(self, like: Tensor, N: int) -> None:
         self._like, self._N = like, N
         self.shape = tuple(like.shape)
@@ -152,17 +179,50 @@ def prepare_use(tap: Tap, tap_index: int, use: Use, attribution: Attribution) ->
 class ClosedForm(Contribution):
     """Gradients by rules, from the taps' inputs and output gradients."""
 
+    method = "closed form"
+
     def __init__(self, uses: list[tuple[PreparedUse, Tensor]], like: Tensor, N: int, budget_bytes: int) -> None:
         self.uses = uses
         self._like, self._N, self._budget_bytes = like, N, budget_bytes
         self.shape = tuple(like.shape)
-        element = torch.empty(0, dtype=accumulation_dtype(like.dtype)).element_size()
+        element = accumulation_dtype(like.dtype).itemsize
         per_sample = max(1, like.numel()) * element
         self.block = max(1, min(N, budget_bytes // max(per_sample, self._working_bytes(element))))
 
     def select(self, samples: Tensor) -> Contribution:
         uses = [(replace(p, saved=tuple(s[samples] for s in p.saved)), g[samples]) for p, g in self.uses]
         return ClosedForm(uses, self._like, len(samples), self._budget_bytes)
+
+    @property
+    def samples_per_block(self) -> int:
+        return self.block
+
+    def multiply_adds(self) -> int:
+        found = 0
+        for prepared, g in self.uses:
+            assert prepared.tap.rule is not None
+            found += self._N * prepared.tap.rule.multiply_adds(prepared.use.role, _first(prepared.saved), g[:1])
+        return found
+
+    def norms_multiply_adds(self) -> int:
+        if not self.is_reduced("squared_norms"):
+            return self.multiply_adds()
+        prepared, g = self.uses[0]
+        assert prepared.tap.rule is not None
+        return self._N * prepared.tap.rule.norms_multiply_adds(prepared.use.role, _first(prepared.saved), g[:1])
+
+    def working_bytes(self) -> int:
+        element = accumulation_dtype(self._like.dtype).itemsize
+        return self.block * (2 * self._like.numel() * element + self._working_bytes(element))
+
+    def is_reduced(self, reduction: str) -> bool:
+        single = self.single()
+        if single is None:
+            return False
+        prepared, g, rule = single
+        one = _first(prepared.saved), torch.zeros_like(g[:1])
+        reduce = rule.sum_squared if reduction == "sum_squared" else rule.squared_norms
+        return reduce(prepared.use.role, *one) is not None
 
     def _working_bytes(self, element: int) -> int:
         """What one sample's intermediates take: a convolution's patches are its input times the kernel's size."""
@@ -227,6 +287,10 @@ class ClosedForm(Contribution):
             total = part if total is None else total + part
         assert total is not None
         return total
+
+
+def _first(saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(s[:1] for s in saved)
 
 
 def pull_back(part: Tensor, index: Tensor | None, shape: Sequence[int]) -> Tensor:

@@ -55,9 +55,8 @@ def _by_gram(contribution: ClosedForm, N: int, budget_bytes: int) -> Tensor | No
     if one is None:
         return None
     x, s = one
-    groups, _, T, n_in = x.shape
-    n_out = s.shape[3]
-    if T * T * (n_in + n_out) >= n_in * n_out:
+    groups, _, T, _ = x.shape
+    if not _gram_is_cheaper(x, s):
         return None
     pair_bytes = max(1, 3 * groups * T * T * x.element_size())
     side = max(1, min(N, math.isqrt(budget_bytes // pair_bytes)))
@@ -72,6 +71,20 @@ def _by_gram(contribution: ClosedForm, N: int, budget_bytes: int) -> Tensor | No
             products[i : i + side, j : j + side] = part
             products[j : j + side, i : i + side] = part.T
     return products
+
+
+def costs(contribution: Contribution, N: int) -> tuple[str, int]:
+    """(form, multiply-adds) of all pairs' inner products."""
+    one = _factors(contribution, slice(0, 1)) if isinstance(contribution, ClosedForm) else None
+    if one is not None and _gram_is_cheaper(*one):
+        (groups, _, T, n_in), n_out = one[0].shape, one[1].shape[3]
+        return "gram", N * (N + 1) // 2 * groups * T * T * (n_in + n_out + 1)
+    return "materialised", contribution.multiply_adds() + N * (N + 1) // 2 * math.prod(contribution.shape)
+
+
+def _gram_is_cheaper(x: Tensor, s: Tensor) -> bool:
+    T, n_in, n_out = x.shape[2], x.shape[3], s.shape[3]
+    return T * T * (n_in + n_out) < n_in * n_out
 
 
 def _factors(contribution: ClosedForm, block: slice) -> tuple[Tensor, Tensor] | None:

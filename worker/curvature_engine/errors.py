@@ -21,6 +21,17 @@ class EngineError(Exception):
         self.remedy = remedy
 
 
+class TooLarge(EngineError):
+    """A forward pass keeps more than it may, and was given up."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(
+            "out_of_memory",
+            f"the forward pass keeps more than {limit_bytes} bytes",
+            remedy="use a smaller batch, or a larger budget",
+        )
+
+
 def first_line(error: BaseException) -> str:
     """An error's message in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvature_engine.calls import OperatorCall
 from curvature_engine.contexts import ScriptContext
-from curvature_engine.errors import EngineError, first_line, memory_ran_out
+from curvature_engine.errors import EngineError, TooLarge, first_line, memory_ran_out
 from curvature_engine.openings import OPENINGS, Elementary
 from curvature_engine.operators import ROUTERS
 from curvature_engine.tape import Tape
@@ -36,6 +36,8 @@ class Run:
     parameter_places: frozenset[int]
     """Where parameters lie in memory."""
     allow_dropout: bool
+    limit_bytes: int | None = None
+    """How much results may take in all; None for any amount."""
 
     def __post_init__(self) -> None:
         self.values: list[Any] = []
@@ -43,6 +45,8 @@ class Run:
         self.decisions: list[Decision] = []
         self.routed_by_data = False
         self.used_dropout = False
+        self.kept_bytes = 0
+        """What the operators' results take that are no views: about what a graph keeps of them."""
         self._overlay: dict[tuple[int, str], Any] = {}
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
         self._storages: dict[int, torch.UntypedStorage] = {}
@@ -154,6 +158,7 @@ class Run:
             result = result if opened else call.invoke(arguments)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
             raise _rejection(call, error) from error
+        self._count(result, arguments)
         if self.tape is not None and not opened:
             self.tape.observe(call, arguments, result, static=not tainted)
         if tainted:
@@ -175,6 +180,14 @@ class Run:
         if call.overload._overloadname == "data" and self.tainted[call.inputs[1]]:
             self.routed_by_data = True  # a packed sequence's lengths say where its rows go
         return OPENINGS[call.name](Elementary(self.tape, call, batch), arguments)
+
+    def _count(self, result: Any, arguments: list[Any]) -> None:
+        """Count the memory of a new result, and stop where it is more than allowed."""
+        for tensor in (result,) if isinstance(result, Tensor) else result if isinstance(result, tuple | list) else ():
+            if isinstance(tensor, Tensor) and not tensor._is_view() and all(tensor is not a for a in arguments):
+                self.kept_bytes += tensor.nbytes
+        if self.limit_bytes is not None and self.kept_bytes > self.limit_bytes:
+            raise TooLarge(self.limit_bytes)
 
     def _guard_parameters(self, call: OperatorCall, edited: Any) -> None:
         """Autograd stops edits of a parameter, but not under no_grad: they would last into the next job."""

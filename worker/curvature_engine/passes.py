@@ -1,14 +1,17 @@
 """Backward passes to the taps: one for the loss's gradient, one per column of the square root of its Hessian.
 
-Each is reduced by every extension that asked for it before the next is made.
+Each is reduced by every extension that asked for it before the next is made. The samples come in one part, or in
+several, each with a forward pass of its own; the loss is always that of the whole batch.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from curvature_engine.budget import Budget
 from curvature_engine.contributions import (
     Absent,
     ClosedForm,
@@ -23,11 +26,12 @@ from curvature_engine.extensions import WHOLE, Accumulator, Extension, Setting
 from curvature_engine.judgement import confirm, judge, random_cotangent, reproducible
 from curvature_engine.losses import BoundLoss
 from curvature_engine.precision import accumulation_dtype
-from curvature_engine.probe import Verdict
+from curvature_engine.probe import Code, Verdict
 from curvature_engine.program import Forward, Parameter, Program
 from curvature_engine.requests import Request
 from curvature_engine.residuals import Residuals, feed_each_other
 from curvature_engine.results import Group
+from curvature_engine.stores import ResultStore
 from curvature_engine.tape import backward
 
 Progress = Callable[[int, int], None]
@@ -41,13 +45,49 @@ class Order:
     requests: list[Request]
     seed: int
     progress: Progress | None
-    budget_bytes: int
+    budget: Budget
     warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
+class Part:
+    """Samples `start` … `stop` of the batch, and their forward pass."""
+
+    forward: Forward
+    outputs: Tensor
+    start: int
+    stop: int
+
+    @property
+    def n(self) -> int:
+        """How many samples."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
 class Task:
-    """One request's accumulator, and the samples that it takes (None for all)."""
+    """One request's accumulator, and the samples of the batch that it takes (None for all)."""
+
+    request: Request
+    accumulator: Accumulator
+    samples: Sequence[int] | None
+
+    def share(self, part: Part) -> "Share | None":
+        """What it takes of a part; None where that is nothing."""
+        if self.samples is None:
+            self.accumulator.start(range(part.start, part.stop))
+            return Share(self.request, self.accumulator, None)
+        rows = [row for row, n in enumerate(self.samples) if part.start <= n < part.stop]
+        if not rows:
+            return None
+        self.accumulator.start(rows)
+        chosen = [self.samples[row] - part.start for row in rows]
+        return Share(self.request, self.accumulator, torch.tensor(chosen, device=part.outputs.device))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a request takes of one part: some of its samples, counted from its first, or None for all."""
 
     request: Request
     accumulator: Accumulator
@@ -77,49 +117,74 @@ class BackwardPasses:
     """The backward passes of one request.
 
     Attributes:
-        methods: parameter → "closed form" or "fallback".
-        verified: whether the run-time checks held.
+        methods: parameter → "closed form" or "fallback"; of several parts the least.
+        uses: of parameters with closed forms in the current part, by name.
+        columns: how many columns of each kind are wanted.
+        verified: whether the run-time checks held in every part.
     """
 
-    def __init__(
-        self, order: Order, forward: Forward, outputs: Tensor, bound: BoundLoss, selected: dict[str, Parameter]
-    ) -> None:
+    def __init__(self, order: Order, bound: BoundLoss, selected: dict[str, Parameter]) -> None:
         self._order = order
-        self._forward = forward
-        self._outputs = outputs
         self._bound = bound
         self._selected = selected
-        self._gradient = bound.gradient().to(outputs.dtype)
+        self._part: Part
+        self._gradient: Tensor
         self._at_hand: dict[int, Tensor | None] = {}
-        self._uses: dict[str, list[PreparedUse]] = {}
+        self._fallen: set[str] = set()
         self._elementwise: set[str] = set()
+        self._gradients: dict[str, Tensor] = {}
+        self._tasks: list[Task] = []
         self._done, self._total = 0, 0
+        self.uses: dict[str, list[PreparedUse]] = {}
         self.methods: dict[str, str] = {}
-        self.verified = False
+        self.columns = _count_columns(order.requests, bound)
+        self.verified = True
 
-    def compute(self, groups: dict[str, Group]) -> None:
-        """Fill the groups of all extensions that need a backward pass."""
-        self._check_differentiable()
-        tasks = [self._task(r) for r in self._order.requests if r.extension.accumulator is not None]
-        if tasks:
+    def enter(self, part: Part) -> None:
+        """Take up a part: find which of its rows belongs to which sample, and each parameter's method."""
+        self._check_differentiable(part.outputs)
+        self._part = part
+        self._gradient = self._rows(self._bound.gradient())
+        self._at_hand = {}
+        if any(r.extension.accumulator is not None for r in self._order.requests):
             self._prepare()
-        self._fill_gradient(groups)
-        first = [t for t in tasks if t.columns == "gradient"]
-        exact = [t for t in tasks if t.columns == "exact"]
-        sampled = [t for t in tasks if t.columns == "sampled"]
-        draws = max((t.accumulator.setting.draws for t in sampled), default=0)
-        residual = [t for t in exact if t.request.extension.residual is not None]
-        self._total = bool(first) + (self._bound.columns if exact else 0) + draws
-        self._total += len(self._selected) if residual else 0
+        else:
+            self.verified = False
+
+    def tasks(self, store: ResultStore) -> list[Task]:
+        """Every request's accumulator, new."""
+        return [self._task(r, store) for r in self._order.requests if r.extension.accumulator is not None]
+
+    def open(self, store: ResultStore, parts: int) -> None:
+        """Get ready to compute `parts` parts into a store."""
+        self._tasks = self.tasks(store)
+        residual = any(t.request.extension.residual is not None for t in self._tasks)
+        first = any(t.request.extension.columns == "gradient" for t in self._tasks)
+        per_part = first + self.columns["exact"] + self.columns["sampled"]
+        self._total = parts * (per_part + (len(self._selected) if residual else 0))
+
+    def compute(self) -> None:
+        """Add the current part to every result."""
+        self._add_gradient()
+        shares = [share for task in self._tasks if (share := task.share(self._part)) is not None]
+        first = [s for s in shares if s.columns == "gradient"]
+        exact = [s for s in shares if s.columns == "exact"]
+        sampled = [s for s in shares if s.columns == "sampled"]
         if first:
             self._column(self._gradient, first)
-        for v in range(self._bound.columns if exact else 0):
-            self._column(self._bound.exact_column(v), exact)
-        for m in range(draws):
-            column = self._bound.sampled_column(self._order.seed, m)
-            self._column(column, [t for t in sampled if m < t.accumulator.setting.draws])
-        self._residuals(residual)
-        for task in tasks:
+        for v in range(self.columns["exact"] if exact else 0):
+            self._column(self._rows(self._bound.exact_column(v)), exact)
+        for m in range(self.columns["sampled"] if sampled else 0):
+            column = self._rows(self._bound.sampled_column(self._order.seed, m))
+            self._column(column, [s for s in sampled if m < s.accumulator.setting.draws])
+        self._residuals([s for s in exact if s.request.extension.residual is not None])
+
+    def fill(self, groups: dict[str, Group]) -> None:
+        """Put the results into the groups."""
+        for request in self._order.requests:
+            if request.extension.name == "grad":
+                groups[request.label].by_parameter = dict(self._gradients)
+        for task in self._tasks:
             _fill(groups[task.request.label], task.accumulator)
 
     def method(self, extension: Extension, key: str) -> str:
@@ -130,8 +195,49 @@ class BackwardPasses:
             return self.methods[key]
         return "fallback" if "fallback" in self.methods.values() else "closed form"
 
-    def _check_differentiable(self) -> None:
-        if not self._outputs.requires_grad:
+    def contribution(self, name: str) -> Contribution:
+        """A parameter's contribution with the shapes that it will have in the current part, and no numbers."""
+        parameter, n = self._selected[name], self._part.n
+        if name not in self.uses:
+            return Fallback(self._part.outputs, parameter.tensors, self._part.outputs.new_zeros(()).expand(n))
+        uses = []
+        for prepared in self.uses[name]:
+            g = prepared.arranged_gradient(self._part.outputs.new_zeros(()).expand(prepared.tap.shapes[0]))
+            uses.append((prepared, g))
+        if not uses:
+            return Absent(parameter.tensor, n)
+        return ClosedForm(uses, parameter.tensor, n, self._order.budget.block_bytes)
+
+    def tap_bytes(self) -> int:
+        """What the gradients at the current part's taps take, for one cotangent."""
+        return sum(
+            math.prod(shape) * accumulation_dtype(self._part.outputs.dtype).itemsize
+            for tap in self._part.forward.tape.taps
+            for shape in tap.shapes
+        )
+
+    def arranged_bytes(self) -> int:
+        """What rearranged inputs of the taps take beside the inputs themselves."""
+        known = {t.untyped_storage().data_ptr() for tap in self._part.forward.tape.taps for t in tap.saved}
+        own = {
+            s.untyped_storage().data_ptr(): s.untyped_storage().nbytes()
+            for uses in self.uses.values()
+            for p in uses
+            for s in p.saved
+        }
+        return sum(nbytes for place, nbytes in own.items() if place not in known)
+
+    def probe_digits(self) -> int:
+        """How many cotangents tell the current part's samples apart."""
+        return len(Code(self._part.n, 64).factors(torch.device("cpu")))
+
+    def _rows(self, column: Tensor) -> Tensor:
+        """The current part's rows of a column of the whole batch."""
+        return column[self._part.start : self._part.stop].to(self._part.outputs.dtype)
+
+    @staticmethod
+    def _check_differentiable(outputs: Tensor) -> None:
+        if not outputs.requires_grad:
             raise EngineError(
                 "unsupported_model",
                 "the outputs do not depend on any of the parameters asked for",
@@ -139,14 +245,14 @@ class BackwardPasses:
                 remedy="check for no_grad, detach, or integer outputs in the model",
             )
 
-    def _task(self, request: Request) -> Task:
+    def _task(self, request: Request, store: ResultStore) -> Task:
         assert request.extension.accumulator is not None
         samples = self._samples(request)
         N = self._bound.N if samples is None else len(samples)
-        return Task(request, request.extension.accumulator(self._setting(request, N)), samples)
+        return Task(request, request.extension.accumulator(self._setting(request, N, store)), samples)
 
-    def _samples(self, request: Request) -> Tensor | None:
-        """The samples that a request picks, [n]; None for all.
+    def _samples(self, request: Request) -> Sequence[int] | None:
+        """The samples that a request picks; None for all.
 
         Raises:
             EngineError: `invalid_option` where the batch has no such sample.
@@ -162,23 +268,32 @@ class BackwardPasses:
                 param=f"{request.extension.name}.subsampling",
                 remedy="name samples of this batch",
             )
-        return torch.tensor(indices, device=self._outputs.device)
+        return list(indices)
 
-    def _setting(self, request: Request, N: int) -> Setting:
+    def _setting(self, request: Request, N: int, store: ResultStore) -> Setting:
         sampled = request.extension.columns == "sampled"
         draws = int(request.options["mc_samples"]) if sampled else 1
         columns = self._bound.columns if request.extension.columns == "exact" else draws
         parameters = {name: p.tensor.detach() for name, p in self._selected.items()}
+        block_bytes = self._order.budget.block_bytes
         return Setting(
-            N, self._bound.Z, columns, draws, self._order.budget_bytes, parameters, self._uses, request.options
+            request.label,
+            N,
+            self._bound.Z,
+            columns,
+            draws,
+            block_bytes,
+            parameters,
+            self.uses,
+            request.options,
+            store,
         )
 
-    def _fill_gradient(self, groups: dict[str, Group]) -> None:
-        labels = [r.label for r in self._order.requests if r.extension.name == "grad"]
-        if not labels:
+    def _add_gradient(self) -> None:
+        if not any(r.extension.name == "grad" for r in self._order.requests):
             return
         leaves = [t for p in self._selected.values() for t in p.tensors]
-        gradients = backward(self._outputs, leaves, self._gradient)
+        gradients = backward(self._part.outputs, leaves, self._gradient)
         place = 0
         for name, parameter in self._selected.items():
             total = torch.zeros(
@@ -188,14 +303,14 @@ class BackwardPasses:
                 if gradient is not None:
                     total += gradient
             place += len(parameter.tensors)
-            for label in labels:
-                groups[label].by_parameter[name] = total
+            self._gradients[name] = self._gradients[name] + total if name in self._gradients else total
 
     # The verdict on this path, and each parameter's method
 
     def _prepare(self) -> None:
         verdict = self._verdict()
-        taps = self._forward.tape.taps
+        taps = self._part.forward.tape.taps
+        self.uses.clear()
         for name in self._selected:
             uses = [(i, tap, use) for i, tap in enumerate(taps) for use in tap.uses if use.watched.parameter == name]
             closed = all(
@@ -209,18 +324,19 @@ class BackwardPasses:
                     remedy="please report this model",
                 )
             if not closed or name in verdict.mismatched:
-                self.methods[name] = "fallback"
+                self._fallen.add(name)
+            self.methods[name] = "fallback" if name in self._fallen else "closed form"
+            if name in self._fallen:
                 continue
-            self.methods[name] = "closed form"
             prepared = []
             for i, tap, use in uses:
                 attribution = verdict.taps[i].attribution
                 assert attribution is not None
                 prepared.append(prepare_use(tap, i, use, attribution))
-            self._uses[name] = prepared
+            self.uses[name] = prepared
 
     def _verdict(self) -> Verdict:
-        verdicts, forward, outputs = self._order.program.verdicts, self._forward, self._outputs
+        verdicts, forward, outputs = self._order.program.verdicts, self._part.forward, self._part.outputs
         path = (
             tuple(outputs.shape),
             forward.decisions,
@@ -232,9 +348,10 @@ class BackwardPasses:
             verdict = judge(outputs, forward.tape, self._selected)
             if verdict.finite and verdict.confirmable and not forward.routed_by_data:
                 verdicts.keep(path, verdict)
-        self.verified = verdict.finite and bool(torch.isfinite(outputs).all())
-        if not verdict.finite:
-            self._order.warnings.append("some gradient in the model is not finite: results below it are not verified")
+        self.verified = self.verified and verdict.finite and bool(torch.isfinite(outputs).all())
+        warning = "some gradient in the model is not finite: results below it are not verified"
+        if not verdict.finite and warning not in self._order.warnings:
+            self._order.warnings.append(warning)
         return verdict
 
     def _confirm(self, verdict: Verdict) -> bool:
@@ -243,27 +360,27 @@ class BackwardPasses:
         # the inputs of Kronecker factors.
         extensions = [r.extension for r in self._order.requests]
         only_gradient = all(e.columns in ("outputs", "gradient") and e.kind != "factors" for e in extensions)
-        cotangent = self._gradient if only_gradient else random_cotangent(self._outputs)
+        outputs = self._part.outputs
+        cotangent = self._gradient if only_gradient else random_cotangent(outputs)
         known = [i for i, tap in enumerate(verdict.taps) if tap.attribution is not None]
-        with reproducible(self._outputs.device):
+        with reproducible(outputs.device):
             gradients = self._at_taps(known, cotangent)
             if only_gradient:
                 self._at_hand = gradients
-            return confirm(verdict, self._outputs, self._forward.tape, cotangent, gradients)
+            return confirm(verdict, outputs, self._part.forward.tape, cotangent, gradients)
 
     # Columns
 
-    def _column(self, cotangent: Tensor, tasks: list[Task]) -> None:
-        cotangent = cotangent.to(self._outputs.dtype)
-        needed = sorted({u.tap_index for uses in self._uses.values() for u in uses})
+    def _column(self, cotangent: Tensor, shares: list[Share]) -> None:
+        needed = sorted({u.tap_index for uses in self.uses.values() for u in uses})
         at_hand = self._at_hand if cotangent is self._gradient else {}
         gradients = at_hand if at_hand.keys() >= set(needed) else self._at_taps(needed, cotangent)
         fallbacks = self._fallbacks(cotangent)
         with torch.no_grad():
             for name, parameter in self._selected.items():
                 contribution = fallbacks.get(name) or self._closed(name, parameter, gradients)
-                for task in tasks:
-                    task.take(name, contribution)
+                for share in shares:
+                    share.take(name, contribution)
         self._advance()
 
     def _advance(self) -> None:
@@ -271,56 +388,56 @@ class BackwardPasses:
         if self._order.progress is not None:
             self._order.progress(self._done, self._total)
 
-    def _residuals(self, tasks: list[Task]) -> None:
+    def _residuals(self, shares: list[Share]) -> None:
         """What the model's second derivatives add to the diagonals of the Hessian."""
-        if not tasks:
+        if not shares:
             return
-        residuals = Residuals(self._outputs, self._gradient, self._order.budget_bytes)
-        per_sample = any(t.request.extension.residual == "per sample" or t.samples is not None for t in tasks)
+        residuals = Residuals(self._part.outputs, self._gradient, self._order.budget.block_bytes)
+        per_sample = any(s.request.extension.residual == "per sample" or s.samples is not None for s in shares)
         for name, parameter in self._selected.items():
-            uses = self._uses.get(name)
+            uses = self.uses.get(name)
             if uses is None or feed_each_other(uses):
                 self._elementwise.add(name)
                 blocks = residuals.of_tensors(parameter.tensors, per_sample=per_sample)
             else:
                 blocks = residuals.of_uses(uses, parameter.tensor)
             for first, block in blocks:
-                for task in tasks:
-                    task.take_residual(name, first, block.detach())
+                for share in shares:
+                    share.take_residual(name, first, block.detach())
             self._advance()
 
     def _at_taps(self, numbers: Sequence[int], cotangent: Tensor) -> dict[int, Tensor | None]:
         """The gradients of some taps' outputs, by the taps' numbers."""
-        taps = [self._forward.tape.taps[i] for i in numbers]
-        found = backward(self._outputs, [tap.edges[0] for tap in taps], cotangent)
+        taps = [self._part.forward.tape.taps[i] for i in numbers]
+        found = backward(self._part.outputs, [tap.edges[0] for tap in taps], cotangent)
         return {i: tap.shaped([g])[0] for i, tap, g in zip(numbers, taps, found, strict=True)}
 
     def _closed(self, name: str, parameter: Parameter, gradients: dict[int, Tensor | None]) -> Contribution:
         uses = []
-        for prepared in self._uses[name]:
+        for prepared in self.uses[name]:
             g = gradients[prepared.tap_index]
             if g is not None:
                 uses.append((prepared, prepared.arranged_gradient(g)))
         if not uses:
-            return Absent(parameter.tensor, self._bound.N)
-        return ClosedForm(uses, parameter.tensor, self._bound.N, self._order.budget_bytes)
+            return Absent(parameter.tensor, self._part.n)
+        return ClosedForm(uses, parameter.tensor, self._part.n, self._order.budget.block_bytes)
 
     def _fallbacks(self, cotangent: Tensor) -> dict[str, Contribution]:
         """Per-sample gradients of the parameters without closed form: together where they fit the budget."""
         names = [n for n, method in self.methods.items() if method == "fallback"]
         if not names:
             return {}
-        N = self._bound.N
+        N, outputs = self._part.n, self._part.outputs
         tensors = {n: self._selected[n].tensors for n in names}
         size = sum(t[0].numel() * 8 * N for t in tensors.values())
-        if size > self._order.budget_bytes:
-            return {n: Fallback(self._outputs, tensors[n], cotangent) for n in names}
+        if size > self._order.budget.block_bytes:
+            return {n: Fallback(outputs, tensors[n], cotangent) for n in names}
         flat = [t for n in names for t in tensors[n]]
         stacks = [torch.zeros((N, *t.shape), dtype=accumulation_dtype(t.dtype), device=t.device) for t in flat]
         restricted = torch.zeros_like(cotangent)
         for n in range(N):
             restricted[n] = cotangent[n]
-            found = backward(self._outputs, flat, restricted)
+            found = backward(outputs, flat, restricted)
             restricted[n] = 0
             for stack, gradient in zip(stacks, found, strict=True):
                 if gradient is not None:
@@ -330,6 +447,16 @@ class BackwardPasses:
             parts = [stacks.pop(0) for _ in tensors[name]]
             result[name] = Materialised(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0))
         return result
+
+
+def _count_columns(requests: Sequence[Request], bound: BoundLoss) -> dict[str, int]:
+    wanted = {r.extension.columns for r in requests}
+    draws = [int(r.options["mc_samples"]) for r in requests if r.extension.columns == "sampled"]
+    return {
+        "gradient": int("gradient" in wanted),
+        "exact": bound.columns if "exact" in wanted else 0,
+        "sampled": max(draws, default=0),
+    }
 
 
 def _fill(group: Group, accumulator: Accumulator) -> None:

@@ -24,6 +24,8 @@ class Forward:
     decisions: tuple[Decision, ...]
     routed_by_data: bool
     used_dropout: bool
+    kept_bytes: int = 0
+    """What its results take that are no views: about what its graph keeps."""
 
 
 class Program:
@@ -54,11 +56,12 @@ class Program:
         """The model's format, e.g. "torchscript"."""
         return self.front.format
 
-    def run(self, inputs: Inputs, tape: Tape) -> Forward:
+    def run(self, inputs: Inputs, tape: Tape, limit_bytes: int | None = None) -> Forward:
         """Run forward once on `inputs`, recording on `tape`.
 
         Raises:
             EngineError: if the program cannot be run on them.
+            TooLarge: as soon as it keeps more than `limit_bytes`.
         """
         arguments = self.front.bind(inputs)
         run = Run(
@@ -67,13 +70,14 @@ class Program:
             edits=self.front.edits_tensors or self.keeps_training,
             parameter_places=self._parameter_places,
             allow_dropout=self.keeps_training,
+            limit_bytes=limit_bytes,
         )
         try:
             with torch.enable_grad():
                 outputs = self.front.run(run, arguments)
         finally:
             run.close()
-        return Forward(outputs, tape, tuple(run.decisions), run.routed_by_data, run.used_dropout)
+        return Forward(outputs, tape, tuple(run.decisions), run.routed_by_data, run.used_dropout, run.kept_bytes)
 
 
 def load(model: Any, *, device: str | torch.device = "cpu", eval: bool = True) -> Program:

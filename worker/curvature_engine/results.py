@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from curvature_engine.extensions import KroneckerFactors
+from curvature_engine.plans import Plan
 
 
 @dataclass
@@ -56,12 +57,14 @@ class Analysis:
         warnings: what the caller should know.
         info: loss_name, loss_options (complete), loss_output (the entry of the model's output that enters the loss),
             reduction, Z, seed, dtype, device, engine_version, format, aliases.
+        plan: what it was computed by.
     """
 
     loss: Tensor
     groups: dict[str, Group]
     warnings: list[str]
     info: dict[str, Any]
+    plan: Plan
 
     def __getitem__(self, label: str) -> "Group | Tensor":
         """The group of a label; for quantities that are one tensor, that tensor."""

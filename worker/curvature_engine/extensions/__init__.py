@@ -3,7 +3,7 @@
 A new extension is one file here and one line below.
 """
 
-from curvature_engine.extensions.base import WHOLE, Accumulator, Extension, KroneckerFactors, Setting
+from curvature_engine.extensions.base import WHOLE, Accumulator, Extension, KroneckerFactors, Setting, Sketch
 from curvature_engine.extensions.batch_dot import BATCH_DOT
 from curvature_engine.extensions.first_order import BATCH_GRAD, BATCH_L2, SUM_GRAD_SQUARED, VARIANCE
 from curvature_engine.extensions.ggn_batch_diagonal import BATCH_DIAG_GGN_EXACT, BATCH_DIAG_GGN_MC
@@ -22,9 +22,21 @@ BATCH_LOSS = Extension(
     "a sample's terms divided by Z; they sum to L",
     "definition",
     "outputs",
+    merging="append",
 )
-OUTPUTS = Extension("outputs", "the model's outputs", "tensor", "[N, …]", "f(θ, x)", "definition", "outputs")
-GRAD = Extension("grad", "gradient of the loss", "parameters", "[*p]", "∇L = Σ_n g_n", "definition", "gradient")
+OUTPUTS = Extension(
+    "outputs", "the model's outputs", "tensor", "[N, …]", "f(θ, x)", "definition", "outputs", merging="append"
+)
+GRAD = Extension(
+    "grad",
+    "gradient of the loss",
+    "parameters",
+    "[*p]",
+    "∇L = Σ_n g_n",
+    "definition",
+    "gradient",
+    merging="sum",
+)
 
 EXTENSIONS: dict[str, Extension] = {
     extension.name: extension
@@ -52,4 +64,4 @@ EXTENSIONS: dict[str, Extension] = {
     )
 }
 
-__all__ = ["EXTENSIONS", "WHOLE", "Accumulator", "Extension", "KroneckerFactors", "Setting"]
+__all__ = ["EXTENSIONS", "WHOLE", "Accumulator", "Extension", "KroneckerFactors", "Setting", "Sketch"]

@@ -9,10 +9,15 @@ from torch import Tensor
 
 from curvature_engine.contributions import Contribution, PreparedUse
 from curvature_engine.options import Options
+from curvature_engine.precision import accumulation_dtype
+from curvature_engine.stores import ResultStore, Slab
 
 Columns = Literal["outputs", "gradient", "exact", "sampled"]
 Kind = Literal["tensor", "parameters", "factors"]
 Residual = Literal["sum", "per sample"]
+Merging = Literal["sum", "append", "welford", "whole batch"]
+"""How results of parts of a batch, or of a data set, become that of all: sums add up; rows are put in their samples'
+places; centred second moments merge by Chan, Golub & LeVeque 1983; or they do not, and need all samples in one part."""
 
 WHOLE = "*"
 """Key of a result over all parameters together; no parameter can have it as its name."""
@@ -30,16 +35,20 @@ class Setting:
     """What an accumulator knows beforehand.
 
     Attributes:
-        N: the number of samples that contributions will hold: of the batch, or of the request's subsample.
+        label: the request's.
+        N: the number of samples that contributions will hold, in all parts together: of the batch, or of the request's
+            subsample.
         Z: what the loss divided by.
         columns: how many columns will come.
         draws: M for sampled columns, over which results are averaged; else 1.
         budget_bytes: memory for intermediates.
         parameters: those asked for, by name.
-        uses: of parameters with closed forms, by name; known once columns come.
+        uses: of parameters with closed forms, by name; known once columns come, and anew with every part.
         options: the request's, complete.
+        store: where results lie that are filled row by row.
     """
 
+    label: str
     N: int
     Z: float
     columns: int
@@ -48,21 +57,68 @@ class Setting:
     parameters: Mapping[str, Tensor]
     uses: Mapping[str, Sequence[PreparedUse]]
     options: Mapping[str, Any]
+    store: ResultStore = field(default_factory=ResultStore)
+
+    def slab(self, parameter: str, leading: Sequence[int]) -> Slab:
+        """Room for a parameter's result [*leading, *p], zero at first."""
+        like = self.parameters[parameter]
+        dtype = accumulation_dtype(like.dtype)
+        return self.store.slab(self.label, parameter, (*leading, *like.shape), len(leading), dtype, like.device)
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What an accumulator will do with one parameter's contributions: for the plan.
+
+    Attributes:
+        form: "materialised", "gram", "reduced" or "factors".
+        multiply_adds: of one column.
+        shapes: of the result's tensors.
+        missing: why there will be no result.
+        intermediate_bytes: if not what writing out a block of gradients takes.
+    """
+
+    form: str
+    multiply_adds: int
+    shapes: tuple[tuple[int, ...], ...]
+    missing: str | None = None
+    intermediate_bytes: int | None = None
 
 
 class Accumulator(ABC):
-    """Takes one parameter's contribution per column, and gives the result at the end."""
+    """Takes one parameter's contribution per column, and gives the result at the end.
+
+    The samples come in one part or several, each with its own forward pass: `start` announces a part, then come all of
+    its columns.
+
+    Attributes:
+        rows: places in the result of the current part's samples.
+        missing: parameter → why it has no result.
+    """
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
+        self.rows: Sequence[int] = range(setting.N)
         self.missing: dict[str, str] = {}
+
+    def start(self, rows: Sequence[int]) -> None:
+        """Begin a part, whose contributions hold the samples with these places in the result."""
+        self.rows = rows
+
+    def sketch(self, parameter: str, contribution: Contribution) -> Sketch:
+        """What `add` would do with contributions like this one, whose numbers mean nothing."""
+        return Sketch("materialised", contribution.multiply_adds(), (self.result_shape(contribution.shape),))
+
+    def result_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the result of a parameter [*p]."""
+        return shape
 
     @abstractmethod
     def add(self, parameter: str, contribution: Contribution) -> None:
         """Take one column's contribution of one parameter."""
 
     def add_residual(self, parameter: str, first: int, block: Tensor) -> None:
-        """Take what the model's second derivatives add for samples `first` … `first + n`, [n, *p]."""
+        """Take what the model's second derivatives add for the part's samples `first` … `first + n`, [n, *p]."""
         raise NotImplementedError
 
     @abstractmethod
@@ -79,6 +135,9 @@ class Extension:
             the loss's Hessian.
         accumulator: makes the result; None for quantities of the outputs and for `grad`.
         residual: whether the model's second derivatives enter, too: their sum over samples, or every sample's.
+        merging: how results of parts merge; "whole batch" keeps every request beside it from being divided.
+        streams: whether the result is filled row by row through `Setting.slab`, under the parameters' names, and
+            `finish` does no more than collect: then it can go to a file as it is made.
         adapt: options → the fields that they change (kind, shape, columns); the fields above are those by default.
     """
 
@@ -93,6 +152,8 @@ class Extension:
     options: Options = field(default_factory=dict)
     adapt: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     residual: Residual | None = None
+    merging: Merging = "whole batch"
+    streams: bool = False
 
     def under(self, options: Mapping[str, Any]) -> "Extension":
         """The extension as complete options make it."""

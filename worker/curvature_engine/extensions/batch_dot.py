@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from curvature_engine.contributions import Contribution
-from curvature_engine.dot_products import dot_products
-from curvature_engine.extensions.base import Extension
+from curvature_engine.dot_products import costs, dot_products
+from curvature_engine.extensions.base import Extension, Sketch
 from curvature_engine.extensions.first_order import PerParameter
 from curvature_engine.extensions.schemas import OVER, SCALE, SUBSAMPLING, adapt_to_over
 
@@ -12,6 +12,9 @@ from curvature_engine.extensions.schemas import OVER, SCALE, SUBSAMPLING, adapt_
 class _BatchDot(PerParameter):
     def reduce(self, contribution: Contribution) -> Tensor:
         return dot_products(contribution, self.setting.N, self.setting.budget_bytes)
+
+    def sketch(self, parameter: str, contribution: Contribution) -> Sketch:
+        return Sketch(*costs(contribution, self.setting.N), ((self.setting.N, self.setting.N),))
 
 
 BATCH_DOT = Extension(

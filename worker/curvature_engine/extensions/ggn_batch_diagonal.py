@@ -1,10 +1,13 @@
 """The diagonal of each sample's summand of the generalized Gauss-Newton matrix, exact and by Monte Carlo."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting
 from curvature_engine.extensions.schemas import MC_SAMPLES, SUBSAMPLING
+from curvature_engine.stores import Slab
 
 
 class BatchDiagonal(Accumulator):
@@ -12,16 +15,25 @@ class BatchDiagonal(Accumulator):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Slab] = {}
 
     def add(self, parameter: str, contribution: Contribution) -> None:
+        if parameter not in self._sums:
+            self._sums[parameter] = self.setting.slab(parameter, (self.setting.N,))
         for first, block in contribution.blocks():
-            if parameter not in self._sums:
-                self._sums[parameter] = block.new_zeros((self.setting.N, *contribution.shape))
-            self._sums[parameter][first : first + len(block)].addcmul_(block, block)
+            self._add_to(parameter, self.rows[first : first + len(block)], block.square() / self.setting.draws)
+
+    def result_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (self.setting.N, *shape)
 
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
-        return {name: total.div_(self.setting.draws) for name, total in self._sums.items()}
+        return {name: total.result() for name, total in self._sums.items()}
+
+    def _add_to(self, parameter: str, rows: Sequence[int], block: Tensor) -> None:
+        def change(sums: Tensor) -> None:
+            sums += block.to(sums.device)
+
+        self._sums[parameter].update(rows, change)
 
 
 BATCH_DIAG_GGN_EXACT = Extension(
@@ -34,6 +46,8 @@ BATCH_DIAG_GGN_EXACT = Extension(
     "exact",
     BatchDiagonal,
     {"subsampling": SUBSAMPLING},
+    merging="append",
+    streams=True,
 )
 BATCH_DIAG_GGN_MC = Extension(
     "batch_diag_ggn_mc",
@@ -45,4 +59,6 @@ BATCH_DIAG_GGN_MC = Extension(
     "sampled",
     BatchDiagonal,
     {"mc_samples": MC_SAMPLES, "subsampling": SUBSAMPLING},
+    merging="append",
+    streams=True,
 )

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from curvature_engine.contributions import Contribution
-from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting
+from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting, Sketch
+from curvature_engine.extensions.first_order import sketch_of_squares
 from curvature_engine.extensions.schemas import MC_SAMPLES, SUBSAMPLING
 
 
@@ -21,6 +22,9 @@ class Diagonal(Accumulator):
         else:
             self._sums[parameter] = part
 
+    def sketch(self, parameter: str, contribution: Contribution) -> Sketch:
+        return sketch_of_squares(contribution)
+
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
         return {name: total / self.setting.draws for name, total in self._sums.items()}
 
@@ -35,6 +39,7 @@ DIAG_GGN_EXACT = Extension(
     "exact",
     Diagonal,
     {"subsampling": SUBSAMPLING},
+    merging="sum",
 )
 DIAG_GGN_MC = Extension(
     "diag_ggn_mc",
@@ -47,4 +52,5 @@ DIAG_GGN_MC = Extension(
     "sampled",
     Diagonal,
     {"mc_samples": MC_SAMPLES, "subsampling": SUBSAMPLING},
+    merging="sum",
 )

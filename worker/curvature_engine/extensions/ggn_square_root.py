@@ -1,10 +1,13 @@
 """The square root of the generalized Gauss-Newton matrix: every sample's back-propagated columns, written out."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting
 from curvature_engine.extensions.schemas import MC_SAMPLES, SUBSAMPLING
+from curvature_engine.stores import Slab
 
 
 class _SquareRoot(Accumulator):
@@ -12,20 +15,28 @@ class _SquareRoot(Accumulator):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self._columns: dict[str, Tensor] = {}
+        self._columns: dict[str, Slab] = {}
         self._filled: dict[str, int] = {}
+
+    def start(self, rows: Sequence[int]) -> None:
+        super().start(rows)
+        self._filled.clear()
 
     def add(self, parameter: str, contribution: Contribution) -> None:
         v = self._filled.get(parameter, 0)
+        if parameter not in self._columns:
+            self._columns[parameter] = self.setting.slab(parameter, (self.setting.columns, self.setting.N))
         for first, block in contribution.blocks():
-            if parameter not in self._columns:
-                shape = (self.setting.columns, self.setting.N, *contribution.shape)
-                self._columns[parameter] = block.new_zeros(shape)
-            self._columns[parameter][v, first : first + len(block)] = block
+            rows = [v * self.setting.N + row for row in self.rows[first : first + len(block)]]
+            scaled = block if self.setting.draws == 1 else block / self.setting.draws**0.5
+            self._columns[parameter].write(rows, scaled)
         self._filled[parameter] = v + 1
 
+    def result_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (self.setting.columns, self.setting.N, *shape)
+
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
-        return {name: columns.div_(self.setting.draws**0.5) for name, columns in self._columns.items()}
+        return {name: columns.result() for name, columns in self._columns.items()}
 
 
 SQRT_GGN_EXACT = Extension(
@@ -38,6 +49,8 @@ SQRT_GGN_EXACT = Extension(
     "exact",
     _SquareRoot,
     {"subsampling": SUBSAMPLING},
+    merging="append",
+    streams=True,
 )
 SQRT_GGN_MC = Extension(
     "sqrt_ggn_mc",
@@ -49,4 +62,6 @@ SQRT_GGN_MC = Extension(
     "sampled",
     _SquareRoot,
     {"mc_samples": MC_SAMPLES, "subsampling": SUBSAMPLING},
+    merging="append",
+    streams=True,
 )

@@ -15,7 +15,7 @@ class _Diagonal(Diagonal):
 
 class _BatchDiagonal(BatchDiagonal):
     def add_residual(self, parameter: str, first: int, block: Tensor) -> None:
-        self._sums[parameter][first : first + len(block)] += block
+        self._add_to(parameter, self.rows[first : first + len(block)], block)
 
 
 DIAG_HESSIAN = Extension(
@@ -29,6 +29,7 @@ DIAG_HESSIAN = Extension(
     _Diagonal,
     {"subsampling": SUBSAMPLING},
     residual="sum",
+    merging="sum",
 )
 BATCH_DIAG_HESSIAN = Extension(
     "batch_diag_hessian",
@@ -41,4 +42,6 @@ BATCH_DIAG_HESSIAN = Extension(
     _BatchDiagonal,
     {"subsampling": SUBSAMPLING},
     residual="per sample",
+    merging="append",
+    streams=True,
 )

@@ -13,7 +13,8 @@ Uses of one parameter by several layers of a kind count as further positions. Gr
 group: [groups, out/groups, out/groups] and so on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from curvature_engine.contributions import Absent, ClosedForm, Contribution, PreparedUse
 from curvature_engine.errors import EngineError
-from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting
+from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting, Sketch
 from curvature_engine.extensions.schemas import MC_SAMPLES
 from curvature_engine.tape import Use
 
@@ -56,33 +57,54 @@ class _Kronecker(Accumulator):
         self._approximation = str(setting.options["approximation"])
         self._joint = bool(setting.options["joint_bias"])
         self._B: dict[str, Tensor] = {}
-        self._A: dict[str, Tensor | None] = {}
+        self._A: dict[str, Tensor] = {}
+        self._positions: dict[str, int] = {}
+        self._met: set[str] = set()
+
+    def start(self, rows: Sequence[int]) -> None:
+        super().start(rows)
+        self._met.clear()
 
     def add(self, parameter: str, contribution: Contribution) -> None:
         if parameter in self.missing:
             return
-        if not isinstance(contribution, ClosedForm):
-            absent = isinstance(contribution, Absent)
-            fallback = "no Kronecker form: its individual gradients come from the universal fallback"
-            self._leave_out(parameter, "does not reach the outputs" if absent else fallback)
+        found = self._outputs(contribution)
+        if isinstance(found, str):
+            self._leave_out(parameter, found)
             return
-        outputs = [p.tap.rule.factor_outputs(p.use.role, g) for p, g in contribution.uses if p.tap.rule is not None]
-        reason = self._obstacle(contribution, outputs)
-        if reason is not None:
-            self._leave_out(parameter, reason)
-            return
-        s = torch.cat([o for o in outputs if o is not None], dim=2)  # [groups, N, positions, out]
+        assert isinstance(contribution, ClosedForm)
+        s = torch.cat(found, dim=2)  # [groups, n, positions, out]
         B = self._second_moment(s if self._approximation == "expand" else s.sum(2, keepdim=True))
-        if parameter in self._B:
-            self._B[parameter].add_(B)
-        else:
-            self._B[parameter] = B
+        self._B[parameter] = self._B[parameter].add_(B) if parameter in self._B else B
+        if parameter not in self._met:  # the inputs are the same for every column
+            self._met.add(parameter)
             joint = self._joint and self._bias_of(parameter) is not None
-            self._A[parameter] = self._input_factor([p for p, _ in contribution.uses], joint)
+            self._add_inputs(parameter, [p for p, _ in contribution.uses], joint)
+
+    def sketch(self, parameter: str, contribution: Contribution) -> Sketch:
+        found = self._outputs(contribution)
+        if isinstance(found, str):
+            return Sketch("factors", 0, (), found)
+        assert isinstance(contribution, ClosedForm)
+        n = len(self.rows)
+        groups, out = found[0].shape[0], found[0].shape[3]
+        positions = sum(o.shape[2] for o in found) if self._approximation == "expand" else 1
+        shapes = [(groups, out, out) if groups > 1 else (out, out)]
+        cost = groups * n * positions * out * out
+        held = sum(o.nbytes for o in found)
+        if contribution.uses[0][0].use.role == "weight":
+            width = prod(contribution.shape) // max(1, groups * out)
+            width += self._joint and self._bias_of(parameter) is not None
+            shapes.append((groups, width, width) if groups > 1 else (width, width))
+            cost += groups * n * positions * width * width // max(1, self.setting.columns)
+            held = max(held, min(self.setting.budget_bytes, groups * n * found[0].shape[2] * width * found[0].itemsize))
+        elif self._joint and (weight := self._weight_of(parameter)) is not None:
+            return Sketch("factors", 0, (), f"its block is part of that of {weight}, after the weight's columns")
+        return Sketch("factors", cost, tuple(shapes), intermediate_bytes=held)
 
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
         if self._joint:
-            for weight in list(self._B):
+            for weight in [name for name in self._B if name not in self.missing]:
                 bias = self._bias_of(weight)
                 if bias is not None:
                     self._B.pop(bias, None)
@@ -90,7 +112,29 @@ class _Kronecker(Accumulator):
         # The gradient carries 1/Z, and s only 1/√Z.
         empirical = self.setting.options.get("fisher") == "empirical"
         scale = self.setting.Z if empirical else 1 / self.setting.draws
-        return {name: self._pair(B * scale, self._A[name]) for name, B in self._B.items()}
+        # Of a parameter left out in one part, the others' sums are of no use.
+        found = {name: B for name, B in self._B.items() if name not in self.missing}
+        return {name: self._pair(B * scale, self._input_factor(name)) for name, B in found.items()}
+
+    def _outputs(self, contribution: Contribution) -> list[Tensor] | str:
+        """Every use's columns s [groups, n, positions, out], or why there is no Kronecker form."""
+        if not isinstance(contribution, ClosedForm):
+            absent = isinstance(contribution, Absent)
+            fallback = "no Kronecker form: its individual gradients come from the universal fallback"
+            return "does not reach the outputs" if absent else fallback
+        outputs = [p.tap.rule.factor_outputs(p.use.role, g) for p, g in contribution.uses if p.tap.rule is not None]
+        reason = self._obstacle(contribution, outputs)
+        return [o for o in outputs if o is not None] if reason is None else reason
+
+    def _weight_of(self, bias: str) -> str | None:
+        """The weight whose block takes in this bias."""
+        return next(
+            (w for w in self.setting.uses if w != bias and self._bias_of(w) == bias and self._has_form(w)), None
+        )
+
+    def _has_form(self, weight: str) -> bool:
+        uses = list(self.setting.uses[weight])
+        return all(_is_whole(p.use) for p in uses) and self._obstacle_in_rows(uses) is None
 
     def _leave_out(self, parameter: str, reason: str) -> None:
         self.missing[parameter] = reason
@@ -136,22 +180,41 @@ class _Kronecker(Accumulator):
                 return "no Kronecker form by reduce: samples have different numbers of positions"
         return None
 
-    def _input_factor(self, uses: list[PreparedUse], joint: bool) -> Tensor | None:
+    def _add_inputs(self, parameter: str, uses: list[PreparedUse], joint: bool) -> None:
+        """Add a part's Σ x xᵀ (under "reduce" of inputs averaged over positions), and count its positions."""
         if uses[0].use.role != "weight":
-            return None
-        inputs, rows = [], 0
-        for prepared in uses:
-            rule = prepared.tap.rule
-            x = None if rule is None else rule.factor_inputs(prepared.saved)
-            assert x is not None
-            inputs.append(_with_one(x, prepared) if joint else x)
+            return
+        n, rows = len(self.rows), 0
+        one = self._inputs(uses, slice(0, 1), joint)
+        for prepared, x in zip(uses, one, strict=True):
             # Padding rows of zeros (irregular attributions) do not count as positions.
             rows += prepared.attribution.R * (x.shape[2] // prepared.saved[0].shape[1])
-        x = torch.cat(inputs, dim=2)
-        N = self.setting.N
-        if self._approximation == "reduce":
-            return self._second_moment(x.sum(2, keepdim=True) * (N / rows)) / N
-        return self._second_moment(x) / (rows if self._approximation == "expand" else N)
+        size = max(1, min(n, self.setting.budget_bytes // max(1, sum(x.nbytes for x in one))))
+        for first in range(0, n, size):
+            x = torch.cat(self._inputs(uses, slice(first, first + size), joint), dim=2)
+            if self._approximation == "reduce":
+                x = x.sum(2, keepdim=True) * (n / rows)
+            moment = self._second_moment(x)
+            self._A[parameter] = self._A[parameter].add_(moment) if parameter in self._A else moment
+        self._positions[parameter] = self._positions.get(parameter, 0) + rows
+
+    @staticmethod
+    def _inputs(uses: list[PreparedUse], block: slice, joint: bool) -> list[Tensor]:
+        """Every use's inputs of some samples, [groups, n, positions, in]."""
+        found = []
+        for prepared in uses:
+            rule = prepared.tap.rule
+            x = None if rule is None else rule.factor_inputs(tuple(s[block] for s in prepared.saved))
+            assert x is not None
+            found.append(_with_one(x, prepared, block) if joint else x)
+        return found
+
+    def _input_factor(self, parameter: str) -> Tensor | None:
+        """A of all parts together."""
+        if parameter not in self._A:
+            return None
+        expand = self._approximation == "expand"
+        return self._A[parameter] / (self._positions[parameter] if expand else self.setting.N)
 
     @staticmethod
     def _second_moment(rows: Tensor) -> Tensor:
@@ -166,11 +229,11 @@ class _Kronecker(Accumulator):
         return KroneckerFactors(B[0], None if A is None else A[0])
 
 
-def _with_one(x: Tensor, prepared: PreparedUse) -> Tensor:
+def _with_one(x: Tensor, prepared: PreparedUse, block: slice) -> Tensor:
     """Inputs [groups, N, positions, in] with what the bias is multiplied by after them; padding rows stay zero."""
     attribution, rule = prepared.attribution, prepared.tap.rule
     assert rule is not None
-    ones = attribution.arrange(x.new_full((attribution.R, 1), rule.bias_scale), 1)  # [N, T, 1]
+    ones = attribution.arrange(x.new_full((attribution.R, 1), rule.bias_scale), 1)[block]  # [n, T, 1]
     ones = ones.repeat_interleave(x.shape[2] // ones.shape[1], dim=1)
     return torch.cat([x, ones.expand(x.shape[0], *ones.shape)], dim=3)
 
@@ -215,6 +278,7 @@ KFAC = Extension(
         "strict": _STRICT,
     },
     _columns,
+    merging="sum",
 )
 KFLR = Extension(
     "kflr",
@@ -226,4 +290,5 @@ KFLR = Extension(
     "exact",
     _Kronecker,
     {"approximation": _APPROXIMATION, "joint_bias": _JOINT_BIAS, "strict": _STRICT},
+    merging="sum",
 )

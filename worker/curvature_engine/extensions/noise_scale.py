@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvature_engine.contributions import Contribution
 from curvature_engine.errors import EngineError
-from curvature_engine.extensions.base import WHOLE, Accumulator, Extension, KroneckerFactors, Setting
+from curvature_engine.extensions.base import WHOLE, Accumulator, Extension, KroneckerFactors, Setting, Sketch
 
 
 class _NoiseScale(Accumulator):
@@ -24,16 +24,36 @@ class _NoiseScale(Accumulator):
                 param="inputs",
                 remedy="give a larger batch: one gradient has no variance",
             )
-        self._layers: dict[str, list[Tensor]] = defaultdict(list)
+        self._sums: dict[str, Tensor] = {}
+        self._totals: dict[str, Tensor] = {}
+        self._taken: dict[str, int] = {}
 
     def add(self, parameter: str, contribution: Contribution) -> None:
+        n = len(self.rows)
         total = contribution.total()
-        spread = contribution.sum_squared(center=total / self.setting.N).sum(dtype=torch.float64)
-        layer = parameter.rpartition(".")[0] or parameter
-        self._layers[layer].append(torch.stack([spread, total.square().sum(dtype=torch.float64)]))
+        spread = contribution.sum_squared(center=total / n).sum(dtype=torch.float64)
+        if n < self.setting.N:
+            total, spread = self._merged(parameter, n, total, spread)
+        self._sums[parameter] = torch.stack([spread, total.square().sum(dtype=torch.float64)])
+
+    def sketch(self, parameter: str, contribution: Contribution) -> Sketch:
+        return Sketch("materialised", 2 * contribution.multiply_adds(), ((),))
+
+    def _merged(self, parameter: str, n: int, total: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ g and Σ ‖g − mean‖² of a part and the parts before together (Chan, Golub & LeVeque 1983, eq. 2.1)."""
+        before = self._taken.get(parameter, 0)
+        if before:
+            shift = (total / n - self._totals[parameter] / before).square().sum(dtype=torch.float64)
+            spread = self._sums[parameter][0] + spread + shift * (n * before / (n + before))
+            total = self._totals[parameter] + total
+        self._totals[parameter], self._taken[parameter] = total, before + n
+        return total, spread
 
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
-        sums = {layer: torch.stack(parts).sum(0) for layer, parts in self._layers.items()}
+        layers: dict[str, list[Tensor]] = defaultdict(list)
+        for parameter, of_parameter in self._sums.items():
+            layers[parameter.rpartition(".")[0] or parameter].append(of_parameter)
+        sums = {layer: torch.stack(parts).sum(0) for layer, parts in layers.items()}
         found = {layer: self._scale(of_layer) for layer, of_layer in sums.items()}
         return {**found, WHOLE: self._scale(torch.stack(list(sums.values())).sum(0))}
 
@@ -55,4 +75,5 @@ GRADIENT_NOISE_SCALE = Extension(
     "McCandlish, Kaplan & Amodei 2018, appendix A.1",
     "gradient",
     _NoiseScale,
+    merging="welford",
 )

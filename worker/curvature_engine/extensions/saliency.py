@@ -38,4 +38,5 @@ SALIENCY = Extension(
     _Saliency,
     {"diagonal": _DIAGONAL, "mc_samples": MC_SAMPLES},
     _adapt,
+    merging="sum",
 )

@@ -38,6 +38,14 @@ class Rule(ABC):
     def per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor:
         """Gradients of the consumed tensor: saved and g `[n, T, …]` → `[n, *shape]`."""
 
+    def multiply_adds(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
+        """How many multiplications and additions `per_sample` takes: from shapes alone."""
+        return g.numel()
+
+    def norms_multiply_adds(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
+        """How many `squared_norms` takes, where it goes without writing gradients out."""
+        return g.numel()
+
     def sum_squared(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor | None:
         """Σ_n (gradient_n)² without writing the gradients out, where that is possible: `[*shape]`."""
         return None

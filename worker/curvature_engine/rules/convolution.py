@@ -70,6 +70,13 @@ class ConvolutionRule(Rule):
         product = product.view(n, T, groups * left.shape[1], right.shape[1] // prod(kernel), *kernel)
         return product[:, 0] if T == 1 else product.sum(1)
 
+    def multiply_adds(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
+        if role == "bias":
+            return g.numel()
+        x, groups, taps = saved[0], self._geometry.groups, prod(self._geometry.kernel)
+        here, unfolded = (x, g) if self._transposed else (g, x)
+        return here.numel() * unfolded.shape[2] // groups * taps
+
     def factor_outputs(self, role: str, g: Tensor) -> Tensor | None:
         n, T, out = g.shape[:3]
         groups = self._geometry.groups

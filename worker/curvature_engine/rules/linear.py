@@ -35,6 +35,12 @@ class LinearRule(Rule):
         product = torch.bmm(x.transpose(1, 2), g) if self._transposed else torch.bmm(g.transpose(1, 2), x)
         return self._scaled(product, self._alpha)
 
+    def multiply_adds(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
+        return g.numel() if role == "bias" else g.numel() * saved[0].shape[-1]
+
+    def norms_multiply_adds(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
+        return g.numel() if role == "bias" else (g.numel() + saved[0].numel()) * g.shape[1]
+
     def sum_squared(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor | None:
         if role == "bias":
             return self._scaled(g.sum(1), self.bias_scale).square().sum(0)
