@@ -39,6 +39,7 @@ def analyze(
     eval: bool = True,
     progress: Progress | None = None,
     budget_bytes: int | None = None,
+    verify: bool = False,
 ) -> Analysis:
     """Compute extensions of one model on one batch.
 
@@ -58,6 +59,9 @@ def analyze(
         progress: called with (columns done, columns in all; each parameter counts as one for Hessians).
         budget_bytes: memory for what the analysis makes: graph, gradients, intermediates, results; by default half of
             the device's. Draws do not depend on it.
+        verify: judge the path anew, whatever verdict is kept of it, and hold the summed contributions of every
+            parameter, by closed form or fallback, against the ordinary gradient, for every column that is propagated
+            back. A mismatch raises `verification_failed`.
 
     Returns:
         Results by label; every tensor is at least float32.
@@ -69,7 +73,7 @@ def analyze(
     spec = LossSpec.parse(loss, reduction)
     check_whole_number("seed", seed, -(2**63))
     program = load(model, device=device, eval=eval)
-    order = Order(program, requests, seed, progress, Budget.of(budget_bytes, program.device))
+    order = Order(program, requests, seed, progress, Budget.of(budget_bytes, program.device), bool(verify))
     return _Analyzer(order, spec, parameters).run(inputs, targets)
 
 
@@ -254,7 +258,8 @@ class _Analyzer:
                     "dtype": _name(tensor.dtype),
                     "device": str(self.program.device),
                     "engine_version": __version__,
-                    "verified": work.verified,
+                    "verified": work.verified and work.verification is not None,
+                    "verification": work.verification,
                 }
 
 

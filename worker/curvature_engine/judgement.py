@@ -20,8 +20,8 @@ from curvature_engine.probe import Attribution, Code, Verdict, attribute, predic
 from curvature_engine.tape import Tap, Tape, Use, backward
 
 # Of a sum's own size, and of the size of its terms.
-_TOLERANCE = {torch.float64: (1e-9, 1e-12), torch.float32: (1e-3, 1e-5)}
-_HALF_TOLERANCE = (5e-2, 1e-2)
+TOLERANCE = {torch.float64: (1e-9, 1e-12), torch.float32: (1e-3, 1e-5)}
+HALF_TOLERANCE = (5e-2, 1e-2)
 _CHUNK_ROWS = 4096
 
 
@@ -140,7 +140,7 @@ def _agree(consumed: Sequence[tuple[Tap, Use, Tensor]], expected: Tensor | None,
     expected = torch.zeros_like(total) if expected is None else expected.to(total.dtype)
     if not expected.numel() or not bool(torch.isfinite(expected).all()):
         return True
-    of_sum, of_terms = _TOLERANCE.get(parameter.dtype, _HALF_TOLERANCE)
+    of_sum, of_terms = TOLERANCE.get(parameter.dtype, HALF_TOLERANCE)
     worst = (total - expected).abs().max()
     if bool(worst <= of_sum * expected.abs().max()):
         return True

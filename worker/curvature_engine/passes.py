@@ -5,7 +5,7 @@ several, each with a forward pass of its own; the loss is always that of the who
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +33,8 @@ from curvature_engine.residuals import Residuals, feed_each_other
 from curvature_engine.results import Group
 from curvature_engine.stores import ResultStore
 from curvature_engine.tape import backward
+from curvature_engine.verification import Verification
+from curvature_engine.version import __version__
 
 Progress = Callable[[int, int], None]
 
@@ -46,6 +48,7 @@ class Order:
     seed: int
     progress: Progress | None
     budget: Budget
+    verify: bool = False
     warnings: list[str] = field(default_factory=list)
 
 
@@ -121,6 +124,8 @@ class BackwardPasses:
         uses: of parameters with closed forms in the current part, by name.
         columns: how many columns of each kind are wanted.
         verified: whether the run-time checks held in every part.
+        verification: when they were made: "kept verdict" (by an earlier job on this path, its rows confirmed on this
+            batch), "this job", or "this job, every column" (as asked for by verify=True); None before.
     """
 
     def __init__(self, order: Order, bound: BoundLoss, selected: dict[str, Parameter]) -> None:
@@ -139,6 +144,7 @@ class BackwardPasses:
         self.methods: dict[str, str] = {}
         self.columns = _count_columns(order.requests, bound)
         self.verified = True
+        self.verification: str | None = None
 
     def enter(self, part: Part) -> None:
         """Take up a part: find which of its rows belongs to which sample, and each parameter's method."""
@@ -337,22 +343,32 @@ class BackwardPasses:
 
     def _verdict(self) -> Verdict:
         verdicts, forward, outputs = self._order.program.verdicts, self._part.forward, self._part.outputs
-        path = (
-            tuple(outputs.shape),
-            forward.decisions,
-            tuple(self._selected),
-            tuple((tap.name, tap.shapes, tap.intact) for tap in forward.tape.taps),
-        )
-        verdict = None if forward.routed_by_data else verdicts.get(path)
+        path = self._path()
+        verdict = None if forward.routed_by_data or self._order.verify else verdicts.get(path)
+        found = "kept verdict"
         if verdict is None or not self._confirm(verdict):
             verdict = judge(outputs, forward.tape, self._selected)
+            found = "this job, every column" if self._order.verify else "this job"
             if verdict.finite and verdict.confirmable and not forward.routed_by_data:
                 verdicts.keep(path, verdict)
+        self.verification = self.verification or found
         self.verified = self.verified and verdict.finite and bool(torch.isfinite(outputs).all())
-        warning = "some gradient in the model is not finite: results below it are not verified"
-        if not verdict.finite and warning not in self._order.warnings:
-            self._order.warnings.append(warning)
+        if not verdict.finite:
+            self._distrust()
         return verdict
+
+    def _path(self) -> Hashable:
+        """What a verdict holds for: this program, which keeps it, in this version, on such a device, inputs and way."""
+        forward, outputs = self._part.forward, self._part.outputs
+        return (
+            __version__,
+            outputs.device.type,
+            forward.signature,
+            (tuple(outputs.shape), outputs.dtype),
+            forward.decisions,
+            tuple(self._selected),
+            tuple((tap.name, tap.shapes, tap.intact, tuple(t.dtype for t in tap.saved)) for tap in forward.tape.taps),
+        )
 
     def _confirm(self, verdict: Verdict) -> bool:
         """Whether a kept verdict holds for this batch's rows."""
@@ -376,12 +392,23 @@ class BackwardPasses:
         at_hand = self._at_hand if cotangent is self._gradient else {}
         gradients = at_hand if at_hand.keys() >= set(needed) else self._at_taps(needed, cotangent)
         fallbacks = self._fallbacks(cotangent)
+        verification = Verification(self._part.outputs, self._selected, cotangent) if self._order.verify else None
         with torch.no_grad():
             for name, parameter in self._selected.items():
                 contribution = fallbacks.get(name) or self._closed(name, parameter, gradients)
+                if verification is not None:
+                    verification.check(name, contribution)
                 for share in shares:
                     share.take(name, contribution)
+        if verification is not None and not verification.finite:
+            self._distrust()
         self._advance()
+
+    def _distrust(self) -> None:
+        self.verified = False
+        warning = "some gradient in the model is not finite: results below it are not verified"
+        if warning not in self._order.warnings:
+            self._order.warnings.append(warning)
 
     def _advance(self) -> None:
         self._done += 1

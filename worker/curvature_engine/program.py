@@ -1,12 +1,13 @@
 """A loaded model: a front end on a device, what is known of it, and its forward passes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from curvature_engine.errors import EngineError, first_line
-from curvature_engine.execution import Decision, Run
+from curvature_engine.execution import Decision, Run, map_tensors
 from curvature_engine.formats import FrontEnd, Inputs, open_model
 from curvature_engine.parameters import Parameter
 from curvature_engine.probe import Verdicts
@@ -24,6 +25,8 @@ class Forward:
     decisions: tuple[Decision, ...]
     routed_by_data: bool
     used_dropout: bool
+    signature: tuple[Any, ...]
+    """Shapes and dtypes of the inputs."""
     kept_bytes: int = 0
     """What its results take that are no views: about what its graph keeps."""
 
@@ -77,7 +80,15 @@ class Program:
                 outputs = self.front.run(run, arguments)
         finally:
             run.close()
-        return Forward(outputs, tape, tuple(run.decisions), run.routed_by_data, run.used_dropout, run.kept_bytes)
+        signature = _signature(arguments)
+        decisions = tuple(run.decisions)
+        return Forward(outputs, tape, decisions, run.routed_by_data, run.used_dropout, signature, run.kept_bytes)
+
+
+def _signature(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    found: list[Any] = []
+    map_tensors(lambda t: found.append((tuple(t.shape), t.dtype)), list(arguments))
+    return tuple(found)
 
 
 def load(model: Any, *, device: str | torch.device = "cpu", eval: bool = True) -> Program:
