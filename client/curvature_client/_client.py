@@ -80,6 +80,7 @@ class Client:
         seed: int = 0,
         parameters: str | Sequence[str] = "trainable",
         eval: bool = True,
+        verify: bool = False,
         priority: int = 5,
         metadata: Mapping[str, str] | None = None,
         timeout: float | None = 600.0,
@@ -97,6 +98,8 @@ class Client:
             seed: of the Monte-Carlo draws.
             parameters: "trainable" (requires_grad), "all", or one or several patterns of names, e.g. "layer4.*".
             eval: analyze a module in training mode as an eval-mode copy.
+            verify: hold every parameter's summed contributions against the ordinary gradient in this very job,
+                whatever was verified before; a mismatch fails it (`verification_failed`).
             priority: 0 (last) to 9 (first).
             metadata: notes of your own, kept with the job.
             timeout: seconds to wait.
@@ -109,7 +112,9 @@ class Client:
             ModelConversionError: the module could be neither scripted nor traced.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        request = AnalysisRequest(model, batch, extensions, loss, reduction, seed, parameters, eval, priority, metadata)
+        request = AnalysisRequest(
+            model, batch, extensions, loss, reduction, seed, parameters, eval, verify, priority, metadata
+        )
         with Submission(self._transport, request, self._progress) as submission:
             try:
                 first = FIRST_WAIT_WATCHED_SECONDS if has_audience(self._progress) else FIRST_WAIT_SECONDS
@@ -131,11 +136,14 @@ class Client:
         seed: int = 0,
         parameters: str | Sequence[str] = "trainable",
         eval: bool = True,
+        verify: bool = False,
         priority: int = 5,
         metadata: Mapping[str, str] | None = None,
     ) -> Job:
         """Submit a job and return it at once; arguments and errors as in `analyze`."""
-        request = AnalysisRequest(model, batch, extensions, loss, reduction, seed, parameters, eval, priority, metadata)
+        request = AnalysisRequest(
+            model, batch, extensions, loss, reduction, seed, parameters, eval, verify, priority, metadata
+        )
         with Submission(self._transport, request, self._progress) as submission:
             return submission.send(0.0)
 

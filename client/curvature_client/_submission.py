@@ -40,6 +40,7 @@ class AnalysisRequest:
     seed: int
     parameters: str | Sequence[str]
     eval: bool
+    verify: bool
     priority: int
     metadata: Mapping[str, str] | None
 
@@ -57,6 +58,7 @@ class AnalysisRequest:
             "seed": self.seed,
             "parameters": self.parameters if isinstance(self.parameters, str) else list(self.parameters),
             "eval": self.eval,
+            "verify": self.verify,
             "priority": self.priority,
             "metadata": _checked_metadata(self.metadata),
         }

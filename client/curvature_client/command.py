@@ -84,6 +84,9 @@ def analyze(
     parameters: Annotated[
         list[str] | None, typer.Option("--parameters", "-p", help='trainable, all, or a pattern such as "0.*"; repeat')
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="hold all sums of contributions against ordinary gradients in this job")
+    ] = False,
     timeout: Annotated[float, typer.Option(help="seconds to wait")] = 600.0,
     url: Url = None,
 ) -> None:
@@ -100,6 +103,7 @@ def analyze(
             reduction=reduction,
             seed=seed,
             parameters=_chosen(parameters),
+            verify=verify,
             timeout=timeout,
         )
         _report(result, result.save(output))

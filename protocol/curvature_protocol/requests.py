@@ -80,6 +80,11 @@ class JobRequest(Message):
         description='"trainable" (those that require a gradient), "all", or shell-style patterns of names, e.g. "0.*"',
     )
     eval: bool = True
+    verify: bool = Field(
+        default=False,
+        description="judge the model's path anew and hold every parameter's summed contributions against the ordinary "
+        "gradient, whatever verdict is kept; a mismatch fails the job (`verification_failed`)",
+    )
     priority: int = Field(default=5, ge=0, le=9, description="0 (last) to 9 (first)")
     timeout_seconds: float | None = Field(
         default=None, gt=0, allow_inf_nan=False, description="limit on the computation itself"

@@ -24,6 +24,11 @@ class Provenance(Reply):
     device: str
     engine_version: str
     verified: bool = Field(description="whether the run-time checks (probe, summed contributions) held")
+    verification: str | None = Field(
+        default=None,
+        description='when they were made: "kept verdict" (by an earlier job on this path; its rows confirmed on this '
+        'batch), "this job", or "this job, every column" (verify)',
+    )
 
 
 class TensorEntry(Reply):

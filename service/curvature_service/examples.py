@@ -65,6 +65,7 @@ JOB: dict[str, Any] = {
         "loss": {"name": "cross_entropy", "options": {}},
         "parameters": "trainable",
         "eval": True,
+        "verify": False,
         "priority": 5,
         "timeout_seconds": None,
         "metadata": {"run": "baseline"},
@@ -129,6 +130,7 @@ MANIFEST: dict[str, Any] = {
                         "device": "cpu",
                         "engine_version": "0.1.0",
                         "verified": True,
+                        "verification": "this job",
                     },
                 }
             ],

@@ -344,6 +344,17 @@ def test_fetching_all_makes_the_result_independent_of_the_server(server):
         late["variance"]["0.weight"].sum()
 
 
+def test_verification_on_request_stands_in_the_provenance(client):
+    model, batch = small()
+    found = [
+        client.analyze(model, batch, ["variance"], verify=verify)["variance"].entry("0.weight").provenance
+        for verify in (False, True)
+    ]
+    assert all(provenance.verified for provenance in found)
+    assert found[0].verification in ("this job", "kept verdict")
+    assert found[1].verification == "this job, every column"
+
+
 def test_the_manifest_says_what_every_tensor_is(client):
     model, batch = small()
     result = client.analyze(model, batch, ["diag_ggn_mc", "variance"], seed=9)

@@ -39,11 +39,13 @@ def test_analyze_writes_the_tensors(run, tmp_path):
 
 def test_options_go_to_the_extensions_that_know_them(run, tmp_path):
     words = ["analyze", "model.pt", "batch.safetensors", "-e", "variance", "-e", "kfac", "-o", "out.safetensors"]
-    assert run(*words, "--mc-samples", "4", "--loss", "cross_entropy", "--reduction", "sum").returncode == 0
+    assert run(*words, "--mc-samples", "4", "--loss", "cross_entropy", "--reduction", "sum", "--verify").returncode == 0
     with safetensors.safe_open(tmp_path / "out.safetensors", "pt") as file:
         manifest = json.loads(file.metadata()["curvature_manifest"])
     assert [g["options"].get("mc_samples") for g in manifest["groups"]] == [None, 4]
     assert manifest["reduction"] == "sum"
+    verified = {t["provenance"]["verification"] for g in manifest["groups"] for t in g["tensors"]}
+    assert verified == {"this job, every column"}
 
 
 def test_jobs_can_be_listed_shown_saved(run, tmp_path):

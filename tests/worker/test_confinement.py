@@ -231,7 +231,14 @@ def test_a_confined_child_loads_computes_and_writes(folder, threads):
         )
         torch.jit.save(torch.jit.script(net), str(process.inbox / "model"))
         save_file({"inputs": torch.randn(64, 1, 8, 8), "targets": torch.arange(64) % 3}, process.inbox / "batch")
-        request = {"loss": None, "reduction": "mean", "seed": 0, "parameters": "trainable", "eval": True}
+        request = {
+            "loss": None,
+            "reduction": "mean",
+            "seed": 0,
+            "parameters": "trainable",
+            "eval": True,
+            "verify": False,
+        }
         wanted = [{"name": "diag_ggn_exact", "label": "d", "options": {}}]
         process.channel.send({"model": "model", "batch": "batch", "request": {**request, "extensions": wanted}})
         reply = wait_until(lambda: (m := process.channel.receive(10)) and m["event"] != "progress" and m)

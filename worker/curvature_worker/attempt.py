@@ -328,6 +328,7 @@ def _order(request: dict[str, Any]) -> dict[str, Any]:
         for e, label in zip(request["extensions"], _labels(request), strict=True)
     ]
     wanted = {name: request[name] for name in ("loss", "reduction", "seed", "parameters", "eval")}
+    wanted["verify"] = request.get("verify", False)  # jobs queued before there was this field have none
     return {
         "model": request["model"],
         "batch": request["batch"]["sha256"],

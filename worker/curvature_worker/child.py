@@ -131,6 +131,7 @@ class Child:
             reduction=request["reduction"],
             seed=request["seed"],
             parameters=request["parameters"],
+            verify=request["verify"],
             progress=self._report,
         )
         computed = time.perf_counter()
