@@ -7,6 +7,8 @@ from pydantic import Field
 from curvature_protocol.base import Reply
 from curvature_protocol.results import GroupKind
 
+_PACKAGE = "the installed package that brings it, with its version; null for the engine's own"
+
 
 class ExtensionEntry(Reply):
     """One extension: what it is, what it takes, what it returns."""
@@ -18,6 +20,7 @@ class ExtensionEntry(Reply):
     formula: str
     source: str = Field(description="paper and equation, or the definition's place")
     options: dict[str, Any] = Field(description="JSON schema of the options (an object)")
+    package: str | None = Field(default=None, description=_PACKAGE)
 
 
 class LossEntry(Reply):
@@ -26,6 +29,7 @@ class LossEntry(Reply):
     name: str
     summary: str
     options: dict[str, Any] = Field(description="JSON schema of the options (an object)")
+    package: str | None = Field(default=None, description=_PACKAGE)
 
 
 class Catalogue(Reply):

@@ -17,12 +17,12 @@ START_SECONDS = 90.0
 class Server:
     """A running embedded server on a data folder."""
 
-    def __init__(self, data_dir, *options, port=0):
+    def __init__(self, data_dir, *options, port=0, command=(CURVATURE,)):
         self.data_dir = data_dir
         self.log = data_dir.with_name(f"{data_dir.name}.log")
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [CURVATURE, "serve", "--port", str(port), "--data-dir", str(data_dir), "--threads", "1", *options],
+                [*command, "serve", "--port", str(port), "--data-dir", str(data_dir), "--threads", "1", *options],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "CURVATURE_LEASE_SECONDS": "3"},

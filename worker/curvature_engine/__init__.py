@@ -8,22 +8,35 @@ analysis["variance"]["0.weight"]
 
 from curvature_engine.analysis import analyze, plan
 from curvature_engine.catalogue import catalogue
+from curvature_engine.contributions import Contribution
 from curvature_engine.errors import EngineError
-from curvature_engine.extensions import KroneckerFactors
+from curvature_engine.extensions import WHOLE, Accumulator, Extension, KroneckerFactors, Setting, Sketch
+from curvature_engine.losses import BoundLoss, LossKind
 from curvature_engine.plans import ParameterPlan, Plan, RequestPlan
 from curvature_engine.program import Program, load
 from curvature_engine.results import Analysis, Group
+from curvature_engine.rules import Match, Rule
 from curvature_engine.version import __version__
 
 __all__ = [
+    "WHOLE",
+    "Accumulator",
     "Analysis",
+    "BoundLoss",
+    "Contribution",
     "EngineError",
+    "Extension",
     "Group",
     "KroneckerFactors",
+    "LossKind",
+    "Match",
     "ParameterPlan",
     "Plan",
     "Program",
     "RequestPlan",
+    "Rule",
+    "Setting",
+    "Sketch",
     "__version__",
     "analyze",
     "catalogue",

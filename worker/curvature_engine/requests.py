@@ -7,6 +7,7 @@ from typing import Any
 from curvature_engine.errors import EngineError
 from curvature_engine.extensions import EXTENSIONS, Extension
 from curvature_engine.options import complete_options
+from curvature_engine.plugins import load_plugins
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ def parse_requests(given: Any) -> list[Request]:
     Raises:
         EngineError: `unknown_extension`, `invalid_option`, `invalid_request`.
     """
+    load_plugins()
     if isinstance(given, str | Mapping):
         given = [given]
     if not isinstance(given, Sequence):

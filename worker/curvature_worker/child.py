@@ -28,6 +28,7 @@ def serve(channel: Channel, isolation: str, options: dict[str, Any]) -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     warnings.simplefilter("ignore")
     try:
+        catalogue = engine.catalogue()
         device = _check_device(options["device"])
         if options.get("threads"):
             torch.set_num_threads(int(options["threads"]))
@@ -37,7 +38,7 @@ def serve(channel: Channel, isolation: str, options: dict[str, Any]) -> None:
     programs = Programs(device, Path(options["inbox"]), options["programs_kept"], options["programs_bytes"])
     child = Child(channel, programs, Path(options["inbox"]), Path(options["outbox"]))
     _warm_up(device)
-    channel.send({"event": "ready", "isolation": isolation, "catalogue": engine.catalogue(), "device": str(device)})
+    channel.send({"event": "ready", "isolation": isolation, "catalogue": catalogue, "device": str(device)})
     try:
         while (order := channel.receive()) is not None:
             child.answer(order)
