@@ -152,6 +152,8 @@ class Run:
             self.routed_by_data = True
         for position in call.writes:
             self._guard_parameters(call, arguments[position])
+        links = self.tape.links if tainted and self.tape is not None else None
+        entry = None if links is None else links.enter(self._of_batch(call, arguments))
         try:
             result: Any = self._opened(call, arguments) if call.name in OPENINGS else None
             opened = result is not None
@@ -161,6 +163,8 @@ class Run:
         self._count(result, arguments)
         if self.tape is not None and not opened:
             self.tape.observe(call, arguments, result, static=not tainted)
+        if links is not None and entry is not None:
+            links.leave(entry, call, arguments, tensors_in(result))
         if tainted:
             for position in call.writes:
                 self._taint(call.inputs[position])
@@ -176,7 +180,7 @@ class Run:
         """The result of a fused operator by elementary ones, where it consumes parameters; else None."""
         if self.tape is None or not self.tape.touches(arguments):
             return None
-        batch = [t for a, s in zip(arguments, call.inputs, strict=True) if self.tainted[s] for t in tensors_in(a)]
+        batch = [tensor for tensors in self._of_batch(call, arguments) for tensor in tensors]
         if call.overload._overloadname == "data" and self.tainted[call.inputs[1]]:
             self.routed_by_data = True  # a packed sequence's lengths say where its rows go
         return OPENINGS[call.name](Elementary(self.tape, call, batch), arguments)
@@ -188,6 +192,10 @@ class Run:
                 self.kept_bytes += tensor.nbytes
         if self.limit_bytes is not None and self.kept_bytes > self.limit_bytes:
             raise TooLarge(self.limit_bytes)
+
+    def _of_batch(self, call: OperatorCall, arguments: list[Any]) -> list[list[Tensor]]:
+        """The tensors in each argument, those that depend on the batch."""
+        return [tensors_in(a) if self.tainted[s] else [] for a, s in zip(arguments, call.inputs, strict=True)]
 
     def _guard_parameters(self, call: OperatorCall, edited: Any) -> None:
         """Autograd stops edits of a parameter, but not under no_grad: they would last into the next job."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvature_engine.calls import OperatorCall
+from curvature_engine.chain import Links, anchor
 from curvature_engine.errors import EngineError, first_line, memory_ran_out
 from curvature_engine.operators import MOVERS
 from curvature_engine.rules import RULES, Match, Rule
@@ -85,8 +86,13 @@ class Tap:
 
 @dataclass
 class Tape:
-    """Records one forward pass."""
+    """Records one forward pass.
 
+    Attributes:
+        links: all operators that the batch passes, where an extension needs them.
+    """
+
+    links: Links | None = None
     watched: dict[int, Watched] = field(default_factory=dict)
     taps: list[Tap] = field(default_factory=list)
     _place: str = ""
@@ -183,7 +189,7 @@ class Tape:
                 name,
                 rule,
                 uses,
-                tuple(get_gradient_edge(o) if rule is None else _edge(o) for o in outputs),
+                tuple(get_gradient_edge(o if rule is None else anchor(o)) for o in outputs),
                 tuple(tuple(o.shape) for o in outputs),
                 tuple(t.detach() for t in saved),
                 tuple(t._version for t in saved),
@@ -226,18 +232,6 @@ def backward(
             remedy="check that backward() works on the model's own loss; an in-place edit may be the cause",
         ) from error
     return [g.to_dense() if g is not None and g.is_sparse else g for g in found]
-
-
-def _edge(output: Tensor) -> GradientEdge:
-    """Where the whole gradient of an output arrives.
-
-    Some operators return a view of a tensor of their own (linear on sequences: of a matrix product). An in-place
-    operator right after takes the view's node out of the graph, so take the edge of that inner tensor.
-    """
-    inner = output._base if output._is_view() else None
-    if inner is None or inner.grad_fn is None or inner.numel() != output.numel():
-        return get_gradient_edge(output)
-    return get_gradient_edge(inner if inner.is_contiguous() and output.is_contiguous() else output)
 
 
 def _same_memory(tensor: Tensor, edited: Tensor | None) -> bool:
