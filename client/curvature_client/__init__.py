@@ -32,6 +32,7 @@ from curvature_client._errors import (
 from curvature_client._extensions import (
     KFAC,
     KFLR,
+    KFRA,
     BatchDiagGGNExact,
     BatchDiagGGNMC,
     BatchDiagHessian,
@@ -58,6 +59,7 @@ from curvature_client._results import KroneckerFactors, Result, ResultGroup
 __all__ = [
     "KFAC",
     "KFLR",
+    "KFRA",
     "APIConnectionError",
     "APIStatusError",
     "APITimeoutError",

@@ -209,6 +209,19 @@ class KFLR(Extension):
     strict: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class KFRA(Extension):
+    """Kronecker factors (B, A) from the loss Hessian averaged over the samples at every operator; for chains of layers.
+
+    Models that are no chain (residual connections, shared layers, attention) are refused with the operator at fault.
+    """
+
+    name = "kfra"
+    approximation: Approximation = "expand"
+    joint_bias: bool = False
+    strict: bool = False
+
+
 EXTENSIONS: tuple[type[Extension], ...] = (
     BatchLoss,
     Outputs,
@@ -230,6 +243,7 @@ EXTENSIONS: tuple[type[Extension], ...] = (
     BatchDiagHessian,
     KFAC,
     KFLR,
+    KFRA,
 )
 
 ExtensionLike = str | Mapping[str, Any] | Extension

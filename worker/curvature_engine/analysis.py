@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvature_engine.budget import Budget, check_whole_number
+from curvature_engine.chain import Links
 from curvature_engine.errors import EngineError
 from curvature_engine.execution import map_tensors
 from curvature_engine.extensions import KroneckerFactors
@@ -171,7 +172,7 @@ class _Analyzer:
         return any(r.extension.columns != "outputs" for r in self.requests)
 
     def _prepare(self, inputs: Inputs, targets: Tensor, selected: dict[str, Parameter]) -> _Prepared:
-        tape = Tape()
+        tape = Tape(Links() if any(r.extension.columns == "averaged" for r in self.requests) else None)
         for parameter in selected.values():
             for tensor in parameter.tensors:
                 tape.watch(parameter.name, tensor)

@@ -84,6 +84,9 @@ def _names(*groups: str) -> frozenset[str]:
 ALLOWED = _names(_ELEMENTWISE, _PRODUCTS, _NORMS, _REDUCTIONS, _SHAPES, _POOLING, _FACTORIES, _LOSSES, _QUESTIONS)
 """Operator names without namespace and without the `_` of the in-place form."""
 
+ELEMENTWISE = _names(_ELEMENTWISE) - _names("glu max min masked_scatter")
+"""Operators whose output has each element from that element of the input alone."""
+
 MOVERS = _names(
     """
     view reshape flatten unflatten squeeze unsqueeze transpose permute t numpy_T mT movedim moveaxis swapaxes swapdims

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from curvature_engine.averaged_factors import AveragedFactors
 from curvature_engine.budget import Budget
 from curvature_engine.contributions import (
     Absent,
@@ -137,6 +138,7 @@ class BackwardPasses:
         self._at_hand: dict[int, Tensor | None] = {}
         self._fallen: set[str] = set()
         self._elementwise: set[str] = set()
+        self._averaged: AveragedFactors | None = None
         self._gradients: dict[str, Tensor] = {}
         self._tasks: list[Task] = []
         self._done, self._total = 0, 0
@@ -156,6 +158,8 @@ class BackwardPasses:
             self._prepare()
         else:
             self.verified = False
+        if any(r.extension.columns == "averaged" for r in self._order.requests):
+            self._averaged = self._prepare_averaged()
 
     def tasks(self, store: ResultStore) -> list[Task]:
         """Every request's accumulator, new."""
@@ -166,7 +170,8 @@ class BackwardPasses:
         self._tasks = self.tasks(store)
         residual = any(t.request.extension.residual is not None for t in self._tasks)
         first = any(t.request.extension.columns == "gradient" for t in self._tasks)
-        per_part = first + self.columns["exact"] + self.columns["sampled"]
+        averaged = any(t.request.extension.columns == "averaged" for t in self._tasks)
+        per_part = first + self.columns["exact"] + self.columns["sampled"] + averaged
         self._total = parts * (per_part + (len(self._selected) if residual else 0))
 
     def compute(self) -> None:
@@ -184,6 +189,9 @@ class BackwardPasses:
             column = self._rows(self._bound.sampled_column(self._order.seed, m))
             self._column(column, [s for s in sampled if m < s.accumulator.setting.draws])
         self._residuals([s for s in exact if s.request.extension.residual is not None])
+        if self._averaged is not None:
+            self._averaged.add_to([s.accumulator for s in shares if s.columns == "averaged"])
+            self._advance()
 
     def fill(self, groups: dict[str, Group]) -> None:
         """Put the results into the groups."""
@@ -432,6 +440,19 @@ class BackwardPasses:
                 for share in shares:
                     share.take_residual(name, first, block.detach())
             self._advance()
+
+    def _prepare_averaged(self) -> AveragedFactors:
+        """Find the way along which one matrix goes back to the layers."""
+        tape, outputs = self._part.forward.tape, self._part.outputs
+        assert tape.links is not None
+        numbers = sorted({u.tap_index for uses in self.uses.values() for u in uses})
+        reached = self._at_taps(numbers, random_cotangent(outputs))
+        contributions = {
+            name: self._closed(name, parameter, reached) if name in self.uses else self.contribution(name)
+            for name, parameter in self._selected.items()
+        }
+        tasks = [t.accumulator for t in self.tasks(ResultStore()) if t.request.extension.columns == "averaged"]
+        return AveragedFactors(outputs, self._bound, tape.links, contributions, tasks, self._order.budget)
 
     def _at_taps(self, numbers: Sequence[int], cotangent: Tensor) -> dict[int, Tensor | None]:
         """The gradients of some taps' outputs, by the taps' numbers."""

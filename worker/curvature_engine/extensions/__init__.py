@@ -10,6 +10,7 @@ from curvature_engine.extensions.ggn_batch_diagonal import BATCH_DIAG_GGN_EXACT,
 from curvature_engine.extensions.ggn_diagonal import DIAG_GGN_EXACT, DIAG_GGN_MC
 from curvature_engine.extensions.ggn_square_root import SQRT_GGN_EXACT, SQRT_GGN_MC
 from curvature_engine.extensions.hessian_diagonal import BATCH_DIAG_HESSIAN, DIAG_HESSIAN
+from curvature_engine.extensions.kfra import KFRA
 from curvature_engine.extensions.kronecker import KFAC, KFLR
 from curvature_engine.extensions.noise_scale import GRADIENT_NOISE_SCALE
 from curvature_engine.extensions.saliency import SALIENCY
@@ -61,6 +62,7 @@ EXTENSIONS: dict[str, Extension] = {
         BATCH_DIAG_HESSIAN,
         KFAC,
         KFLR,
+        KFRA,
     )
 }
 

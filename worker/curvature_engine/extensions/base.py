@@ -7,12 +7,12 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from curvature_engine.contributions import Contribution, PreparedUse
+from curvature_engine.contributions import ClosedForm, Contribution, PreparedUse
 from curvature_engine.options import Options
 from curvature_engine.precision import accumulation_dtype
 from curvature_engine.stores import ResultStore, Slab
 
-Columns = Literal["outputs", "gradient", "exact", "sampled"]
+Columns = Literal["outputs", "gradient", "exact", "sampled", "averaged"]
 Kind = Literal["tensor", "parameters", "factors"]
 Residual = Literal["sum", "per sample"]
 Merging = Literal["sum", "append", "welford", "whole batch"]
@@ -121,6 +121,18 @@ class Accumulator(ABC):
         """Take what the model's second derivatives add for the part's samples `first` … `first + n`, [n, *p]."""
         raise NotImplementedError
 
+    def note_missing(self, parameter: str, contribution: Contribution) -> None:
+        """Note why there is no result from contributions like this one, if so (`add` notes it by itself).
+
+        Raises:
+            EngineError: `unsupported_model` where the request wants a result.
+        """
+        raise NotImplementedError
+
+    def add_averaged(self, parameter: str, left: ClosedForm, right: ClosedForm) -> None:
+        """Take a part of the averaged matrix in the output of a parameter's layer: Σ_n left_n right_nᵀ."""
+        raise NotImplementedError
+
     @abstractmethod
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
         """The result by parameter; of kind "tensor", one under `WHOLE`."""
@@ -132,7 +144,7 @@ class Extension:
 
     Attributes:
         columns: what is propagated back: nothing ("outputs"), the loss's gradient, or columns of the square root of
-            the loss's Hessian.
+            the loss's Hessian; or the sum of these Hessians, averaged over the samples at every operator.
         accumulator: makes the result; None for quantities of the outputs and for `grad`.
         residual: whether the model's second derivatives enter, too: their sum over samples, or every sample's.
         merging: how results of parts merge; "whole batch" keeps every request beside it from being divided.

@@ -26,7 +26,7 @@ from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFa
 from curvature_engine.extensions.schemas import MC_SAMPLES
 from curvature_engine.tape import Use
 
-_APPROXIMATION = {
+APPROXIMATION = {
     "type": "string",
     "enum": ["expand", "reduce", "backpack"],
     "default": "expand",
@@ -39,19 +39,21 @@ _FISHER = {
     "description": 'where s comes from: "mc" targets drawn from the likelihood, "type2" all columns of the square root '
     'of H_n (kflr), "empirical" the gradient at the batch\'s own targets',
 }
-_JOINT_BIAS = {
+JOINT_BIAS = {
     "type": "boolean",
     "default": False,
     "description": "one block for a layer's weight and bias together, under the weight's name",
 }
-_STRICT = {
+STRICT = {
     "type": "boolean",
     "default": False,
     "description": "refuse where a parameter has no Kronecker form, instead of leaving it out with the reason",
 }
 
 
-class _Kronecker(Accumulator):
+class Kronecker(Accumulator):
+    """Sums B over columns, and A once."""
+
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self._approximation = str(setting.options["approximation"])
@@ -66,20 +68,38 @@ class _Kronecker(Accumulator):
         self._met.clear()
 
     def add(self, parameter: str, contribution: Contribution) -> None:
-        if parameter in self.missing:
-            return
+        self._add(parameter, contribution, contribution)
+
+    def note_missing(self, parameter: str, contribution: Contribution) -> None:
         found = self._outputs(contribution)
         if isinstance(found, str):
             self._leave_out(parameter, found)
+
+    def _add(self, parameter: str, left: Contribution, right: Contribution) -> None:
+        """Add Σ l rᵀ to B."""
+        if parameter in self.missing:
             return
-        assert isinstance(contribution, ClosedForm)
-        s = torch.cat(found, dim=2)  # [groups, n, positions, out]
-        B = self._second_moment(s if self._approximation == "expand" else s.sum(2, keepdim=True))
+        s = self._columns(left)
+        if isinstance(s, str):
+            self._leave_out(parameter, s)
+            return
+        other = s if right is left else self._columns(right)
+        assert isinstance(left, ClosedForm)
+        assert isinstance(other, Tensor)
+        B = moment(s, other)
         self._B[parameter] = self._B[parameter].add_(B) if parameter in self._B else B
         if parameter not in self._met:  # the inputs are the same for every column
             self._met.add(parameter)
             joint = self._joint and self._bias_of(parameter) is not None
-            self._add_inputs(parameter, [p for p, _ in contribution.uses], joint)
+            self._add_inputs(parameter, [p for p, _ in left.uses], joint)
+
+    def _columns(self, contribution: Contribution) -> Tensor | str:
+        """What B sums over, [groups, n, positions, out], summed over positions except under "expand"; or why not."""
+        found = self._outputs(contribution)
+        if isinstance(found, str):
+            return found
+        s = torch.cat(found, dim=2)
+        return s if self._approximation == "expand" else s.sum(2, keepdim=True)
 
     def sketch(self, parameter: str, contribution: Contribution) -> Sketch:
         found = self._outputs(contribution)
@@ -194,8 +214,8 @@ class _Kronecker(Accumulator):
             x = torch.cat(self._inputs(uses, slice(first, first + size), joint), dim=2)
             if self._approximation == "reduce":
                 x = x.sum(2, keepdim=True) * (n / rows)
-            moment = self._second_moment(x)
-            self._A[parameter] = self._A[parameter].add_(moment) if parameter in self._A else moment
+            A = moment(x, x)
+            self._A[parameter] = self._A[parameter].add_(A) if parameter in self._A else A
         self._positions[parameter] = self._positions.get(parameter, 0) + rows
 
     @staticmethod
@@ -217,16 +237,15 @@ class _Kronecker(Accumulator):
         return self._A[parameter] / (self._positions[parameter] if expand else self.setting.N)
 
     @staticmethod
-    def _second_moment(rows: Tensor) -> Tensor:
-        """Σ over samples and positions of r rᵀ: [groups, n, positions, d] → [groups, d, d]."""
-        flat = rows.flatten(1, 2)
-        return torch.bmm(flat.transpose(1, 2), flat)
-
-    @staticmethod
     def _pair(B: Tensor, A: Tensor | None) -> KroneckerFactors:
         if B.shape[0] > 1:
             return KroneckerFactors(B, A)
         return KroneckerFactors(B[0], None if A is None else A[0])
+
+
+def moment(left: Tensor, right: Tensor) -> Tensor:
+    """Σ over samples and positions of l rᵀ: twice [groups, n, positions, d] → [groups, d, d]."""
+    return torch.bmm(left.flatten(1, 2).transpose(1, 2), right.flatten(1, 2))
 
 
 def _with_one(x: Tensor, prepared: PreparedUse, block: slice) -> Tensor:
@@ -269,13 +288,13 @@ KFAC = Extension(
     "(cross-entropy, squared error, bce_with_logits), else root(H_n) times normal numbers",
     "Martens & Grosse 2015, eq. 1; Grosse & Martens 2016; Eschenhagen et al. 2023",
     "sampled",
-    _Kronecker,
+    Kronecker,
     {
         "mc_samples": MC_SAMPLES,
-        "approximation": _APPROXIMATION,
+        "approximation": APPROXIMATION,
         "fisher": _FISHER,
-        "joint_bias": _JOINT_BIAS,
-        "strict": _STRICT,
+        "joint_bias": JOINT_BIAS,
+        "strict": STRICT,
     },
     _columns,
     merging="sum",
@@ -288,7 +307,7 @@ KFLR = Extension(
     "block ≈ B ⊗ A; s from all columns of the square root of H_n",
     "Botev, Ritter & Barber 2017; Eschenhagen et al. 2023",
     "exact",
-    _Kronecker,
-    {"approximation": _APPROXIMATION, "joint_bias": _JOINT_BIAS, "strict": _STRICT},
+    Kronecker,
+    {"approximation": APPROXIMATION, "joint_bias": JOINT_BIAS, "strict": STRICT},
     merging="sum",
 )

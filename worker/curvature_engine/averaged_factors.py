@@ -1,0 +1,85 @@
+"""What an extension takes of matrices averaged over the samples: the way to its layers, and the layers' shares."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from curvature_engine.averaging import Averaging, Step, trace_chain
+from curvature_engine.budget import Budget
+from curvature_engine.chain import EdgeKey, Links, edge_key, unsupported_chain
+from curvature_engine.contributions import ClosedForm, Contribution, PreparedUse
+from curvature_engine.extensions import Accumulator
+from curvature_engine.losses import BoundLoss
+
+
+class AveragedFactors:
+    """The averaged matrices of one batch, and the parameters that they are of use for.
+
+    Args:
+        links: the operators on record.
+        contributions: by parameter, with the shapes that their parts will have, and no numbers.
+        accumulators: of the requests, to say which parameters have a form.
+
+    Raises:
+        EngineError: `unsupported_model` where there is no chain to those parameters' layers, or `out_of_memory`.
+    """
+
+    def __init__(
+        self,
+        outputs: Tensor,
+        bound: BoundLoss,
+        links: Links,
+        contributions: Mapping[str, Contribution],
+        accumulators: Sequence[Accumulator],
+        budget: Budget,
+    ) -> None:
+        self._contributions = contributions
+        self._wanted = _wanted(contributions, accumulators)
+        steps: Sequence[Step] = trace_chain(outputs, links, frozenset(self._wanted))
+        self._averaging = Averaging(outputs, bound, steps, budget)
+
+    def add_to(self, accumulators: Sequence[Accumulator]) -> None:
+        """Give every accumulator its parameters' matrices, or the reason why there are none."""
+        for name, contribution in self._contributions.items():
+            for accumulator in accumulators:
+                accumulator.note_missing(name, contribution)
+        with torch.no_grad():
+            for station in self._averaging.run():
+                here = self._wanted.get(station.socket.key, [])
+                for _, prepared in here:
+                    station.check_rows(prepared)
+                for left, right in station.pairs() if here else ():
+                    for name, prepared in here:
+                        sides = [self._side(name, prepared, g) for g in (left, right)]
+                        for accumulator in accumulators:
+                            accumulator.add_averaged(name, sides[0], sides[1])
+
+    def _side(self, name: str, prepared: PreparedUse, g: Tensor) -> ClosedForm:
+        (shaped,) = prepared.tap.shaped([g])
+        assert shaped is not None
+        pattern = self._contributions[name]
+        assert isinstance(pattern, ClosedForm)
+        return pattern.with_uses([(prepared, prepared.arranged_gradient(shaped))])
+
+
+def _wanted(
+    contributions: Mapping[str, Contribution], accumulators: Sequence[Accumulator]
+) -> dict[EdgeKey, list[tuple[str, PreparedUse]]]:
+    """The parameters that some accumulator has a form for, by the edges of their layers' outputs.
+
+    Raises:
+        EngineError: `unsupported_model` where a parameter is of several layers.
+    """
+    wanted: dict[EdgeKey, list[tuple[str, PreparedUse]]] = defaultdict(list)
+    for name, contribution in contributions.items():
+        if all(a.sketch(name, contribution).missing is not None for a in accumulators):
+            continue
+        assert isinstance(contribution, ClosedForm)
+        uses = [prepared for prepared, _ in contribution.uses]
+        if len(uses) > 1:
+            calls = " and ".join(f"aten::{u.tap.name} ({u.tap.place})" for u in uses[:2])
+            raise unsupported_chain(f"{name} is shared by {len(uses)} layers, {calls}")
+        wanted[edge_key(uses[0].tap.edges[0])].append((name, uses[0]))
+    return wanted
