@@ -318,7 +318,7 @@ def test_one_sample_gives_kflr(name):
 
 def test_chunks_of_samples_do_not_change_results():
     module, inputs = build(BY_NAME["positions"])
-    whole, small = kfra(module, inputs), kfra(module, inputs, budget_bytes=60_000)  # blocks of 60,000/16 bytes: 2 of 4 samples
+    whole, small = kfra(module, inputs), kfra(module, inputs, budget_bytes=60_000)  # blocks of a 16th: 2 samples
     for parameter, (B, _) in whole["kfra"].items():
         assert error(small["kfra"][parameter].B, B) <= 1e-12
 
