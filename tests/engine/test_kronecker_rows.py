@@ -133,3 +133,55 @@ def test_positions_are_told_from_samples_wherever_they_stand():
     torch.testing.assert_close(found["reduce"].B, 2.0 * 3 * 16 * torch.eye(2, dtype=torch.float64))
     torch.testing.assert_close(found["expand"].A, pooled.T @ pooled / 12)
     torch.testing.assert_close(found["expand"].B, 2.0 * 12 * torch.eye(2, dtype=torch.float64))
+
+
+class Turned(nn.Module):
+    """Samples change places, and the largest position alone reaches the outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.l = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.l(x).flip(0).amax(1)
+
+
+def test_living_rows_that_happen_to_fit_an_order_do_not_place_silent_ones():
+    # Rows 1 and 3 reach sample 1's outputs, 4 and 6 sample 0's: so they would if samples stood along the last axis.
+    module = Turned()
+    nn.init.eye_(module.l.weight)
+    nn.init.zeros_(module.l.bias)
+    x = torch.zeros(2, 4, 2, dtype=torch.float64)
+    x[0, 1, 0] = x[0, 3, 1] = x[1, 0, 0] = x[1, 2, 1] = 1.0
+    found, missing = factors(module, x)
+    assert found["reduce"] is None
+    assert "no gradient reaches some rows" in missing["reduce"]["l.weight"]
+
+
+class ThereAndBack(nn.Module):
+    """A square weight used plain and transposed: its rows are outputs of one layer and inputs of the other."""
+
+    def __init__(self, back):
+        super().__init__()
+        self.l, self.back = nn.Linear(3, 3), back
+
+    def forward(self, x):
+        h = torch.tanh(self.l(x))
+        if self.back == "transposed":
+            return nn.functional.linear(h, self.l.weight.t())
+        if self.back == "matmul":
+            return h @ self.l.weight
+        if self.back == "plain":
+            return h @ self.l.weight.t()
+        return nn.functional.conv_transpose1d(h[:, :, None], self.l.weight[:, :, None]).squeeze(2)
+
+
+@pytest.mark.parametrize("back", ["transposed", "matmul", "convolution", "plain"])
+def test_a_weight_used_in_both_directions_has_no_kronecker_form(back):
+    found, missing = factors(ThereAndBack(back), torch.randn(4, 3, dtype=torch.float64))
+    for approximation in APPROXIMATIONS:
+        if back == "plain":
+            assert found[approximation] is not None
+        else:
+            assert found[approximation] is None
+            assert "tied across layers of different kinds" in missing[approximation]["l.weight"]

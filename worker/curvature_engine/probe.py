@@ -35,7 +35,7 @@ class Attribution:
 
     Attributes:
         order: "major" (row n·T + t), "minor" (row t·N + n), or "index".
-        determined: whether rows without gradient can be placed, too: there are none, or only this regular order fits.
+        determined: whether rows without gradient can be placed, too.
         index: for "index": [N, T] row numbers, R standing for a row of zeros.
     """
 
@@ -192,20 +192,25 @@ def attribute(
 
 
 def _samples_of_rows(samples: Tensor, row_axes: int) -> Tensor | None:
-    """The sample of each row [R]; None where a row holds several samples' elements, or cannot be read."""
-    R = math.prod(samples.shape[:row_axes])
+    """The sample of each row, in the rows' axes; None where a row holds several samples', or cannot be read."""
+    axes = samples.shape[:row_axes]
+    R = math.prod(axes)
     if not samples.numel():
-        return samples.new_full((R,), UNKNOWN)
+        return samples.new_full(axes, UNKNOWN)
     flat = samples.reshape(R, -1)
     highest = flat.max(1).values
     if not bool(((flat == highest[:, None]) | (flat < 0)).all()):
         return None
     unreadable = (highest < 0) & (flat == UNREADABLE).any(1)
-    return None if bool(unreadable.any()) else highest
+    return None if bool(unreadable.any()) else highest.view(axes)
 
 
 def find_order(rows: Tensor, N: int) -> Attribution | None:
-    """The simplest order that explains which sample each row [R] belongs to (rows where nothing arrives fit any)."""
+    """The simplest order that explains which sample each row (of one or more axes) belongs to.
+
+    Rows where nothing arrives fit any.
+    """
+    axes, rows = rows.shape, rows.flatten()
     R = rows.numel()
     known = rows != UNKNOWN
     whole = bool(known.all())
@@ -216,7 +221,9 @@ def find_order(rows: Tensor, N: int) -> Attribution | None:
             guesses["minor"] = counter % N
         fitting = [order for order, guess in guesses.items() if bool((rows[known] == guess[known]).all())]
         if fitting:
-            return Attribution(N, fitting[0], R, determined=whole or len(fitting) == 1)
+            single = len(fitting) == 1 and _only_order(rows.view(axes), N) == fitting[0]
+            determined = whole or R == N or single
+            return Attribution(N, fitting[0], R, determined=determined)
     if R == 0 or not bool(known.any()):
         return None
     counts = torch.bincount(rows[known], minlength=N)
@@ -225,6 +232,39 @@ def find_order(rows: Tensor, N: int) -> Attribution | None:
     within = torch.arange(len(by_sample), device=rows.device) - (counts.cumsum(0) - counts)[rows[by_sample]]
     index[rows[by_sample], within] = by_sample
     return Attribution(N, "index", R, determined=whole, index=index)
+
+
+def _only_order(rows: Tensor, N: int) -> str | None:
+    """The one regular order that could explain rows of which some are silent, if there is one.
+
+    Rows of another order, some of them dead, may happen to pass for a regular one. So an order must be the only one to
+    fit (the samples may be rearranged), among those whose axis has the samples' number, and those in which a position
+    is silent for all samples or for none.
+    """
+    T = rows.numel() // N
+    named = {0: "major", rows.dim() - 1: "minor"} if rows.dim() > 1 else {}
+    tables = {named.get(a, f"axis {a}"): rows.movedim(a, 0).reshape(N, T) for a, n in enumerate(rows.shape) if n == N}
+    aligned = set(tables)
+    tables = {"major": rows.reshape(N, T), "minor": rows.reshape(T, N).T} | tables
+    fitting = {name for name, table in tables.items() if _is_one_sample_each(table)}
+    regular = {name for name in fitting if _is_silent_by_position(tables[name])}
+    if len(regular | (fitting & aligned)) != 1 or (not regular and len(fitting) > 1):
+        return None
+    return next(iter(regular | (fitting & aligned)))
+
+
+def _is_silent_by_position(table: Tensor) -> bool:
+    alive = table != UNKNOWN
+    return torch.equal(alive, alive[:1].expand_as(alive))
+
+
+def _is_one_sample_each(table: Tensor) -> bool:
+    """Whether every line of [N, T] may be another sample's, as far as rows are known; one line may be silent."""
+    samples = [line[line != UNKNOWN].unique().tolist() for line in table]
+    if any(len(found) > 1 for found in samples) or sum(not found for found in samples) > 1:
+        return False
+    known = [found[0] for found in samples if found]
+    return len(set(known)) == len(known)
 
 
 def predicts(tap: Tap, attribution: Attribution, base: Tensor, other: Tensor, factors: Tensor) -> bool:

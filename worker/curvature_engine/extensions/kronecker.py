@@ -186,7 +186,10 @@ class Kronecker(Accumulator):
         if any(not _is_whole(p.use) for p in uses):
             return "no Kronecker form: a layer consumes only a part or a rearrangement of it"
         roles = {p.use.role for p in uses}
-        if len(roles) > 1 or len({(o.shape[0], o.shape[3]) for o in outputs if o is not None}) > 1:
+        shapes = {
+            (o.shape[0], o.shape[3], *_inputs_first(p)) for p, o in zip(uses, outputs, strict=True) if o is not None
+        }
+        if len(roles) > 1 or len(shapes) > 1:
             return "no Kronecker form: it is tied across layers of different kinds"
         return self._obstacle_in_rows(uses) if roles == {"weight"} else None
 
@@ -270,13 +273,25 @@ def _columns(options: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _is_whole(use: Use) -> bool:
     """Whether the consumed tensor is the parameter itself, flattened to two axes, or the transpose of that."""
-    index = use.watched.index
-    if index is None:
-        return True
-    expected = torch.arange(index.numel(), device=index.device)
-    return bool(torch.equal(index.reshape(-1), expected)) or (
-        index.dim() == 2 and bool(torch.equal(index.T.reshape(-1), expected))
-    )
+    return _holds_in_order(use.watched.index) or _holds_transposed(use.watched.index)
+
+
+def _inputs_first(prepared: PreparedUse) -> tuple[bool, ...]:
+    """Whether a weight's first axis, as it is stored, is the layer's inputs; a bias has none."""
+    if prepared.use.role != "weight" or prepared.tap.rule is None:
+        return ()
+    index = prepared.use.watched.index
+    turned = not _holds_in_order(index) and _holds_transposed(index)
+    return (prepared.tap.rule.inputs_first != turned,)
+
+
+def _holds_in_order(index: Tensor | None) -> bool:
+    """Whether a gather has the parameter's elements in their own order, whatever its shape."""
+    return index is None or torch.equal(index.reshape(-1), torch.arange(index.numel(), device=index.device))
+
+
+def _holds_transposed(index: Tensor | None) -> bool:
+    return index is not None and index.dim() == 2 and _holds_in_order(index.T)
 
 
 KFAC = Extension(

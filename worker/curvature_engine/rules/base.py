@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -20,11 +21,13 @@ class Rule(ABC):
         channel_axis: axis of the arranged g [n, T, …], without n, whose entries belong to separate elements of the
             consumed tensor; None where there is no such axis.
         bias_scale: what the operator multiplies its bias by.
+        inputs_first: whether the consumed weight is [in, out, …] in place of [out, in, …].
     """
 
     row_axes: int
     channel_axis: int | None = None
     bias_scale: float = 1
+    inputs_first: bool = False
 
     def canonical(self, g: Tensor) -> Tensor:
         """The output's gradient with the row axes first."""
@@ -33,6 +36,10 @@ class Rule(ABC):
     def rows(self, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What the rule needs of the saved inputs, each with the same row axes as `canonical(g)`."""
         return tuple(saved)
+
+    def magnitude(self, row: Tensor) -> Tensor:
+        """What rounding in one of `rows` is measured by: its absolute values, or of what it came from."""
+        return row if row.dtype == torch.bool else row.abs()
 
     @abstractmethod
     def per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class ConvolutionRule(Rule):
 
     def __init__(self, geometry: Geometry, *, transposed: bool) -> None:
         self._geometry = geometry
-        self._transposed = transposed
+        self.inputs_first = transposed
 
     def per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor:
         n, T = g.shape[:2]
@@ -61,7 +61,7 @@ class ConvolutionRule(Rule):
             return g.flatten(3).sum((1, 3))
         x, g = saved[0].flatten(0, 1), g.flatten(0, 1)
         # The transposed convolution is the adjoint: input and output gradient change places.
-        here, unfolded = (x, g) if self._transposed else (g, x)
+        here, unfolded = (x, g) if self.inputs_first else (g, x)
         groups, kernel = self._geometry.groups, self._geometry.kernel
         patches = self._geometry.patches(unfolded, here.shape[2:])
         left = here.reshape(here.shape[0] * groups, here.shape[1] // groups, -1)  # [u·groups, a, L]

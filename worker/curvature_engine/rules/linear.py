@@ -18,7 +18,7 @@ class LinearRule(Rule):
         self, row_axes: int, *, transposed: bool, swapped: bool = False, alpha: float = 1, beta: float = 1
     ) -> None:
         self.row_axes = row_axes
-        self._transposed = transposed
+        self.inputs_first = transposed
         self._swapped = swapped  # y = W x: rows stand along the last axis
         self._alpha, self.bias_scale = alpha, beta
 
@@ -32,7 +32,7 @@ class LinearRule(Rule):
         if role == "bias":
             return self._scaled(g.sum(1), self.bias_scale)
         x = saved[0]
-        product = torch.bmm(x.transpose(1, 2), g) if self._transposed else torch.bmm(g.transpose(1, 2), x)
+        product = torch.bmm(x.transpose(1, 2), g) if self.inputs_first else torch.bmm(g.transpose(1, 2), x)
         return self._scaled(product, self._alpha)
 
     def multiply_adds(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
@@ -48,7 +48,7 @@ class LinearRule(Rule):
         if x.shape[1] != 1:
             return None
         x, g = x[:, 0].square(), g[:, 0].square()
-        return self._scaled(x.T @ g if self._transposed else g.T @ x, self._alpha**2)
+        return self._scaled(x.T @ g if self.inputs_first else g.T @ x, self._alpha**2)
 
     def squared_norms(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor | None:
         if role == "bias":
