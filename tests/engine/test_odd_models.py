@@ -338,3 +338,13 @@ def test_is_on_tensors_asks_for_identity(samples):
     module, x = AsksForIdentity().double(), torch.zeros(samples, 5, dtype=torch.float64)
     result = engine.analyze(torch.jit.script(module), x, x[:, :3], ["outputs"], loss="mse")
     assert torch.equal(result["outputs"], torch.jit.script(module)(x))
+
+
+def test_a_norm_of_single_elements_leaves_only_rounding_to_verify():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv1d(2, 2, 1), nn.GroupNorm(2, 2, eps=0.01), nn.Flatten(), nn.Linear(2, 3)).double()
+    x, y = torch.randn(3, 2, 1, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    expected = Reference(module, (x,), y, "mse", "mean").batch_grad()
+    result = engine.analyze(torch.jit.script(module), x, y, ["batch_grad"], loss="mse")
+    for parameter, value in expected.items():
+        torch.testing.assert_close(result["batch_grad"][parameter], value, rtol=1e-10, atol=1e-14)

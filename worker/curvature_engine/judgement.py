@@ -167,7 +167,7 @@ def _summed(tap: Tap, role: str, g: Tensor, magnitudes: bool) -> Tensor:
     R = max(1, rows.shape[: rule.row_axes].numel())
     whole = Attribution(1, "major", R)
     floats = [t.to(accumulation_dtype(t.dtype)) if t.is_floating_point() else t for t in rule.rows(tap.saved)]
-    sized = [t.abs() if magnitudes and t.dtype != torch.bool else t for t in floats]
+    sized = [rule.magnitude(t) if magnitudes else t for t in floats]
     saved = [whole.arrange(t, rule.row_axes) for t in sized]
     arranged = whole.arrange(rows.abs() if magnitudes else rows, rule.row_axes)
     total = None

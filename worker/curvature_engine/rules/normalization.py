@@ -31,6 +31,10 @@ class AffineRule(Rule):
     def rows(self, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return (self._normalize(*(t.to(accumulation_dtype(t.dtype)) for t in saved)),) if saved else ()
 
+    def magnitude(self, row: Tensor) -> Tensor:
+        # What is left of equal inputs is rounding; normalised ones are about one.
+        return row.abs().clamp(min=1)
+
     def per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor:
         product = g if role == "bias" else g * saved[0]
         summed = (1, *range(2 + self._weight_axes, product.dim()))
