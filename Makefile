@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+NETS ?= 2000
 
 # The environment is up to date when the stamp named after these files' contents exists: a fresh checkout with other
 # times, or a second `make test`, installs nothing and needs no network.
@@ -13,7 +14,7 @@ STAMP := $(VENV)/installed-$(shell cat $(ENV_FILES) | cksum | tr ' ' '-')
 PACKAGES := client/curvature_client protocol/curvature_protocol service/curvature_service state/curvature_state \
             worker/curvature_worker worker/curvature_engine
 
-.PHONY: help env demo test lint format catalogue constraints clean
+.PHONY: help env demo test property lint format catalogue constraints clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,6 +38,9 @@ demo: env ## Start an embedded server, run the main job on real digits, show the
 
 test: env ## Run all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+property: env ## Hold NETS random nets against brute force
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/property.py --nets $(NETS)
 
 lint: env ## Linters, type checker, import rules, container files
 	$(BIN)/ruff check .
