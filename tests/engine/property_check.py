@@ -292,8 +292,8 @@ class _Check:
             options = {"scale": self.rng.choice(["loss", "sample"])}
             requests.append({"name": name, "options": options})
             requests.append({"name": name, "label": f"{name} some", "options": options | some})
-        for name in ("batch_l2", "batch_dot"):
-            requests.append({"name": name, "label": f"{name} model", "options": {"over": "model"}})
+        over = {"over": "model"}
+        requests += [{"name": name, "label": f"{name} model", "options": over} for name in ("batch_l2", "batch_dot")]
         joint = self.rng.random() < 0.5
         return requests + [
             {

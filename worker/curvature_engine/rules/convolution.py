@@ -74,7 +74,7 @@ class ConvolutionRule(Rule):
         if role == "bias":
             return g.numel()
         x, groups, taps = saved[0], self._geometry.groups, prod(self._geometry.kernel)
-        here, unfolded = (x, g) if self._transposed else (g, x)
+        here, unfolded = (x, g) if self.inputs_first else (g, x)
         return here.numel() * unfolded.shape[2] // groups * taps
 
     def factor_outputs(self, role: str, g: Tensor) -> Tensor | None:
