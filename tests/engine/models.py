@@ -353,7 +353,7 @@ CASES = [
     Case("bare_parameters", Bare, vectors, kronecker=False),
     Case("in_place", InPlace, vectors),
     Case("containers", Containers, vectors),
-    Case("weight_norm", WeightNorm, vectors, fallback=frozenset({"v", "g"}), kronecker=False),
+    Case("weight_norm", WeightNorm, vectors, kronecker=False),
     Case("lstm", Recurrent, sequences, opened=True),
     Case("no_rule", NoRule, vectors, fallback=frozenset({"power"})),
     Case("hand_written_rnn", HandRecurrent, sequences),

@@ -19,6 +19,7 @@ ELEMENTWISE = {
     "hand_written_rnn": {"h.weight", "h.bias"},
     "tied_embedding": {"tok.weight"},
     "lstm": {"rnn.weight_hh_l0", "rnn.bias_hh_l0"},
+    "weight_norm": {"v", "g"},
 }
 """Parameters whose uses feed each other."""
 

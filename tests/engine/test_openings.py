@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.engine.checking import build, check, traced
 from tests.engine.reference import Reference
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -90,32 +91,6 @@ RECURRENT = [
     )
     for i, (options, batch_first) in enumerate(zip(OPTIONS, (True, False, True), strict=True))
 ]
-
-
-def build(make, *inputs):
-    torch.manual_seed(0)
-    module = make().double().eval()
-    inputs = tuple(torch.randn(s, dtype=torch.float64) if isinstance(s, tuple) else s for s in inputs)
-    with torch.no_grad():
-        module(*inputs)
-    return module, inputs
-
-
-def traced(module, inputs):
-    return torch.jit.trace(module, inputs, check_trace=False)
-
-
-def check(module, inputs, script, fallback=()):
-    targets = torch.arange(len(inputs[0])) % 3
-    reference = Reference(module, inputs, targets, "cross_entropy", "mean")
-    result = engine.analyze(script, inputs, targets, ["outputs", "batch_grad", "diag_ggn_exact", "batch_l2"])
-    torch.testing.assert_close(result["outputs"], reference.outputs.detach(), rtol=1e-12, atol=1e-14)
-    for extension in ("batch_grad", "diag_ggn_exact", "batch_l2"):
-        for parameter, value in reference.expected(extension).items():
-            error = (result[extension][parameter] - value).abs().max() / value.abs().max().clamp(min=1e-300)
-            assert error <= 1e-10, (extension, parameter)
-    provenance = result.groups["batch_grad"].provenance
-    assert {p for p, entry in provenance.items() if entry["method"] == "fallback"} == set(fallback)
 
 
 @pytest.mark.parametrize(("kind", "options", "batch_first"), RECURRENT)

@@ -174,8 +174,7 @@ class _Analyzer:
     def _prepare(self, inputs: Inputs, targets: Tensor, selected: dict[str, Parameter]) -> _Prepared:
         tape = Tape(Links() if any(r.extension.columns == "averaged" for r in self.requests) else None)
         for parameter in selected.values():
-            for tensor in parameter.tensors:
-                tape.watch(parameter.name, tensor)
+            tape.watch(parameter.name, parameter.tensors)
         with torch.random.fork_rng(enabled=self.program.keeps_training):
             if self.program.keeps_training:
                 torch.manual_seed(self.seed)

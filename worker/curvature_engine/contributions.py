@@ -16,6 +16,7 @@ from curvature_engine.precision import accumulation_dtype
 from curvature_engine.probe import Attribution
 from curvature_engine.rules import Rule
 from curvature_engine.tape import Tap, Use, backward
+from curvature_engine.watched import Derivation, pull_back
 
 _ACCUMULATED_BYTES = 8
 """At most, of one number of a gradient."""
@@ -235,6 +236,8 @@ class ClosedForm(Contribution):
             kernel = math.prod(self.shape[2:]) if len(self.shape) > 2 else 1
             sizes = [g[:1].numel(), *(s[:1].numel() for s in prepared.saved)]
             worst = max(worst, max(sizes) * kernel * element)
+            if isinstance(prepared.use.watched.index, Derivation):  # its gradients come first
+                worst = max(worst, prepared.use.watched.tensor.numel() * element)
         return worst
 
     def blocks(self, start: int = 0) -> Iterator[tuple[int, Tensor]]:
@@ -295,12 +298,3 @@ class ClosedForm(Contribution):
 
 def _first(saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(s[:1] for s in saved)
-
-
-def pull_back(part: Tensor, index: Tensor | None, shape: Sequence[int]) -> Tensor:
-    """From gradients of a consumed tensor [n, …] to those of the parameter it was gathered from, [n, *shape]."""
-    if index is None:
-        return part.reshape(part.shape[0], *shape)
-    flat = part.new_zeros(part.shape[0], math.prod(shape))
-    flat.index_add_(1, index.reshape(-1), part.reshape(part.shape[0], -1))
-    return flat.view(part.shape[0], *shape)

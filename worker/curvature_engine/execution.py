@@ -135,9 +135,9 @@ class Run:
             self.routed_by_data = True
 
     def note_cast(self, source: Any, result: Any) -> None:
-        """A method applied to a watched parameter is no gather of it: account for it as an unknown operator."""
+        """Let the tape see a method applied to a watched parameter."""
         if self.tape is not None and result is not source:
-            self.tape.record_generic((source,), result, static=True)
+            self.tape.observe_cast(source, result)
 
     def call(self, call: OperatorCall) -> None:
         """Call one operator on the values in its slots, and let the tape see it."""
@@ -216,7 +216,7 @@ class Run:
     def _of_parameters(self, arguments: list[Any]) -> str:
         """Which layer it is, by its parameters: the place is often torch's own code."""
         watched = {} if self.tape is None else self.tape.watched
-        names = [watched[id(a)].parameter for a in arguments if id(a) in watched]
+        names = [w.parameter for a in arguments for w in watched.get(id(a), ())]
         return f", with {' and '.join(names)}" if names else ""
 
     def _guard(self, call: OperatorCall, arguments: list[Any]) -> None:

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from curvature_engine.contributions import pull_back
 from curvature_engine.errors import EngineError
 from curvature_engine.parameters import Parameter
 from curvature_engine.precision import accumulation_dtype
-from curvature_engine.probe import Attribution, Code, Verdict, attribute, predicts, scaled
+from curvature_engine.probe import Attribution, Code, TapVerdict, Verdict, attribute, predicts, scaled
 from curvature_engine.tape import Tap, Tape, Use, backward
+from curvature_engine.watched import pull_back
 
 # Of a sum's own size, and of the size of its terms.
 TOLERANCE = {torch.float64: (1e-9, 1e-12), torch.float32: (1e-3, 1e-5)}
@@ -54,10 +54,39 @@ def judge(outputs: Tensor, tape: Tape, parameters: Mapping[str, Parameter]) -> V
             )
         verdicts.append(verdict)
         start = stop
-    mismatched = _mismatched(tape, parameters, base, totals)
+    uses = uses_by_parameter(tape, verdicts)
+    mismatched = _mismatched(tape, uses, parameters, base, totals)
     finite = all(bool(torch.isfinite(g).all()) for g in first if g is not None)
-    confirmable = all(v.attribution is not None or tap.static for tap, v in zip(tape.taps, verdicts, strict=True))
+    serving = {i for each in uses.values() for i, *_ in each}
+    confirmable = all(
+        v.attribution is not None or tap.static or i not in serving
+        for i, (tap, v) in enumerate(zip(tape.taps, verdicts, strict=True))
+    )
     return Verdict(tuple(verdicts), mismatched, finite, confirmable)
+
+
+Uses = Mapping[str, Sequence[tuple[int, Tap, Use]]]
+"""Parameter → (number of a tap, the tap, the parameter's part in it)."""
+
+
+def uses_by_parameter(tape: Tape, verdicts: Sequence[TapVerdict]) -> Uses:
+    """The uses that together make up each parameter's gradient, once the taps' rows are known.
+
+    Of a provisional tap and the consumers of what was derived through it, one side counts.
+    """
+    serving = {
+        i
+        for i, (tap, verdict) in enumerate(zip(tape.taps, verdicts, strict=True))
+        if tap.provisional and i not in tape.superseded and verdict.attribution is not None and tap.intact
+    }
+    found: dict[str, list[tuple[int, Tap, Use]]] = {}
+    for i, tap in enumerate(tape.taps):
+        if tap.provisional and i not in serving:
+            continue
+        for use in tap.uses:
+            if not use.watched.origins & serving:
+                found.setdefault(use.watched.parameter, []).append((i, tap, use))
+    return found
 
 
 @contextmanager
@@ -110,6 +139,7 @@ def confirm(
 
 def _mismatched(
     tape: Tape,
+    uses: Uses,
     parameters: Mapping[str, Parameter],
     base: Sequence[Tensor | None],
     totals: Sequence[Tensor | None],
@@ -125,10 +155,10 @@ def _mismatched(
     for name, parameter in parameters.items():
         parts = [t for t in totals[place : place + len(parameter.tensors)] if t is not None]
         place += len(parameter.tensors)
-        uses = [(i, tap, use) for i, tap in enumerate(tape.taps) for use in tap.uses if use.watched.parameter == name]
-        if any(tap.rule is None or not tap.intact for _, tap, _ in uses):
+        own = uses.get(name, ())
+        if any(tap.rule is None or not tap.intact for _, tap, _ in own):
             continue
-        consumed = [(tap, use, g) for i, tap, use in uses if (g := arrived[i]) is not None]
+        consumed = [(tap, use, g) for i, tap, use in own if (g := arrived[i]) is not None]
         if not _agree(consumed, torch.stack(parts).sum(0) if parts else None, parameter.tensor):
             wrong.add(name)
     return frozenset(wrong)

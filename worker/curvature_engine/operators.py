@@ -97,6 +97,9 @@ MOVERS = _names(
 )
 """Operators that only move or copy a tensor's elements: applied to a parameter they give a gather of it."""
 
+FIRST_OUTPUT = _names("native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit_no_training")
+"""Operators with several outputs whose parameters enter the first alone."""
+
 ROUTERS = _names(
     """
     index index_select index_put index_add index_copy gather scatter scatter_add take take_along_dim masked_select

@@ -24,18 +24,19 @@ from curvature_engine.contributions import (
 )
 from curvature_engine.errors import EngineError
 from curvature_engine.extensions import WHOLE, Accumulator, Extension, Setting
-from curvature_engine.judgement import confirm, judge, random_cotangent, reproducible
+from curvature_engine.judgement import confirm, judge, random_cotangent, reproducible, uses_by_parameter
 from curvature_engine.losses import BoundLoss
 from curvature_engine.precision import accumulation_dtype
 from curvature_engine.probe import Code, Verdict
 from curvature_engine.program import Forward, Parameter, Program
 from curvature_engine.requests import Request
-from curvature_engine.residuals import Residuals, feed_each_other
+from curvature_engine.residuals import Residuals, affine
 from curvature_engine.results import Group
 from curvature_engine.stores import ResultStore
 from curvature_engine.tape import backward
 from curvature_engine.verification import Verification
 from curvature_engine.version import __version__
+from curvature_engine.watched import Derivation
 
 Progress = Callable[[int, int], None]
 
@@ -323,14 +324,15 @@ class BackwardPasses:
 
     def _prepare(self) -> None:
         verdict = self._verdict()
-        taps = self._part.forward.tape.taps
+        by_parameter = uses_by_parameter(self._part.forward.tape, verdict.taps)
         self.uses.clear()
         for name in self._selected:
-            uses = [(i, tap, use) for i, tap in enumerate(taps) for use in tap.uses if use.watched.parameter == name]
+            uses = by_parameter.get(name, ())
             closed = all(
                 tap.rule is not None and tap.intact and verdict.taps[i].attribution is not None for i, tap, _ in uses
             )
-            if name in verdict.mismatched and uses and closed:
+            derived = any(isinstance(use.watched.index, Derivation) for *_, use in uses)
+            if name in verdict.mismatched and uses and closed and not derived:
                 raise EngineError(
                     "verification_failed",
                     f"the closed form of parameter {name} disagrees with ordinary autograd; no result is given",
@@ -431,7 +433,7 @@ class BackwardPasses:
         per_sample = any(s.request.extension.residual == "per sample" or s.samples is not None for s in shares)
         for name, parameter in self._selected.items():
             uses = self.uses.get(name)
-            if uses is None or feed_each_other(uses):
+            if uses is None or not affine(uses):
                 self._elementwise.add(name)
                 blocks = residuals.of_tensors(parameter.tensors, per_sample=per_sample)
             else:

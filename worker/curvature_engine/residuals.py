@@ -28,6 +28,7 @@ from curvature_engine.errors import EngineError
 from curvature_engine.judgement import random_cotangent
 from curvature_engine.losses import accumulation_dtype
 from curvature_engine.tape import backward
+from curvature_engine.watched import Derivation
 
 Blocks = Iterator[tuple[int, Tensor]]
 
@@ -139,6 +140,11 @@ class Residuals:
             parts = _differentiate(total[i], tensors, torch.ones_like(total[i]))
             diagonal[i] = sum(float(g.reshape(-1)[i]) for g in parts if g is not None)
         return diagonal.view(like.shape)
+
+
+def affine(uses: Sequence[PreparedUse]) -> bool:
+    """Whether all outputs are affine in the parameter: no use feeds another, and none is of a derived tensor."""
+    return not any(isinstance(p.use.watched.index, Derivation) for p in uses) and not feed_each_other(uses)
 
 
 def feed_each_other(uses: Sequence[PreparedUse]) -> bool:

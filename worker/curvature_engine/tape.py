@@ -2,8 +2,7 @@
 
 A *tap* is one operator call that consumes a parameter: its inputs, its rule, and the gradient edge of its output,
 taken at that moment (an in-place operator right after makes the output tensor itself the wrong thing to
-differentiate by). Parameters are known by tensor identity. Operators that only move elements (transpose, slice, an
-embedding of constant positions …) give a *gather* of the parameter, tracked by applying them to its indices.
+differentiate by). Parameters are known by tensor identity, and so is what is made of them alone.
 """
 
 from collections.abc import Sequence
@@ -17,27 +16,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from curvature_engine.calls import OperatorCall
 from curvature_engine.chain import Links, anchor
 from curvature_engine.errors import EngineError, first_line, memory_ran_out
-from curvature_engine.operators import MOVERS
-from curvature_engine.rules import RULES, Match, Rule
-
-
-@dataclass(frozen=True)
-class Watched:
-    """A parameter, or a gather of its elements.
-
-    `index` holds, in the gathered tensor's shape, each element's position in the flattened parameter; None means the
-    parameter as it is.
-    """
-
-    parameter: str
-    tensor: Tensor
-    index: Tensor | None
-    version: int
-
-    @property
-    def intact(self) -> bool:
-        """Whether the tensor still holds the parameter's elements: a gather may have been edited since."""
-        return self.tensor._version == self.version
+from curvature_engine.operators import FIRST_OUTPUT, MOVERS
+from curvature_engine.rules import RULES, Match, Rule, Through
+from curvature_engine.watched import Derivation, Watched
 
 
 @dataclass(frozen=True)
@@ -57,6 +38,9 @@ class Tap:
         edges: gradient edges of the outputs (one, unless the operator has several).
         saved: what the rule needs of the operator's inputs, with their versions.
         static: whether nothing of the batch entered the operator.
+        provisional: whether its output is tracked as derived, too: the tap serves if its rows turn out to be samples'
+            (a recurrent layer's first product, with zeros), the derived tensor's consumers if not (a product with
+            constant positions).
     """
 
     name: str
@@ -68,6 +52,7 @@ class Tap:
     versions: tuple[int, ...]
     static: bool
     place: str = ""
+    provisional: bool = False
 
     @property
     def parameters(self) -> str:
@@ -90,16 +75,20 @@ class Tape:
 
     Attributes:
         links: all operators that the batch passes, where an extension needs them.
+        watched: by id, a parameter, a gather of one, or a tensor derived from one or several.
     """
 
     links: Links | None = None
-    watched: dict[int, Watched] = field(default_factory=dict)
+    watched: dict[int, tuple[Watched, ...]] = field(default_factory=dict)
     taps: list[Tap] = field(default_factory=list)
+    superseded: set[int] = field(default_factory=set)
+    """Provisional taps that cannot serve: past them, their parameter came in by another way as well."""
     _place: str = ""
 
-    def watch(self, name: str, tensor: Tensor) -> None:
-        """Watch a parameter's tensor (several tensors may be one parameter)."""
-        self.watched[id(tensor)] = Watched(name, tensor, None, tensor._version)
+    def watch(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Watch a parameter's tensors (several may be one parameter)."""
+        for tensor in tensors:
+            self.watched[id(tensor)] = (Watched(name, tensor, None, tensor._version, tuple(tensors)),)
 
     def observe(self, call: OperatorCall, arguments: Sequence[Any], result: Any, *, static: bool) -> None:
         """See one operator call, `static` where nothing of the batch entered it; most touch no parameter."""
@@ -118,11 +107,15 @@ class Tape:
                 return True
         return False
 
-    def record_generic(self, arguments: Sequence[Any], result: Any, *, static: bool) -> None:
-        """Record a consumption that has no rule."""
-        found = [self.watched[id(a)] for a in _flat(arguments) if id(a) in self.watched]
-        if found:
-            self._add("cast", None, tuple(Use(w, "generic") for w in found), result, (), static)
+    def observe_cast(self, source: Any, result: Any) -> None:
+        """See a cast of one value to another."""
+        found = self.watched.get(id(source), ())
+        if not found or not result.requires_grad:
+            return
+        if all(w.intact for w in found):
+            self._derive(found, [result])
+        else:
+            self._add("cast", None, tuple(Use(w, "generic") for w in found), [result], (), static=True)
 
     def _record(self, call: OperatorCall, arguments: Sequence[Any], result: Any, static: bool) -> None:
         edited = arguments[0] if 0 in call.writes else None
@@ -131,59 +124,99 @@ class Tape:
         if not outputs:
             return
         plain = call.name.removesuffix("_")
-        found = [self.watched[id(a)] for a in _flat(arguments) if id(a) in self.watched]
+        found = [w for a in _flat(arguments) for w in self.watched.get(id(a), ())]
         # Without a rule: an edited gather is one no more, and under autocast the operator saw rounded copies.
         known = id(edited) not in self.watched and all(w.intact for w in found) and not _autocasting(outputs[0])
-        if known and static and self._gather(plain, call, arguments, result):
+        alone = known and static and not call.writes
+        if alone and self._gather(plain, call, arguments, result):
             return
         match = self._match(plain, arguments, result, edited) if known else None
-        if match is None:
-            self._add(plain, None, tuple(Use(w, "generic") for w in found), result, (), static)
+        if match is not None:
+            self._add(plain, match.rule, self._uses(match, arguments), outputs[:1], match.saved, static, alone)
+        if alone and self._derive(found, outputs, None if match is None else len(self.taps) - 1):
             return
-        uses = tuple(Use(self.watched[id(arguments[p])], role) for p, role in match.roles.items())
-        self._add(plain, match.rule, uses, result, match.saved, static)
+        if match is None:
+            self._add(plain, None, tuple(Use(w, "generic") for w in found), outputs, (), static)
+
+    def _uses(self, match: Match, arguments: Sequence[Any]) -> tuple[Use, ...]:
+        spread = self._spread(arguments)
+        return tuple(
+            Use(_through(w, match.through.get(p)), role)
+            for p, role in match.roles.items()
+            for w in self.watched[id(spread[p])]
+        )
 
     def _match(self, name: str, arguments: Sequence[Any], result: Any, edited: Tensor | None) -> Match | None:
         """The rule for a call, or None."""
-        if not isinstance(result, Tensor) or result.is_complex():
-            return None
-        if any(id(a) in self.watched for v in arguments if isinstance(v, list) for a in v):
+        output = result[0] if name in FIRST_OUTPUT and isinstance(result, list | tuple) else result
+        if not isinstance(output, Tensor) or output.is_complex():
             return None
         # Written into a part of a larger tensor, the output's own edge is not on the way back from that tensor.
         if edited is not None and edited._is_view():
             return None
-        positions = {i: self.watched[id(a)] for i, a in enumerate(arguments) if id(a) in self.watched}
+        arguments = self._spread(arguments)
+        positions = {i: self.watched[id(a)][0] for i, a in enumerate(arguments) if id(a) in self.watched}
         for matcher in RULES.get(name, ()):
-            match = matcher(name, arguments, positions, result)
-            if match is not None and not any(_same_memory(t, edited) for t in match.saved):
+            match = matcher(name, arguments, positions, output)
+            if (
+                match is not None
+                and match.roles.keys() == positions.keys()
+                and not any(_same_memory(t, edited) for t in match.saved)
+            ):
                 return match
         return None
+
+    def _spread(self, arguments: Sequence[Any]) -> list[Any]:
+        """Arguments with lists that hold parameters written out, as in `cat([a, p], 1)`."""
+        spread: list[Any] = []
+        for argument in arguments:
+            lists = isinstance(argument, list | tuple) and any(id(a) in self.watched for a in argument)
+            spread.extend(argument if lists else [argument])
+        return spread
 
     def _gather(self, name: str, call: OperatorCall, arguments: Sequence[Any], result: Any) -> bool:
         """Track an operator that only moves a parameter's elements. Returns whether it was one."""
         if name not in MOVERS and name != "embedding":
             return False
         if name == "embedding" and len(arguments) > 2 and arguments[2] >= 0:
-            return False  # a padding row gets no gradient: leave that to the rule
-        watched = self.watched.get(id(arguments[0]))
-        if watched is None or any(id(a) in self.watched for a in _flat(arguments[1:])):
+            return False  # a padding row gets no gradient
+        (watched, *more) = self.watched.get(id(arguments[0]), (None,))
+        if watched is None or more or isinstance(watched.index, Derivation):
             return False
-        index = watched.index
-        if index is None:
-            index = torch.arange(watched.tensor.numel(), device=watched.tensor.device).view(watched.tensor.shape)
-        with torch.no_grad():
-            moved = call.invoke([index, *arguments[1:]])
-        for tensor, moved_index in zip(_flat([result]), _flat([moved]), strict=True):
+        if any(id(a) in self.watched for a in _flat(arguments[1:])):
+            return False
+        for place, tensor in enumerate(_flat([result])):
+
+            def move(index: Tensor, place: int = place) -> Tensor:
+                return _flat([call.invoke([index, *arguments[1:]])])[place]
+
             if id(tensor) not in self.watched:
-                self.watched[id(tensor)] = Watched(watched.parameter, tensor, moved_index, tensor._version)
+                self.watched[id(tensor)] = (watched.moved(tensor, move),)
+        return True
+
+    def _derive(self, found: Sequence[Watched], outputs: Sequence[Tensor], origin: int | None = None) -> bool:
+        """Track what was made of parameters alone. Returns whether it can be."""
+        if any(o.is_complex() for o in outputs):
+            return False
+        sources: dict[str, Watched] = {}
+        for w in found:
+            other = sources.setdefault(w.parameter, w)
+            if other.origins != w.origins:
+                self.superseded |= other.origins | w.origins
+        for tensor in outputs:
+            self.watched[id(tensor)] = tuple(w.derived(tensor, origin) for w in sources.values())
         return True
 
     def _add(
-        self, name: str, rule: Rule | None, uses: tuple[Use, ...], result: Any, saved: tuple[Tensor, ...], static: bool
+        self,
+        name: str,
+        rule: Rule | None,
+        uses: tuple[Use, ...],
+        outputs: Sequence[Tensor],
+        saved: tuple[Tensor, ...],
+        static: bool,
+        provisional: bool = False,
     ) -> None:
-        outputs = [r for r in _flat([result]) if r.requires_grad]
-        if not outputs:
-            return
         self.taps.append(
             Tap(
                 name,
@@ -195,6 +228,7 @@ class Tape:
                 tuple(t._version for t in saved),
                 static,
                 self._place,
+                provisional,
             )
         )
 
@@ -232,6 +266,12 @@ def backward(
             remedy="check that backward() works on the model's own loss; an in-place edit may be the cause",
         ) from error
     return [g.to_dense() if g is not None and g.is_sparse else g for g in found]
+
+
+def _through(watched: Watched, function: Through | None) -> Watched:
+    if function is None:
+        return watched
+    return watched.first_row() if function == "first row" else watched.reciprocal()
 
 
 def _same_memory(tensor: Tensor, edited: Tensor | None) -> bool:

@@ -25,6 +25,7 @@ from curvature_engine.errors import EngineError
 from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting, Sketch
 from curvature_engine.extensions.schemas import MC_SAMPLES
 from curvature_engine.tape import Use
+from curvature_engine.watched import Derivation
 
 APPROXIMATION = {
     "type": "string",
@@ -285,13 +286,15 @@ def _inputs_first(prepared: PreparedUse) -> tuple[bool, ...]:
     return (prepared.tap.rule.inputs_first != turned,)
 
 
-def _holds_in_order(index: Tensor | None) -> bool:
+def _holds_in_order(index: Tensor | Derivation | None) -> bool:
     """Whether a gather has the parameter's elements in their own order, whatever its shape."""
-    return index is None or torch.equal(index.reshape(-1), torch.arange(index.numel(), device=index.device))
+    if index is None or isinstance(index, Derivation):
+        return index is None
+    return torch.equal(index.reshape(-1), torch.arange(index.numel(), device=index.device))
 
 
-def _holds_transposed(index: Tensor | None) -> bool:
-    return index is not None and index.dim() == 2 and _holds_in_order(index.T)
+def _holds_transposed(index: Tensor | Derivation | None) -> bool:
+    return isinstance(index, Tensor) and index.dim() == 2 and _holds_in_order(index.T)
 
 
 KFAC = Extension(

@@ -7,7 +7,8 @@ linear layer, images of a convolution.) From them it makes the samples' gradient
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -70,12 +71,23 @@ class Rule(ABC):
         return None
 
 
+Through = Literal["first row", "reciprocal"]
+
+
 class Match(NamedTuple):
-    """A rule that applies: the role of each watched argument position, and the tensors to keep."""
+    """A rule that applies.
+
+    Attributes:
+        roles: of each watched argument position.
+        saved: the tensors to keep.
+        through: positions where not the argument itself enters: the "first row" of one whose rows are all alike (what
+            is expanded over the batch), or its "reciprocal".
+    """
 
     rule: Rule
     roles: Mapping[int, str]
     saved: tuple[Tensor, ...]
+    through: Mapping[int, Through] = MappingProxyType({})
 
 
 class Matcher(Protocol):

@@ -1,11 +1,11 @@
-"""Parameters added to, subtracted from, or multiplied with a batch: biases, scales, positional tables."""
+"""Parameters added to, subtracted from, multiplied with or divided by a batch: biases, scales, positional tables."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from curvature_engine.rules.base import Match, Rule
+from curvature_engine.rules.base import Match, Rule, Through
 
 
 class ElementwiseRule(Rule):
@@ -37,24 +37,47 @@ class ElementwiseRule(Rule):
 
 
 def match_elementwise(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
-    """`add`, `sub`, `mul` of a parameter and something of the batch."""
+    """`add`, `sub`, `mul`, `div` of a parameter and something of the batch."""
     if len(watched) != 1 or not watched.keys() <= {0, 1}:
         return None
     position = next(iter(watched))
     parameter, other = arguments[position], arguments[1 - position]
+    if name == "div" and len(arguments) > 2 and arguments[2] is not None:  # rounded
+        return None
     shape = tuple(parameter.shape)
+    through: dict[int, Through] = {}
+    if len(shape) == output.dim() and shape[0] > 1 and watched[position].rows_alike:
+        shape, through = (1, *shape[1:]), {position: "first row"}
+    if name == "div" and position == 1:
+        if through:
+            return None
+        through = {1: "reciprocal"}
     kept = shape
     while kept and kept[0] == 1:
         kept = kept[1:]
     row_axes = output.dim() - len(kept)
     if row_axes < 1:
         return None
-    product = name == "mul"
+    product = name in ("mul", "div")
     alpha = arguments[2] if not product and len(arguments) > 2 else 1
     factor = (1 if position == 0 else alpha) * (-1 if name == "sub" and position == 1 else 1)
+    if name == "div" and position == 0:
+        other = other.reciprocal() if isinstance(other, Tensor) else 1 / other
     saved: tuple[Tensor, ...] = ()
     if product and isinstance(other, Tensor):
         saved = (other.expand(output.shape),)
     elif product:
         factor = other
-    return Match(ElementwiseRule(row_axes, shape, kept, factor, product=product), {position: "bias"}, saved)
+    rule = ElementwiseRule(row_axes, shape, kept, factor, product=product)
+    return Match(rule, {position: "bias"}, saved, through)
+
+
+def match_prelu(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
+    """`prelu(x, slopes)`: linear in the slopes, with the negative part of x; one slope, or one per channel."""
+    x, slopes = arguments[:2]
+    if watched.keys() != {1} or x.dim() < 1:
+        return None
+    axes = x.dim() - 2
+    kept = (slopes.numel(), *[1] * axes) if slopes.numel() > 1 else ()
+    rule = ElementwiseRule(x.dim() - len(kept), tuple(slopes.shape), kept, 1, product=True)
+    return Match(rule, {1: "slopes"}, (x.clamp(max=0),))

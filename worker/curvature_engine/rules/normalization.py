@@ -43,6 +43,8 @@ class AffineRule(Rule):
 
 def match_batch_norm(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
     """`batch_norm(x, w, b, mean, variance, training, momentum, eps)` in eval mode."""
+    if name == "_native_batch_norm_legit_no_training":
+        arguments = (*arguments[:5], False, *arguments[5:])
     x, _, _, mean, variance, training, _, eps = arguments[:8]
     if not watched.keys() <= {1, 2} or training or x.dim() < 2:
         return None
@@ -87,11 +89,16 @@ def match_rms_norm(name: str, arguments: Sequence[Any], watched: Mapping[int, An
 
 
 def match_group_norm(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
-    """`group_norm(x, groups, w, b, eps)`."""
-    x, groups, _, _, eps = (*arguments[:5], 1e-5)[:5]
-    if not watched.keys() <= {2, 3}:
+    """`group_norm(x, groups, w, b, eps)`, and `native_group_norm(x, w, b, N, C, positions, groups, eps)`."""
+    if name == "native_group_norm":
+        x, groups, eps = arguments[0], arguments[6], arguments[7]
+        first = 1
+    else:
+        x, groups, _, _, eps = (*arguments[:5], 1e-5)[:5]
+        first = 2
+    if not watched.keys() <= {first, first + 1}:
         return None
-    return _match(AffineRule(1, 1, lambda x: F.group_norm(x, groups, None, None, eps)), watched, (x,), weight=2)
+    return _match(AffineRule(1, 1, lambda x: F.group_norm(x, groups, None, None, eps)), watched, (x,), weight=first)
 
 
 def _match(rule: Rule, watched: Mapping[int, Any], saved: tuple[Tensor, ...], *, weight: int) -> Match:
