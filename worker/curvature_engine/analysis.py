@@ -2,27 +2,24 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvature_engine.budget import Budget, check_whole_number
-from curvature_engine.chain import Links
 from curvature_engine.errors import EngineError
 from curvature_engine.execution import map_tensors
 from curvature_engine.extensions import KroneckerFactors
 from curvature_engine.losses import BoundLoss, LossSpec
-from curvature_engine.passes import BackwardPasses, Order, Part, Progress
-from curvature_engine.planner import Division, Planner
+from curvature_engine.passes import BackwardPasses, Order, Progress
 from curvature_engine.plans import Plan
-from curvature_engine.program import Forward, Inputs, Parameter, load
+from curvature_engine.preparation import Limits, Prepared, Preparer
+from curvature_engine.program import Inputs, Parameter, load
 from curvature_engine.requests import Request, parse_requests
 from curvature_engine.results import Analysis, Group
 from curvature_engine.selection import Wanted, select
 from curvature_engine.stores import ResultStore
-from curvature_engine.tape import Tape
 from curvature_engine.version import __version__
 
 
@@ -107,17 +104,6 @@ def plan(
     return _Analyzer(order, spec, parameters).plan(inputs, targets)
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A batch after its forward pass and probe: all that is known before the first column."""
-
-    forward: Forward
-    outputs: Tensor
-    bound: BoundLoss
-    work: BackwardPasses
-    plan: Plan
-
-
 class _Analyzer:
     def __init__(self, order: Order, spec: LossSpec, parameters: Wanted) -> None:
         self.order, self.spec, self.parameters = order, spec, parameters
@@ -125,29 +111,31 @@ class _Analyzer:
         self.warnings = order.warnings
 
     def run(self, inputs: Inputs, targets: Tensor) -> Analysis:
-        inputs, targets = self._placed(inputs), self._placed(targets)
-        _check_not_empty(inputs, targets)
-        selected = select(self.program, self.parameters)
-        with _differentiable(selected):
-            return self._run(inputs, targets, selected)
+        with self._prepared(inputs, targets, Limits()) as prepared:
+            return self._analysis(prepared)
 
     def plan(self, inputs: Inputs, targets: Tensor) -> Plan:
+        with self._prepared(inputs, targets, Limits()) as prepared:
+            return prepared.plan
+
+    @contextmanager
+    def _prepared(self, inputs: Inputs, targets: Tensor, limits: Limits) -> Iterator[Prepared]:
         inputs, targets = self._placed(inputs), self._placed(targets)
         _check_not_empty(inputs, targets)
         selected = select(self.program, self.parameters)
         with _differentiable(selected):
-            return self._prepare(inputs, targets, selected).plan
+            yield Preparer(self.order, self.spec, selected).prepare(inputs, targets, limits)
 
-    def _run(self, inputs: Inputs, targets: Tensor, selected: dict[str, Parameter]) -> Analysis:
-        prepared = self._prepare(inputs, targets, selected)
+    def _analysis(self, prepared: Prepared) -> Analysis:
         bound, work = prepared.bound, prepared.work
         value = bound.contributions().sum()
-        self._warn(program_loss=value, used_dropout=prepared.forward.used_dropout)
+        self._warn(program_loss=value, used_dropout=prepared.used_dropout)
         groups = self._groups()
-        self._fill_outputs(groups, prepared.outputs, bound)
-        if self._needs_backward:
-            work.open(ResultStore(), 1)
-            work.compute()
+        self._fill_outputs(groups, bound)
+        if work is not None:
+            work.open(ResultStore(), len(prepared.division.sizes))
+            for part in prepared.parts():
+                part.compute()
             work.fill(groups)
         self._finish(groups, bound, work)
         info = {
@@ -166,33 +154,6 @@ class _Analyzer:
         return Analysis(value, groups, self.warnings, info, prepared.plan)
 
     # Preparation
-
-    @property
-    def _needs_backward(self) -> bool:
-        return any(r.extension.columns != "outputs" for r in self.requests)
-
-    def _prepare(self, inputs: Inputs, targets: Tensor, selected: dict[str, Parameter]) -> _Prepared:
-        tape = Tape(Links() if any(r.extension.columns == "averaged" for r in self.requests) else None)
-        for parameter in selected.values():
-            tape.watch(parameter.name, parameter.tensors)
-        with torch.random.fork_rng(enabled=self.program.keeps_training):
-            if self.program.keeps_training:
-                torch.manual_seed(self.seed)
-            forward = self.program.run(inputs, tape)
-        outputs = self.spec.select(forward.outputs)
-        bound = self.spec.bind(outputs, targets)
-        second_order = [r.label for r in self.requests if r.extension.columns not in ("outputs", "gradient")]
-        if second_order:
-            bound.check_second_order(second_order)
-            self.warnings.extend(bound.warnings)
-        work = BackwardPasses(self.order, bound, selected)
-        if self._needs_backward:
-            work.enter(Part(forward, outputs, 0, bound.N))
-        division = Division((0, bound.N), forward.kept_bytes)
-        planner = Planner(self.order.budget, self.requests, selected, division)
-        return _Prepared(
-            forward, outputs, bound, work, planner.plan(bound, outputs, work if self._needs_backward else None)
-        )
 
     def _placed(self, value: Any) -> Any:
         return map_tensors(self._placed_tensor, value)
@@ -224,7 +185,7 @@ class _Analyzer:
             for r in self.requests
         }
 
-    def _fill_outputs(self, groups: dict[str, Group], outputs: Tensor, bound: BoundLoss) -> None:
+    def _fill_outputs(self, groups: dict[str, Group], bound: BoundLoss) -> None:
         for request in self.requests:
             if request.extension.name == "batch_loss":
                 groups[request.label].tensors[request.label] = bound.contributions()
@@ -233,7 +194,7 @@ class _Analyzer:
 
     # Provenance
 
-    def _finish(self, groups: dict[str, Group], bound: BoundLoss, work: BackwardPasses) -> None:
+    def _finish(self, groups: dict[str, Group], bound: BoundLoss, work: BackwardPasses | None) -> None:
         for request in self.requests:
             group = groups[request.label]
             sampled = request.extension.columns == "sampled"
@@ -246,9 +207,11 @@ class _Analyzer:
                     group.tensors[parameter] = result.contiguous()
             for key, tensor in group.tensors.items():
                 parameter = key if key in group.by_parameter else key.rpartition("/")[0]
-                computed = request.extension.accumulator is not None
+                by_columns = request.extension.accumulator is not None
                 group.provenance[key] = {
-                    "method": work.method(request.extension, parameter) if computed else "autograd",
+                    "method": work.method(request.extension, parameter)
+                    if work is not None and by_columns
+                    else "autograd",
                     "reduction": self.spec.reduction,
                     "Z": bound.Z,
                     "scale": request.options.get("scale", "loss"),
@@ -258,8 +221,8 @@ class _Analyzer:
                     "dtype": _name(tensor.dtype),
                     "device": str(self.program.device),
                     "engine_version": __version__,
-                    "verified": work.verified and work.verification is not None,
-                    "verification": work.verification,
+                    "verified": work is not None and work.verified and work.verification is not None,
+                    "verification": None if work is None else work.verification,
                 }
 
 

@@ -2,6 +2,9 @@
 
 import torch
 
+_NO_MEMORY = ("allocate memory", "out of memory", "bad_alloc")
+"""How torch and the C++ library say so."""
+
 
 class EngineError(Exception):
     """Something about the model, the batch or the request keeps the engine from giving exact numbers.
@@ -40,4 +43,15 @@ def first_line(error: BaseException) -> str:
 
 def memory_ran_out(error: BaseException) -> bool:
     """Whether torch failed for want of memory, on whichever device."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
+
+
+def lacks_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that memory ran out."""
+    while error is not None:
+        if memory_ran_out(error) or (isinstance(error, EngineError) and error.code == "out_of_memory"):
+            return True
+        error = error.__cause__
+    return False

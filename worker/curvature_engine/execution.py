@@ -1,6 +1,6 @@
 """One run of a compiled program: the value table, and what is noticed on the way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +38,15 @@ class Run:
     allow_dropout: bool
     limit_bytes: int | None = None
     """How much results may take in all; None for any amount."""
+    lean: bool = False
+    """Whether values go as soon as no later step reads them: for runs without a graph."""
 
     def __post_init__(self) -> None:
         self.values: list[Any] = []
         self.tainted: list[bool] = []
         self.decisions: list[Decision] = []
+        self.readings: list[Any] = []
+        """Numbers read from the batch's tensors that are not decisions."""
         self.routed_by_data = False
         self.used_dropout = False
         self.kept_bytes = 0
@@ -132,6 +136,7 @@ class Run:
         if isinstance(value, bool | int):
             self.decisions.append(value)
         else:
+            self.readings.append(value)
             self.routed_by_data = True
 
     def note_cast(self, source: Any, result: Any) -> None:
@@ -160,7 +165,8 @@ class Run:
             result = result if opened else call.invoke(arguments)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
             raise _rejection(call, error) from error
-        self._count(result, arguments)
+        if not opened:
+            self._count(result, arguments)
         if self.tape is not None and not opened:
             self.tape.observe(call, arguments, result, static=not tainted)
         if links is not None and entry is not None:
@@ -183,9 +189,9 @@ class Run:
         batch = [tensor for tensors in self._of_batch(call, arguments) for tensor in tensors]
         if call.overload._overloadname == "data" and self.tainted[call.inputs[1]]:
             self.routed_by_data = True  # a packed sequence's lengths say where its rows go
-        return OPENINGS[call.name](Elementary(self.tape, call, batch), arguments)
+        return OPENINGS[call.name](Elementary(self.tape, call, batch, self._count), arguments)
 
-    def _count(self, result: Any, arguments: list[Any]) -> None:
+    def _count(self, result: Any, arguments: Sequence[Any]) -> None:
         """Count the memory of a new result, and stop where it is more than allowed."""
         for tensor in (result,) if isinstance(result, Tensor) else result if isinstance(result, tuple | list) else ():
             if isinstance(tensor, Tensor) and not tensor._is_view() and all(tensor is not a for a in arguments):

@@ -162,6 +162,12 @@ class BackwardPasses:
         if any(r.extension.columns == "averaged" for r in self._order.requests):
             self._averaged = self._prepare_averaged()
 
+    def leave(self) -> None:
+        """Let go of the current part and its graph."""
+        del self._part
+        self.uses.clear()
+        self._at_hand = {}
+
     def tasks(self, store: ResultStore) -> list[Task]:
         """Every request's accumulator, new."""
         return [self._task(r, store) for r in self._order.requests if r.extension.accumulator is not None]

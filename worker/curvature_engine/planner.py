@@ -5,13 +5,13 @@ that consume parameters (twice what writing their gradients out costs). What hap
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 
 from torch import Tensor
 
 from curvature_engine.budget import Budget
 from curvature_engine.contributions import Contribution
+from curvature_engine.division import Division
 from curvature_engine.extensions import Accumulator, Extension, Sketch
 from curvature_engine.losses import BoundLoss
 from curvature_engine.passes import BackwardPasses
@@ -21,26 +21,6 @@ from curvature_engine.program import Parameter
 from curvature_engine.requests import Request
 from curvature_engine.stores import ResultStore
 from curvature_engine.version import __version__
-
-
-@dataclass(frozen=True)
-class Division:
-    """How the batch is divided: bounds of the chunks' samples, what one forward pass keeps, and why not finer."""
-
-    bounds: tuple[int, ...]
-    forward_bytes: int
-    whole_reason: str | None = None
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def largest(self) -> int:
-        """Samples of the largest chunk."""
-        return max(self.sizes)
-
-    @property
-    def sizes(self) -> list[int]:
-        """Samples of every chunk."""
-        return [stop - start for start, stop in zip(self.bounds, self.bounds[1:], strict=False)]
 
 
 class Planner:
@@ -86,8 +66,7 @@ class Planner:
             multiply_adds=cost,
             gradients=cost / one_gradient if one_gradient else float(passes),
             requests=tuple(parts),
-            whole_reason=self._division.whole_reason,
-            warnings=self._division.warnings,
+            whole_reason=self._division.reason,
         )
 
     # Requests

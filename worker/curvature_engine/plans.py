@@ -90,7 +90,6 @@ class Plan:
     gradients: float
     requests: tuple[RequestPlan, ...]
     whole_reason: str | None = None
-    warnings: tuple[str, ...] = ()
 
     @property
     def streamed(self) -> tuple[str, ...]:

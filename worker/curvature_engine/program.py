@@ -27,6 +27,8 @@ class Forward:
     used_dropout: bool
     signature: tuple[Any, ...]
     """Shapes and dtypes of the inputs."""
+    readings: tuple[Any, ...] = ()
+    """Numbers that the program read from the batch's tensors, decisions aside."""
     kept_bytes: int = 0
     """What its results take that are no views: about what its graph keeps."""
 
@@ -59,8 +61,10 @@ class Program:
         """The model's format, e.g. "torchscript"."""
         return self.front.format
 
-    def run(self, inputs: Inputs, tape: Tape, limit_bytes: int | None = None) -> Forward:
+    def run(self, inputs: Inputs, tape: Tape, limit_bytes: int | None = None, graph: bool = True) -> Forward:
         """Run forward once on `inputs`, recording on `tape`.
+
+        Without `graph` nothing can be differentiated, and intermediate values go as soon as they are spent.
 
         Raises:
             EngineError: if the program cannot be run on them.
@@ -74,15 +78,23 @@ class Program:
             parameter_places=self._parameter_places,
             allow_dropout=self.keeps_training,
             limit_bytes=limit_bytes,
+            lean=not graph,
         )
         try:
-            with torch.enable_grad():
+            with torch.set_grad_enabled(graph):
                 outputs = self.front.run(run, arguments)
         finally:
             run.close()
-        signature = _signature(arguments)
-        decisions = tuple(run.decisions)
-        return Forward(outputs, tape, decisions, run.routed_by_data, run.used_dropout, signature, run.kept_bytes)
+        return Forward(
+            outputs,
+            tape,
+            tuple(run.decisions),
+            run.routed_by_data,
+            run.used_dropout,
+            _signature(arguments),
+            tuple(run.readings),
+            run.kept_bytes,
+        )
 
 
 def _signature(arguments: Sequence[Any]) -> tuple[Any, ...]:

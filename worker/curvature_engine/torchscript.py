@@ -50,6 +50,7 @@ class Compiled:
         self._inputs = [self._slot(value) for value in inputs]
         self._steps = self._block(graph)
         self._output = self._slot(next(iter(graph.outputs())))
+        self._spent = self._find_spent(graph)
 
     def run(self, run: Run, arguments: list[Any]) -> Any:
         """Execute on `arguments` (the module's object first); returns what forward returns."""
@@ -60,9 +61,32 @@ class Compiled:
         for slot, value in zip(self._inputs, arguments, strict=True):
             run.values[slot] = map_tensors(run.private, value) if self.edits_tensors else value
             run.tainted[slot] = slot != self._inputs[0]
-        for step in self._steps:
+        for step, spent in zip(self._steps, self._spent, strict=True):
             step(run)
+            if run.lean:
+                for slot in spent:
+                    run.values[slot] = None
         return run.values[self._output]
+
+    def _find_spent(self, graph: Any) -> list[list[int]]:
+        """Per step, the slots that no later one reads. What is made before a run begins stays."""
+        nodes = [node for node in graph.nodes() if node.kind() != "prim::Constant"]
+        lasting = {self._output, *self._inputs, *(slot for slot, _ in self._constants)}
+        spent: list[list[int]] = [[] for _ in nodes]
+        for place in reversed(range(len(nodes))):
+            touched = self._touched(nodes[place]) - lasting
+            spent[place] = sorted(touched)
+            lasting |= touched
+        return spent
+
+    def _touched(self, node: Any) -> set[int]:
+        """The slots that a node and its blocks read or write."""
+        found = {self._slot(value) for value in (*node.inputs(), *node.outputs())}
+        for block in node.blocks():
+            found |= {self._slot(value) for value in (*block.inputs(), *block.outputs())}
+            for inner in block.nodes():
+                found |= self._touched(inner)
+        return found
 
     def _slot(self, value: Any) -> int:
         return self._slots.setdefault(value.debugName(), len(self._slots))

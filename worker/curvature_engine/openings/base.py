@@ -19,8 +19,14 @@ class Elementary:
     the tape does not see would be missing from its gradient.
     """
 
-    def __init__(self, tape: Tape, fused: OperatorCall, batch: Iterable[Tensor]) -> None:
-        self._tape, self._fused = tape, fused
+    def __init__(
+        self,
+        tape: Tape,
+        fused: OperatorCall,
+        batch: Iterable[Tensor],
+        count: Callable[[Any, Sequence[Any]], None] | None = None,
+    ) -> None:
+        self._tape, self._fused, self._count = tape, fused, count
         self._batch = {id(t): t for t in batch}  # kept, so that an id stays its tensor's
 
     @property
@@ -43,6 +49,8 @@ class Elementary:
         given = [*arguments, *options.values()]
         result = call.invoke(given)
         static = not any(id(t) in self._batch for t in _tensors(given))
+        if self._count is not None:
+            self._count(result, given)
         self._tape.observe(call, given, result, static=static)
         if not static:
             self._batch.update((id(t), t) for t in _tensors([result]))

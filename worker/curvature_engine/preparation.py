@@ -1,0 +1,164 @@
+"""What comes before the first column: forward pass, division into chunks, the loss, the probe, the plan."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvature_engine.chain import Links
+from curvature_engine.division import Divider, Division, same_rows
+from curvature_engine.errors import EngineError, TooLarge
+from curvature_engine.losses import BoundLoss, LossSpec
+from curvature_engine.passes import BackwardPasses, Order, Part
+from curvature_engine.planner import Planner
+from curvature_engine.plans import Plan, size
+from curvature_engine.program import Forward, Inputs, Parameter
+from curvature_engine.tape import Tape
+
+_PROBED = 2
+"""The fewest samples that the probe can tell apart."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far a batch is divided beyond what the budget asks, once memory has run out.
+
+    Attributes:
+        samples: the most that a chunk may hold; None where the budget alone decides.
+        least: the fewest.
+    """
+
+    samples: int | None = None
+    least: int = _PROBED
+
+
+class Preparer:
+    """Prepares batches of one order."""
+
+    def __init__(self, order: Order, spec: LossSpec, selected: dict[str, Parameter]) -> None:
+        self.order, self.spec, self.selected = order, spec, selected
+
+    def prepare(self, inputs: Inputs, targets: Tensor, limits: Limits) -> "Prepared":
+        """Everything up to the first column; the first chunk's graph is at hand then."""
+        if not self.needs_backward:
+            forward = self._forward(inputs, graph=False)
+            return self._prepared(inputs, targets, forward, Division(_one(self._select(forward)), forward.kept_bytes))
+        if limits.samples is None:
+            try:
+                forward = self._forward(inputs, self.order.budget.forward_bytes)
+                division = Division(_one(self._select(forward)), forward.kept_bytes)
+                return self._prepared(inputs, targets, forward, division)
+            except TooLarge:
+                pass
+        whole = self._forward(inputs, graph=False)
+        division = self._divide(inputs, whole, limits)
+        if division.reason is not None:
+            self.order.warnings.append(
+                f"the batch goes through the model as a whole, although its forward pass keeps "
+                f"{size(whole.kept_bytes)} (a quarter of the budget is {size(self.order.budget.forward_bytes)}): "
+                f"{division.reason}"
+            )
+            whole = self._forward(inputs)
+        return self._prepared(inputs, targets, whole, division)
+
+    @property
+    def needs_backward(self) -> bool:
+        """Whether anything but the outputs was asked for."""
+        return any(r.extension.columns != "outputs" for r in self.order.requests)
+
+    def part(self, inputs: Inputs, division: Division, chunk: int, expected: Tensor) -> Part:
+        """A chunk's forward pass, which must return the rows `expected` of the whole batch."""
+        forward = self._forward(division.inputs(inputs, chunk))
+        outputs = self._select(forward)
+        if outputs.shape != expected.shape or not same_rows(outputs.detach(), expected):
+            raise EngineError(
+                "verification_failed",
+                "a chunk of the batch returned other outputs with a graph than without; no result is given",
+                param="model",
+                remedy="give a larger budget, so that the batch is not divided",
+            )
+        return Part(forward, outputs, *division.bounds[chunk : chunk + 2])
+
+    def _prepared(self, inputs: Inputs, targets: Tensor, forward: Forward, division: Division) -> "Prepared":
+        outputs = self._select(forward)
+        bound = self._bind(outputs, targets)
+        work = BackwardPasses(self.order, bound, self.selected) if self.needs_backward else None
+        if work is not None:
+            chunks = len(division.sizes)
+            part = (
+                Part(forward, outputs, 0, bound.N)
+                if chunks == 1
+                else self.part(inputs, division, 0, outputs[: division.largest])
+            )
+            work.enter(part)
+        planner = Planner(self.order.budget, self.order.requests, self.selected, division)
+        plan = planner.plan(bound, outputs, work)
+        return Prepared(self, inputs, bound, outputs.detach(), forward.used_dropout, division, work, plan)
+
+    def _divide(self, inputs: Inputs, whole: Forward, limits: Limits) -> Division:
+        outputs = self._select(whole)
+        for request in self.order.requests:
+            if request.extension.merging == "whole batch":
+                reason = f"{request.label} takes all samples together"
+                return Division(_one(outputs), whole.kept_bytes, reason=reason)
+        N = max(1, outputs.shape[0]) if outputs.dim() else 1
+        fitting = N * self.order.budget.forward_bytes // max(1, whole.kept_bytes)
+        samples = max(1, fitting if limits.samples is None else min(fitting, limits.samples))
+        divider = Divider(lambda part: self._forward(part, graph=False), self.spec.select, inputs, whole)
+        return divider.divide(samples, limits.least)
+
+    def _forward(self, inputs: Inputs, limit_bytes: int | None = None, *, graph: bool = True) -> Forward:
+        chained = graph and any(r.extension.columns == "averaged" for r in self.order.requests)
+        program, tape = self.order.program, Tape(Links() if chained else None)
+        for parameter in self.selected.values():
+            tape.watch(parameter.name, parameter.tensors)
+        with torch.random.fork_rng(enabled=program.keeps_training):
+            if program.keeps_training:
+                torch.manual_seed(self.order.seed)
+            return program.run(inputs, tape, limit_bytes, graph)
+
+    def _select(self, forward: Forward) -> Tensor:
+        return self.spec.select(forward.outputs)
+
+    def _bind(self, outputs: Tensor, targets: Tensor) -> BoundLoss:
+        bound = self.spec.bind(outputs, targets)
+        second_order = [r.label for r in self.order.requests if r.extension.columns not in ("outputs", "gradient")]
+        if second_order:
+            bound.check_second_order(second_order)
+            self.order.warnings.extend(bound.warnings)
+        return bound
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch before its first column.
+
+    Attributes:
+        bound: the loss on the whole batch.
+        outputs: of the whole batch, without their graph.
+        work: the backward passes, in the first chunk; None where only outputs are wanted.
+    """
+
+    preparer: Preparer
+    inputs: Inputs
+    bound: BoundLoss
+    outputs: Tensor
+    used_dropout: bool
+    division: Division
+    work: BackwardPasses | None
+    plan: Plan
+
+    def parts(self) -> Iterator[BackwardPasses]:
+        """The backward passes in one chunk after another."""
+        assert self.work is not None
+        yield self.work
+        for chunk in range(1, len(self.division.sizes)):
+            self.work.leave()
+            start, stop = self.division.bounds[chunk : chunk + 2]
+            self.work.enter(self.preparer.part(self.inputs, self.division, chunk, self.outputs[start:stop]))
+            yield self.work
+
+
+def _one(outputs: Tensor) -> Sequence[int]:
+    return (0, outputs.shape[0] if outputs.dim() else 1)
