@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature_engine.against import take_up_others
 from curvature_engine.budget import Budget, check_whole_number
 from curvature_engine.errors import EngineError
 from curvature_engine.execution import map_tensors
@@ -120,10 +121,10 @@ class _Analyzer:
 
     @contextmanager
     def _prepared(self, inputs: Inputs, targets: Tensor, limits: Limits) -> Iterator[Prepared]:
-        inputs, targets = self._placed(inputs), self._placed(targets)
-        _check_not_empty(inputs, targets)
+        inputs, targets = self._taken(inputs, targets)
         selected = select(self.program, self.parameters)
         with _differentiable(selected):
+            take_up_others(self.order, self.spec, selected, self._taken)
             yield Preparer(self.order, self.spec, selected).prepare(inputs, targets, limits)
 
     def _analysis(self, prepared: Prepared) -> Analysis:
@@ -154,6 +155,12 @@ class _Analyzer:
         return Analysis(value, groups, self.warnings, info, prepared.plan)
 
     # Preparation
+
+    def _taken(self, inputs: Inputs, targets: Tensor) -> tuple[Inputs, Tensor]:
+        """A batch, checked and on the device."""
+        inputs, targets = self._placed(inputs), self._placed(targets)
+        _check_not_empty(inputs, targets)
+        return inputs, targets
 
     def _placed(self, value: Any) -> Any:
         return map_tensors(self._placed_tensor, value)
@@ -198,6 +205,7 @@ class _Analyzer:
         for request in self.requests:
             group = groups[request.label]
             sampled = request.extension.columns == "sampled"
+            against = self.order.against.get(request.label)
             for parameter, result in group.by_parameter.items():
                 if isinstance(result, KroneckerFactors):
                     group.tensors[f"{parameter}/B"] = result.B.contiguous()
@@ -209,9 +217,7 @@ class _Analyzer:
                 parameter = key if key in group.by_parameter else key.rpartition("/")[0]
                 by_columns = request.extension.accumulator is not None
                 group.provenance[key] = {
-                    "method": work.method(request.extension, parameter)
-                    if work is not None and by_columns
-                    else "autograd",
+                    "method": work.method(request, parameter) if work is not None and by_columns else "autograd",
                     "reduction": self.spec.reduction,
                     "Z": bound.Z,
                     "scale": request.options.get("scale", "loss"),
@@ -221,7 +227,10 @@ class _Analyzer:
                     "dtype": _name(tensor.dtype),
                     "device": str(self.program.device),
                     "engine_version": __version__,
-                    "verified": work is not None and work.verified and work.verification is not None,
+                    "verified": work is not None
+                    and work.verified
+                    and work.verification is not None
+                    and (against is None or against.work.verified),
                     "verification": None if work is None else work.verification,
                 }
 
@@ -279,6 +288,8 @@ def _convention(request: Request) -> str:
         text += "; over all parameters together"
     if request.options.get("subsampling") is not None:
         text += "; of the samples that subsampling names, with the full batch's Z"
+    if request.options.get("against") is not None:
+        text += "; rows are samples of this batch, columns of the other"
     if request.options.get("scale") == "sample":
         text += "; scale sample: g_n without the division by Z"
     return text

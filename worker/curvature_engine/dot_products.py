@@ -22,7 +22,7 @@ def dot_products(contribution: Contribution, N: int, budget_bytes: int) -> Tenso
 def _by_blocks(contribution: Contribution, N: int, budget_bytes: int) -> Tensor:
     """Materialised, a group of samples against blocks: gradients that exceed the budget are made again per group."""
     products: Tensor | None = None
-    for first, group in _groups(contribution, budget_bytes // 2):
+    for first, group in groups_of(contribution, budget_bytes // 2):
         rows = slice(first, first + len(group))
         if products is None:
             products = group.new_zeros(N, N)
@@ -36,7 +36,7 @@ def _by_blocks(contribution: Contribution, N: int, budget_bytes: int) -> Tensor:
     return products
 
 
-def _groups(contribution: Contribution, limit_bytes: int) -> Iterator[tuple[int, Tensor]]:
+def groups_of(contribution: Contribution, limit_bytes: int) -> Iterator[tuple[int, Tensor]]:
     """(first sample, gradients [n, P]): as many blocks together as fit the limit, at least one."""
     held: list[Tensor] = []
     first = 0
@@ -51,7 +51,7 @@ def _groups(contribution: Contribution, limit_bytes: int) -> Iterator[tuple[int,
 
 def _by_gram(contribution: ClosedForm, N: int, budget_bytes: int) -> Tensor | None:
     """The Gram form; None where there is none, or where it costs more."""
-    one = _factors(contribution, slice(0, 1))
+    one = gram_factors(contribution, slice(0, 1))
     if one is None:
         return None
     x, s = one
@@ -62,12 +62,12 @@ def _by_gram(contribution: ClosedForm, N: int, budget_bytes: int) -> Tensor | No
     side = max(1, min(N, math.isqrt(budget_bytes // pair_bytes)))
     products = s.new_zeros(N, N)
     for i in range(0, N, side):
-        left = _factors(contribution, slice(i, i + side))
+        left = gram_factors(contribution, slice(i, i + side))
         for j in range(i, N, side):
-            right = left if i == j else _factors(contribution, slice(j, j + side))
+            right = left if i == j else gram_factors(contribution, slice(j, j + side))
             assert left is not None
             assert right is not None
-            part = (_pairs(left[0], right[0], T) * _pairs(left[1], right[1], T)).sum((0, 2, 4))
+            part = (row_pairs(left[0], right[0]) * row_pairs(left[1], right[1])).sum((0, 2, 4))
             products[i : i + side, j : j + side] = part
             products[j : j + side, i : i + side] = part.T
     return products
@@ -75,7 +75,7 @@ def _by_gram(contribution: ClosedForm, N: int, budget_bytes: int) -> Tensor | No
 
 def costs(contribution: Contribution, N: int) -> tuple[str, int]:
     """(form, multiply-adds) of all pairs' inner products."""
-    one = _factors(contribution, slice(0, 1)) if isinstance(contribution, ClosedForm) else None
+    one = gram_factors(contribution, slice(0, 1)) if isinstance(contribution, ClosedForm) else None
     if one is not None and _gram_is_cheaper(*one):
         (groups, _, T, n_in), n_out = one[0].shape, one[1].shape[3]
         return "gram", N * (N + 1) // 2 * groups * T * T * (n_in + n_out + 1)
@@ -87,7 +87,7 @@ def _gram_is_cheaper(x: Tensor, s: Tensor) -> bool:
     return T * T * (n_in + n_out) < n_in * n_out
 
 
-def _factors(contribution: ClosedForm, block: slice) -> tuple[Tensor, Tensor] | None:
+def gram_factors(contribution: ClosedForm, block: slice) -> tuple[Tensor, Tensor] | None:
     """X and s of one weight's only use, [groups, n, T, in] and [groups, n, T, out]."""
     single = contribution.single()
     if single is None or single[0].use.role != "weight":
@@ -98,7 +98,7 @@ def _factors(contribution: ClosedForm, block: slice) -> tuple[Tensor, Tensor] | 
     return None if x is None or s is None else (x, s)
 
 
-def _pairs(left: Tensor, right: Tensor, T: int) -> Tensor:
-    """Inner products of all rows: [groups, n, T, d] and [groups, m, T, d] → [groups, n, T, m, T]."""
+def row_pairs(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of all rows: [groups, n, T, d] and [groups, m, U, d] → [groups, n, T, m, U]."""
     product = torch.bmm(left.flatten(1, 2), right.flatten(1, 2).transpose(1, 2))
-    return product.view(len(left), left.shape[1], T, right.shape[1], T)
+    return product.view(len(left), *left.shape[1:3], *right.shape[1:3])

@@ -10,7 +10,8 @@ Options = Mapping[str, Mapping[str, Any]]
 """Option name → JSON schema with a default.
 
 An `enum`; or a `type` or several of them: numbers with `minimum`, `exclusiveMinimum`, `maximum`; arrays with `items`
-and `minItems`.
+and `minItems`. An object stands for a batch: its schema is that of a reference to one, its value here a pair (inputs,
+targets).
 """
 
 
@@ -112,6 +113,10 @@ def _is_number(value: Any) -> bool:
     return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
+def _is_batch(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2
+
+
 _SHOWN_CHARACTERS = 64
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "null": ("None", lambda value: value is None),
@@ -119,6 +124,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "integer": ("a whole number", _is_integer),
     "number": ("a number", _is_number),
     "string": ("a string", lambda value: isinstance(value, str)),
+    "object": ("a batch (inputs, targets)", _is_batch),
     "array": ("a list", lambda value: isinstance(value, list | tuple)),
 }
 """JSON schema type → (in words, whether a value is one)."""

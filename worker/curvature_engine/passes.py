@@ -5,7 +5,7 @@ several, each with a forward pass of its own; the loss is always that of the who
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,7 @@ from curvature_engine.contributions import (
     prepare_use,
 )
 from curvature_engine.errors import EngineError
-from curvature_engine.extensions import WHOLE, Accumulator, Extension, Setting
+from curvature_engine.extensions import WHOLE, Accumulator, Against, Setting
 from curvature_engine.judgement import confirm, judge, random_cotangent, reproducible, uses_by_parameter
 from curvature_engine.losses import BoundLoss
 from curvature_engine.precision import accumulation_dtype
@@ -52,6 +52,8 @@ class Order:
     budget: Budget
     verify: bool = False
     warnings: list[str] = field(default_factory=list)
+    against: dict[str, Against] = field(default_factory=dict)
+    """By label: the other batches of requests that name one."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,11 @@ class BackwardPasses:
             self._averaged.add_to([s.accumulator for s in shares if s.columns == "averaged"])
             self._advance()
 
+    def gradient_contributions(self) -> dict[str, Contribution]:
+        """Every parameter's individual gradients in the current part."""
+        with torch.no_grad():
+            return dict(self._contributions(self._gradient))
+
     def fill(self, groups: dict[str, Group]) -> None:
         """Put the results into the groups."""
         for request in self._order.requests:
@@ -208,13 +215,15 @@ class BackwardPasses:
         for task in self._tasks:
             _fill(groups[task.request.label], task.accumulator)
 
-    def method(self, extension: Extension, key: str) -> str:
+    def method(self, request: Request, key: str) -> str:
         """How a result came about: a parameter's method, or for several together the least of theirs."""
-        if extension.residual is not None and key in self._elementwise:
+        if request.extension.residual is not None and key in self._elementwise:
             return "fallback"
-        if key in self.methods:
-            return self.methods[key]
-        return "fallback" if "fallback" in self.methods.values() else "closed form"
+        against = self._order.against.get(request.label)
+        found: set[str] = set()
+        for methods in (self.methods, {} if against is None else against.work.methods):
+            found.update([methods[key]] if key in methods else methods.values())
+        return "fallback" if "fallback" in found else "closed form"
 
     def contribution(self, name: str) -> Contribution:
         """A parameter's contribution with the shapes that it will have in the current part, and no numbers."""
@@ -308,6 +317,7 @@ class BackwardPasses:
             self.uses,
             request.options,
             store,
+            self._order.against.get(request.label),
         )
 
     def _add_gradient(self) -> None:
@@ -404,21 +414,26 @@ class BackwardPasses:
     # Columns
 
     def _column(self, cotangent: Tensor, shares: list[Share]) -> None:
+        with torch.no_grad():
+            for name, contribution in self._contributions(cotangent):
+                for share in shares:
+                    share.take(name, contribution)
+        self._advance()
+
+    def _contributions(self, cotangent: Tensor) -> Iterator[tuple[str, Contribution]]:
+        """Every parameter's contribution under a cotangent."""
         needed = sorted({u.tap_index for uses in self.uses.values() for u in uses})
         at_hand = self._at_hand if cotangent is self._gradient else {}
         gradients = at_hand if at_hand.keys() >= set(needed) else self._at_taps(needed, cotangent)
         fallbacks = self._fallbacks(cotangent)
         verification = Verification(self._part.outputs, self._selected, cotangent) if self._order.verify else None
-        with torch.no_grad():
-            for name, parameter in self._selected.items():
-                contribution = fallbacks.get(name) or self._closed(name, parameter, gradients)
-                if verification is not None:
-                    verification.check(name, contribution)
-                for share in shares:
-                    share.take(name, contribution)
+        for name, parameter in self._selected.items():
+            contribution = fallbacks.get(name) or self._closed(name, parameter, gradients)
+            if verification is not None:
+                verification.check(name, contribution)
+            yield name, contribution
         if verification is not None and not verification.finite:
             self._distrust()
-        self._advance()
 
     def _distrust(self) -> None:
         self.verified = False

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -30,6 +30,38 @@ class KroneckerFactors(NamedTuple):
     A: Tensor | None
 
 
+class Judged(Protocol):
+    """What is known of a batch's gradients before they are made."""
+
+    @property
+    def methods(self) -> Mapping[str, str]:
+        """Parameter → "closed form" or "fallback"."""
+
+    @property
+    def verified(self) -> bool:
+        """Whether the run-time checks held."""
+
+    def contribution(self, name: str) -> Contribution:
+        """A parameter's contribution with the shapes that it will have, and no numbers."""
+
+
+@dataclass(frozen=True)
+class Against:
+    """Another batch, and its individual gradients g′_m.
+
+    Attributes:
+        N: how many samples it has.
+        Z: what its loss divides by.
+        gradients: parameter → g′.
+        work: how they come about.
+    """
+
+    N: int
+    Z: float
+    gradients: Callable[[str], Contribution]
+    work: Judged
+
+
 @dataclass(frozen=True)
 class Setting:
     """What an accumulator knows beforehand.
@@ -46,6 +78,7 @@ class Setting:
         uses: of parameters with closed forms, by name; known once columns come, and anew with every part.
         options: the request's, complete.
         store: where results lie that are filled row by row.
+        against: the other batch, where one is asked for.
     """
 
     label: str
@@ -58,6 +91,7 @@ class Setting:
     uses: Mapping[str, Sequence[PreparedUse]]
     options: Mapping[str, Any]
     store: ResultStore = field(default_factory=ResultStore)
+    against: Against | None = None
 
     def slab(self, parameter: str, leading: Sequence[int]) -> Slab:
         """Room for a parameter's result [*leading, *p], zero at first."""

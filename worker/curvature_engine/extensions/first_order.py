@@ -27,7 +27,9 @@ class PerParameter(Accumulator):
         self._factor = setting.Z**self.power if setting.options["scale"] == "sample" else 1.0
 
     def add(self, parameter: str, contribution: Contribution) -> None:
-        result = self._scaled(self.reduce(contribution))
+        self._put(parameter, self._scaled(self.reduce(contribution)))
+
+    def _put(self, parameter: str, result: Tensor) -> None:
         key = self._key(parameter)
         self._results[key] = self._results[key] + result if key in self._results else result
 

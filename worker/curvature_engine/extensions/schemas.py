@@ -30,6 +30,16 @@ SUBSAMPLING = {
     "description": "indices of the samples to take, in this order, duplicates allowed; Z stays that of the full batch",
 }
 
+AGAINST = {
+    "type": ["object", "null"],
+    "properties": {"sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"}},
+    "required": ["sha256"],
+    "additionalProperties": False,
+    "default": None,
+    "description": "another batch, uploaded before: inner products with its gradients, [N, N′]; each has its own Z",
+}
+"""Over the wire a batch goes by its hash; the engine itself is given (inputs, targets)."""
+
 
 def adapt_to_over(options: Mapping[str, Any]) -> Mapping[str, Any]:
     """What `over` changes: one tensor in place of one per parameter."""

@@ -42,6 +42,7 @@ class LossSpec:
         self._kind = _default_kind() if self.name is None else _find_kind(self.name, function)
         self.options = complete_options(self.name or "the default loss", self._kind.options, options, "loss")
         self.output = self.options.pop("output")
+        self._by_default = self.name is None
 
     @classmethod
     def parse(cls, loss: Any, reduction: str | None) -> "LossSpec":
@@ -96,7 +97,7 @@ class LossSpec:
     def bind(self, outputs: Tensor, targets: Tensor) -> BoundLoss:
         """The loss on this batch; the default is cross-entropy for integer targets on [N, C] outputs."""
         _check_batch(outputs, targets)
-        if self.name is None:
+        if self._by_default:
             if not (holds_indices(targets) and outputs.dim() == 2 and targets.dim() == 1):
                 raise EngineError(
                     "loss_required",

@@ -1,0 +1,64 @@
+"""Another batch beside the one that is analyzed, for dot products with its individual gradients.
+
+It has a forward pass, a probe and a Z of its own; program, loss, reduction and parameters are the request's.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from curvature_engine.contributions import Contribution
+from curvature_engine.errors import EngineError
+from curvature_engine.extensions import Against
+from curvature_engine.losses import LossSpec
+from curvature_engine.passes import Order
+from curvature_engine.preparation import Limits, Preparer
+from curvature_engine.program import Inputs, Parameter
+from curvature_engine.requests import Request
+
+Take = Callable[[Inputs, Tensor], tuple[Inputs, Tensor]]
+"""Checks a batch and brings it to the device."""
+
+
+def take_up_others(order: Order, spec: LossSpec, selected: dict[str, Parameter], take: Take) -> None:
+    """Run and probe every batch that a request names as `against`; one that several name, once.
+
+    Raises:
+        EngineError: whatever is wrong with such a batch, or with the model on it.
+    """
+    known: dict[int, Against] = {}
+    for request in order.requests:
+        given = request.options.get("against")
+        if given is None:
+            continue
+        if id(given) not in known:
+            known[id(given)] = _take_up(order, spec, selected, take, request, given)
+        order.against[request.label] = known[id(given)]
+
+
+def _take_up(
+    order: Order, spec: LossSpec, selected: dict[str, Parameter], take: Take, request: Request, given: Any
+) -> Against:
+    own = replace(order, requests=[request], progress=None, warnings=[], against={})
+    try:
+        prepared = Preparer(own, spec, selected).prepare(*take(*given), Limits())
+    except EngineError as error:
+        raise EngineError(
+            error.code,
+            f"in the batch given as {request.label}'s against: {error.message}",
+            param=f"{request.extension.name}.against",
+            remedy=error.remedy,
+        ) from error
+    order.warnings.extend(f"in the batch given as {request.label}'s against: {text}" for text in own.warnings)
+
+    work = prepared.work
+    assert work is not None
+
+    @cache
+    def contributions() -> dict[str, Contribution]:
+        return work.gradient_contributions()
+
+    return Against(prepared.bound.N, prepared.bound.Z, lambda name: contributions()[name], work)
