@@ -145,3 +145,40 @@ def test_uses_that_meet(make, positions):
     result = engine.analyze(torch.jit.script(module), x, targets, ["batch_diag_hessian"], loss="mse", reduction="sum")
     torch.testing.assert_close(result["batch_diag_hessian"]["w"], expected, rtol=1e-10, atol=1e-12)
     assert result.groups["batch_diag_hessian"].provenance["w"]["method"] == "closed form"
+
+
+class Silent(nn.Module):
+    """Layers whose outputs are zero: what a product makes of them has no gradient, but a second derivative."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.a, self.b, self.l = nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False), nn.Linear(3, 2)
+        self.join = join
+        nn.init.zeros_(self.a.weight)
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, x):
+        a, b = self.a(x.transpose(0, 1)), self.b(x.transpose(0, 1))
+        if self.join == "square":
+            h = a * a
+        elif self.join == "cosine":
+            h = torch.cos(a)
+        elif self.join == "across samples":
+            h = a * b.roll(1, 1) + a * a.flip(1)
+        else:
+            h = a.sum(1, keepdim=True).square() + b
+        return self.l(x[:, 0]) + h.sum(0)
+
+
+@pytest.mark.parametrize("join", ["square", "cosine", "across samples", "sum over samples"])
+@pytest.mark.parametrize("samples", [3, 4])
+def test_second_derivatives_where_first_ones_are_silent(samples, join):
+    torch.manual_seed(0)
+    module = Silent(join).double()
+    x, targets = torch.randn(samples, 4, 3, dtype=torch.float64), torch.randn(samples, 2, dtype=torch.float64)
+    expected = Reference(module, (x,), targets, "mse", "mean").batch_diag_hessian()
+    for script in (torch.jit.script(module), torch.jit.trace(module, x)):
+        result = engine.analyze(script, x, targets, ["diag_hessian", "batch_diag_hessian"], loss="mse")
+        for parameter, value in expected.items():
+            torch.testing.assert_close(result["batch_diag_hessian"][parameter], value, rtol=1e-10, atol=1e-14)
+            torch.testing.assert_close(result["diag_hessian"][parameter], value.sum(0), rtol=1e-10, atol=1e-14)

@@ -30,7 +30,7 @@ from curvature_engine.precision import accumulation_dtype
 from curvature_engine.probe import Code, Verdict
 from curvature_engine.program import Forward, Parameter, Program
 from curvature_engine.requests import Request
-from curvature_engine.residuals import Residuals, affine
+from curvature_engine.residuals import Residuals, affine, find_strays
 from curvature_engine.results import Group
 from curvature_engine.stores import ResultStore
 from curvature_engine.tape import backward
@@ -452,9 +452,10 @@ class BackwardPasses:
             return
         residuals = Residuals(self._part.outputs, self._gradient, self._order.budget.block_bytes)
         per_sample = any(s.request.extension.residual == "per sample" or s.samples is not None for s in shares)
+        strays = find_strays(self._part.outputs, self._gradient, [u for uses in self.uses.values() for u in uses])
         for name, parameter in self._selected.items():
             uses = self.uses.get(name)
-            if uses is None or not affine(uses):
+            if uses is None or not affine(uses) or not strays.isdisjoint(u.tap_index for u in uses):
                 self._elementwise.add(name)
                 blocks = residuals.of_tensors(parameter.tensors, per_sample=per_sample)
             else:

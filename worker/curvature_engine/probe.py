@@ -267,15 +267,25 @@ def _is_one_sample_each(table: Tensor) -> bool:
     return len(set(known)) == len(known)
 
 
-def predicts(tap: Tap, attribution: Attribution, base: Tensor, other: Tensor, factors: Tensor) -> bool:
-    """Whether `other`, the gradient under the scaled cotangent, is `base` scaled as the attribution says."""
+def predicts(
+    tap: Tap, attribution: Attribution, base: Tensor, other: Tensor, factors: Tensor, *, all_listed: bool = True
+) -> bool:
+    """Whether `other`, the gradient under the scaled cotangent, is `base` scaled as the attribution says.
+
+    `all_listed`: whether rows that are in no sample's list speak against it, as they may have come alive; else they do
+    only if they have.
+    """
     rule = tap.rule
     assert rule is not None
     plain = attribution.arrange(rule.canonical(base), rule.row_axes)
     found = attribution.arrange(rule.canonical(other), rule.row_axes)
     expected = scaled(plain, factors)
     if attribution.index is not None and not attribution.determined:
-        return False  # some rows are in no sample's list: they may have come alive
+        unlisted = torch.ones(attribution.R + 1, dtype=torch.bool, device=base.device)
+        unlisted[attribution.index.flatten()] = False
+        rows = rule.canonical(base).reshape(attribution.R, -1)
+        if all_listed or bool(rows[unlisted[:-1]].any()):
+            return False
     if torch.equal(expected, found):
         return True
     tolerance, (_, negligible) = _TOLERANCE.get(base.dtype, _HALF_TOLERANCE), _floors(base)

@@ -17,7 +17,7 @@ Rules whose output channels touch separate parts of the parameter need only H's 
 channels of a position share one product.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from curvature_engine.contributions import ClosedForm, PreparedUse
 from curvature_engine.errors import EngineError
 from curvature_engine.judgement import random_cotangent
 from curvature_engine.losses import accumulation_dtype
+from curvature_engine.probe import Code, predicts, scaled
 from curvature_engine.tape import backward
 from curvature_engine.watched import Derivation
 
@@ -145,6 +146,45 @@ class Residuals:
 def affine(uses: Sequence[PreparedUse]) -> bool:
     """Whether all outputs are affine in the parameter: no use feeds another, and none is of a derived tensor."""
     return not any(isinstance(p.use.watched.index, Derivation) for p in uses) and not feed_each_other(uses)
+
+
+def find_strays(outputs: Tensor, cotangent: Tensor, uses: Sequence[PreparedUse]) -> set[int]:
+    """Numbers of the taps at which second derivatives reach rows of other samples than first derivatives told.
+
+    Where a layer's outputs are zero a product's gradient is, too: no row was heard, or a sample's only, and the second
+    derivatives may still pair any two. They are linear in the cotangent, so the probe's code tells them apart: with
+    every sample's cotangent scaled by its own power of two, each row of H v must come back scaled by its own sample's.
+    """
+    taps = {p.tap_index: p for p in uses}
+    plain = _images_at(outputs, cotangent, taps)
+    code = Code.for_gradients(len(outputs), list(plain.values()))
+    strays: set[int] = set()
+    for factors in code.factors(outputs.device) if plain else ():
+        found = _images_at(outputs, scaled(cotangent, factors), taps)
+        strays |= {
+            number
+            for number, image in plain.items()
+            if not predicts(taps[number].tap, taps[number].attribution, image, found[number], factors, all_listed=False)
+        }
+    return strays
+
+
+def _images_at(outputs: Tensor, cotangent: Tensor, taps: Mapping[int, PreparedUse]) -> dict[int, Tensor]:
+    """H v at each tap that has any, for one random v over all taps together."""
+    edges = [p.tap.edges[0] for p in taps.values()]
+    with torch.enable_grad():
+        found = _differentiate(outputs, edges, cotangent, create_graph=True)
+        products = [
+            (g * random_cotangent(g, seed=number)).sum()
+            for number, g in zip(taps, found, strict=True)
+            if g is not None and g.requires_grad
+        ]
+        scalar = torch.stack([p.double() for p in products]).sum() if products else None
+    if scalar is None:
+        return {}
+    images = _differentiate(scalar, edges, torch.ones_like(scalar))
+    shaped = {number: p.tap.shaped([h])[0] for (number, p), h in zip(taps.items(), images, strict=True)}
+    return {number: h for number, h in shaped.items() if h is not None}
 
 
 def feed_each_other(uses: Sequence[PreparedUse]) -> bool:
