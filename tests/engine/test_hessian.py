@@ -80,8 +80,8 @@ def test_one_second_backward_per_output_of_a_curved_layer(activation, most, monk
     module = nn.Sequential(nn.Linear(40, 25), activation(), nn.Linear(25, 3))
     x, targets = torch.randn(6, 40), torch.tensor([0, 1, 2, 0, 1, 2])
     engine.analyze(torch.jit.script(module), x, targets, ["diag_hessian"])
-    # 25 for each of weight and bias, where the weight alone has 1,000 elements; none for ReLU.
-    assert calls.count(False) <= most + 2
+    # 25 for each of weight and bias, where the weight alone has 1,000 elements; none for ReLU. Two look for strays.
+    assert calls.count(False) <= most + 2 + 2
 
 
 def test_progress_reaches_its_end():

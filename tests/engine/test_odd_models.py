@@ -348,3 +348,27 @@ def test_a_norm_of_single_elements_leaves_only_rounding_to_verify():
     result = engine.analyze(torch.jit.script(module), x, y, ["batch_grad"], loss="mse")
     for parameter, value in expected.items():
         torch.testing.assert_close(result["batch_grad"][parameter], value, rtol=1e-10, atol=1e-14)
+
+
+class OfEverySample(nn.Module):
+    """A parameter with a row for each sample, added to the outputs: its gradient is the cotangent itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.l, self.q = nn.Linear(5, 3), nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x):
+        return self.l(x) + self.q
+
+
+@pytest.mark.parametrize("budget_bytes", [1, None])
+def test_a_parameter_whose_gradient_is_the_cotangent(budget_bytes):
+    torch.manual_seed(0)
+    module, x = OfEverySample().double(), torch.randn(4, 5, dtype=torch.float64)
+    y = torch.randn(4, 3, dtype=torch.float64)
+    reference = Reference(module, (x,), y, "mse", "mean")
+    requests = ["batch_grad", "diag_ggn_exact"]
+    result = engine.analyze(torch.jit.script(module), x, y, requests, loss="mse", budget_bytes=budget_bytes)
+    for request in requests:
+        for parameter, value in reference.expected(request).items():
+            torch.testing.assert_close(result[request][parameter], value, rtol=1e-10, atol=1e-14)

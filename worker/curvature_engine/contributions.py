@@ -107,11 +107,11 @@ class Fallback(Contribution):
         for place, n in enumerate(self._samples[start:], start):
             restricted[n] = self._cotangent[n]
             gradients = backward(self._outputs, self._tensors, restricted)
-            restricted[n] = 0
             total = torch.zeros(self.shape, dtype=dtype, device=self._tensors[0].device)
             for gradient in gradients:
                 if gradient is not None:
                     total += gradient
+            restricted[n] = 0  # only now: what was added to the outputs has the cotangent itself as its gradient
             yield place, total[None]
 
 

@@ -510,10 +510,10 @@ class BackwardPasses:
         for n in range(N):
             restricted[n] = cotangent[n]
             found = backward(outputs, flat, restricted)
-            restricted[n] = 0
             for stack, gradient in zip(stacks, found, strict=True):
                 if gradient is not None:
                     stack[n] = gradient
+            restricted[n] = 0  # only now: what was added to the outputs has the cotangent itself as its gradient
         result: dict[str, Contribution] = {}
         for name in names:
             parts = [stacks.pop(0) for _ in tensors[name]]
