@@ -1,5 +1,6 @@
 """One table of models; every numeric test reads it."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -385,3 +386,17 @@ def targets_for(outputs, loss, seed=1):
 
 def torchscript(module, inputs, way):
     return torch.jit.script(module) if way == "scripted" else torch.jit.trace(module, inputs, check_trace=False)
+
+
+def exported(module, inputs, *, decomposed=False):
+    """An exported program whose batch axis, the first of every input, is dynamic."""
+    shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
+    program = torch.export.export(module, inputs, dynamic_shapes=shapes)
+    return core(program) if decomposed else program
+
+
+def core(program):
+    """A program decomposed into core operators; torch warns of its own internals while it does so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return program.run_decompositions()

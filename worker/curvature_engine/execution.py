@@ -17,7 +17,9 @@ from curvature_engine.tape import Tape
 Decision = bool | int
 
 
-_BATCH_NORMS = {"batch_norm": 5, "native_batch_norm": 5}
+_BATCH_NORMS = dict.fromkeys(
+    ("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional"), 5
+)
 _DROPOUTS = {"dropout": 2, "feature_dropout": 2, "alpha_dropout": 2, "feature_alpha_dropout": 2}
 _RECURRENT = {"lstm": (5, 6), "gru": (5, 6), "rnn_tanh": (5, 6), "rnn_relu": (5, 6)}
 
@@ -227,7 +229,7 @@ class Run:
 
     def _guard(self, call: OperatorCall, arguments: list[Any]) -> None:
         name = call.name.removesuffix("_")
-        if name in _BATCH_NORMS and arguments[_BATCH_NORMS[name]]:
+        if name in _BATCH_NORMS and _uses_the_batch(call, arguments):
             raise EngineError(
                 "training_mode",
                 f"batch normalisation runs in training mode{self._of_parameters(arguments)} ({call.place}): each "
@@ -272,6 +274,13 @@ _GUARDED = frozenset(
         "alpha_dropout_",
     ]
 )
+
+
+def _uses_the_batch(call: OperatorCall, arguments: list[Any]) -> bool:
+    """Whether a batch normalisation takes its statistics over samples."""
+    if call.overload._overloadname == "no_stats":  # what instance_norm becomes: one row, its channels all samples'
+        return bool(arguments[3]) and arguments[0].shape[0] > 1
+    return bool(arguments[_BATCH_NORMS[call.name.removesuffix("_")]])
 
 
 def _edits_parameters(call: OperatorCall) -> EngineError:

@@ -26,9 +26,10 @@ _pack_padded_sequence _pad_packed_sequence
 """
 
 _NORMS = """
-batch_norm native_batch_norm _native_batch_norm_legit_no_training layer_norm native_layer_norm group_norm
-native_group_norm instance_norm rms_norm local_response_norm norm linalg_norm linalg_vector_norm linalg_matrix_norm
-frobenius_norm norm_except_dim _weight_norm normalize cosine_similarity pairwise_distance
+batch_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
+_native_batch_norm_legit_functional layer_norm native_layer_norm group_norm native_group_norm instance_norm rms_norm local_response_norm norm linalg_norm
+linalg_vector_norm linalg_matrix_norm frobenius_norm norm_except_dim _weight_norm normalize cosine_similarity
+pairwise_distance
 """
 
 _REDUCTIONS = """
@@ -46,14 +47,15 @@ cat concat concatenate stack hstack vstack dstack column_stack repeat repeat_int
 rot90 diagonal diag diag_embed tril triu tril_indices triu_indices meshgrid broadcast_to broadcast_tensors
 pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
 replication_pad2d replication_pad3d pixel_shuffle pixel_unshuffle channel_shuffle unfold im2col col2im as_strided
-embedding embedding_bag one_hot lift_fresh lift_fresh_copy _unsafe_view to type_as copy fill zero
+embedding embedding_bag one_hot lift_fresh lift_fresh_copy _unsafe_view to _to_copy type_as copy fill zero
 slice_scatter select_scatter
 """
 
 _POOLING = """
 max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
 adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices
-max_pool2d_with_indices max_pool3d_with_indices lp_pool2d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+max_pool2d_with_indices max_pool3d_with_indices _adaptive_avg_pool2d _adaptive_avg_pool3d lp_pool2d
+upsample_nearest1d upsample_nearest2d upsample_nearest3d
 upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d interpolate __interpolate grid_sampler
 grid_sampler_2d affine_grid_generator
 """

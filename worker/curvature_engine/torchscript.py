@@ -14,12 +14,11 @@ import torch
 from curvature_engine import operators, scalars
 from curvature_engine.calls import OperatorCall
 from curvature_engine.contexts import make_context
-from curvature_engine.errors import EngineError, first_line
+from curvature_engine.errors import EngineError
 from curvature_engine.execution import Run, map_tensors
 from curvature_engine.places import place_of
+from curvature_engine.steps import Step, explained, refusing
 from curvature_engine.tensor_methods import DTYPE_OF, METHODS, NUMBER_OF, TENSOR_QUESTIONS, read_dtype
-
-Step = Callable[[Run], None]
 
 _FOREIGN_ACCELERATED = ("mkldnn", "quantized", "prepacked", "cudnn", "tensorexpr", "mps", "xnnpack")
 
@@ -110,7 +109,7 @@ class Compiled:
             step = self._scalar(node)
         else:
             step = self._refuse(node)
-        return None if step is None else _explained(step, place_of(node))
+        return None if step is None else explained(step, place_of(node))
 
     # Values
 
@@ -386,32 +385,7 @@ class Compiled:
         reason, remedy = operators.REFUSED.get(plain.removesuffix("_"), ("", ""))
         if any(mark in kind for mark in _FOREIGN_ACCELERATED):
             reason, remedy = "the file was optimised for inference", "save the module before optimising it"
-        message = f"operator {kind} is not supported" + (f": {reason}" if reason else "") + f" ({place})"
-        remedy = remedy or "express it with other operators, or compute it outside the model"
-
-        def step(run: Run) -> None:
-            raise EngineError("unsupported_operator", message, param=kind, remedy=remedy)
-
-        return step
-
-
-def _explained(step: Step, place: str) -> Step:
-    """`step`, with whatever it raises told as an error of the model on these inputs."""
-
-    def guarded(run: Run) -> None:
-        try:
-            step(run)
-        except (EngineError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise EngineError(
-                "invalid_inputs",
-                f"the model failed at {place}: {first_line(error)}",
-                param="inputs",
-                remedy="give inputs of the shapes and types that the model was written for",
-            ) from error
-
-    return guarded
+        return refusing(kind, place, reason, remedy)
 
 
 _CONTAINER_OPERATORS = frozenset(

@@ -12,9 +12,10 @@ import torch
 
 from curvature_engine.errors import EngineError
 from curvature_engine.formats.base import FrontEnd, Inputs, Use
+from curvature_engine.formats.export import Export
 from curvature_engine.formats.torchscript import TorchScript
 
-FORMATS: tuple[type[FrontEnd], ...] = (TorchScript,)
+FORMATS: tuple[type[FrontEnd], ...] = (Export, TorchScript)
 
 __all__ = ["FORMATS", "FrontEnd", "Inputs", "Use", "open_model"]
 
@@ -33,9 +34,9 @@ def open_model(model: Any, device: torch.device, *, eval: bool) -> FrontEnd:
             return kind.from_object(model, device, eval=eval)
     raise EngineError(
         "invalid_model",
-        f"a model is a path, a ScriptModule or an nn.Module; got {type(model).__name__}",
+        f"a model is a path, an ExportedProgram, a ScriptModule or an nn.Module; got {type(model).__name__}",
         param="model",
-        remedy="script or trace it with torch.jit",
+        remedy="export it with torch.export, or script or trace it with torch.jit",
     )
 
 
@@ -58,7 +59,7 @@ def _format_of_file(path: Path) -> type[FrontEnd]:
 def _not_a_model(path: Path, reason: str) -> EngineError:
     return EngineError(
         "invalid_model",
-        f"{path.name} is no TorchScript file: {reason}",
+        f"{path.name} is no TorchScript file and no exported program: {reason}",
         param="model",
         remedy=f"save the model with {' or '.join(kind.save_with for kind in FORMATS)}",
     )

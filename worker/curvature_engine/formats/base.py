@@ -37,6 +37,7 @@ class FrontEnd(ABC):
         buffers: names of the tensors that are none.
         was_training: whether the model was saved in training mode.
         edits_tensors: whether some operator edits tensors: then each run works on copies.
+        notes: what of the model the file may have lost, for the user to know.
         fixed_samples: the only number of samples that the file says it takes; None where it says nothing.
     """
 
@@ -47,6 +48,7 @@ class FrontEnd(ABC):
     buffers: tuple[str, ...]
     was_training: bool
     edits_tensors: bool
+    notes: tuple[str, ...] = ()
     fixed_samples: int | None = None
 
     @classmethod

@@ -1,0 +1,40 @@
+"""Steps of a compiled program: what every front end makes of its nodes."""
+
+from collections.abc import Callable
+
+import torch
+
+from curvature_engine.errors import EngineError, first_line
+from curvature_engine.execution import Run
+
+Step = Callable[[Run], None]
+
+
+def explained(step: Step, place: str) -> Step:
+    """`step`, with whatever it raises told as an error of the model on these inputs."""
+
+    def guarded(run: Run) -> None:
+        try:
+            step(run)
+        except (EngineError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise EngineError(
+                "invalid_inputs",
+                f"the model failed at {place}: {first_line(error)}",
+                param="inputs",
+                remedy="give inputs of the shapes and types that the model was written for",
+            ) from error
+
+    return guarded
+
+
+def refusing(kind: str, place: str, reason: str = "", remedy: str = "") -> Step:
+    """A step that refuses an operator, once the program reaches it."""
+    message = f"operator {kind} is not supported" + (f": {reason}" if reason else "") + f" ({place})"
+    remedy = remedy or "express it with other operators, or compute it outside the model"
+
+    def step(run: Run) -> None:
+        raise EngineError("unsupported_operator", message, param=kind, remedy=remedy)
+
+    return step
