@@ -391,7 +391,9 @@ def torchscript(module, inputs, way):
 def exported(module, inputs, *, decomposed=False):
     """An exported program whose batch axis, the first of every input, is dynamic."""
     shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
-    program = torch.export.export(module, inputs, dynamic_shapes=shapes)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The tensor attributes self.rnn", UserWarning)  # torch's own LSTM
+        program = torch.export.export(module, inputs, dynamic_shapes=shapes)
     return core(program) if decomposed else program
 
 

@@ -12,12 +12,13 @@ NOT_EXPORTABLE = {"if_and_loop": "torch.export reads no branch on data but torch
 FALLBACK_WHEN_DECOMPOSED = {"groupnorm": {"3.weight", "3.bias"}}
 """Instance normalisation becomes a batch normalisation of repeated weights, which has no rule."""
 
+BIAS_APART_WHEN_DECOMPOSED = {"sequence_first", "lstm"}
+"""Linear layers on sequences that are no views become a product and a sum: there is no joint factor."""
 
-@pytest.mark.parametrize("form", ["training", "core"])
-@pytest.mark.parametrize(
-    ("name", "loss"), [(c.name, loss) for c in CASES for loss in c.losses if c.name not in NOT_EXPORTABLE]
-)
-def test_an_exported_model_gives_what_its_torchscript_gives(name, loss, form):
+
+@pytest.mark.parametrize(("form", "loss"), [("training", "cross_entropy"), ("core", "mse")])
+@pytest.mark.parametrize("name", [case.name for case in CASES if case.name not in NOT_EXPORTABLE])
+def test_an_exported_model_gives_what_its_torchscript_gives(name, form, loss):
     case = BY_NAME[name]
     module, inputs = build(case)
     program = exported(module, inputs, decomposed=form == "core")
@@ -29,6 +30,8 @@ def test_an_exported_model_gives_what_its_torchscript_gives(name, loss, form):
             assert error(result[extension][parameter], value) <= TOLERANCE, (extension, parameter)
     _, _, of_script = analysis_of(name, loss, "mean", case.ways[0])
     for label, group in of_script.groups.items():
+        if form == "core" and name in BIAS_APART_WHEN_DECOMPOSED and group.options.get("joint_bias"):
+            continue
         assert set(result.groups[label].tensors) == set(group.tensors)
         for key, tensor in group.tensors.items():
             assert error(result.groups[label].tensors[key], tensor) <= 1e-12, (label, key)

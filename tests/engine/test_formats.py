@@ -75,3 +75,18 @@ def test_the_format_is_named():
     assert program.format == "torchscript"
     result = engine.analyze(program, torch.randn(3, 2), torch.tensor([0, 1, 0]), ["grad"])
     assert result.info["format"] == "torchscript"
+
+
+class Split(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.l = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return torch.cat([self.l(x[i : i + 1]) for i in range(x.shape[0])])
+
+
+def test_a_trace_that_keeps_to_its_own_batch_size_is_refused():
+    trace = torch.jit.trace(Split(), torch.randn(3, 2))
+    with pytest.raises(engine.EngineError, match=r"returned 3 rows .* for 5 samples: .* baked in"):
+        engine.analyze(trace, torch.randn(5, 2), torch.zeros(5, dtype=torch.long), ["grad"])

@@ -177,6 +177,7 @@ class _Analyzer:
         return tensor.detach().to(self.program.device)
 
     def _warn(self, *, program_loss: Tensor, used_dropout: bool) -> None:
+        self.warnings.extend(self.program.front.notes)
         if self.program.was_training and not self.program.keeps_training:
             self.warnings.append("the model was in training mode; an eval-mode copy was analyzed (eval=True)")
         if used_dropout:

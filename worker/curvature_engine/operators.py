@@ -27,9 +27,9 @@ _pack_padded_sequence _pad_packed_sequence
 
 _NORMS = """
 batch_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
-_native_batch_norm_legit_functional layer_norm native_layer_norm group_norm native_group_norm instance_norm rms_norm local_response_norm norm linalg_norm
-linalg_vector_norm linalg_matrix_norm frobenius_norm norm_except_dim _weight_norm normalize cosine_similarity
-pairwise_distance
+_native_batch_norm_legit_functional layer_norm native_layer_norm group_norm native_group_norm instance_norm rms_norm
+local_response_norm norm linalg_norm linalg_vector_norm linalg_matrix_norm frobenius_norm norm_except_dim _weight_norm
+normalize cosine_similarity pairwise_distance
 """
 
 _REDUCTIONS = """

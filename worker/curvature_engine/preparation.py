@@ -9,6 +9,7 @@ from torch import Tensor
 from curvature_engine.chain import Links
 from curvature_engine.division import Divider, Division, same_rows
 from curvature_engine.errors import EngineError, TooLarge
+from curvature_engine.execution import tensors_in
 from curvature_engine.losses import BoundLoss, LossSpec
 from curvature_engine.passes import BackwardPasses, Order, Part
 from curvature_engine.planner import Planner
@@ -82,6 +83,7 @@ class Preparer:
 
     def _prepared(self, inputs: Inputs, targets: Tensor, forward: Forward, division: Division) -> "Prepared":
         outputs = self._select(forward)
+        _check_rows(inputs, outputs, targets)
         bound = self._bind(outputs, targets)
         work = BackwardPasses(self.order, bound, self.selected) if self.needs_backward else None
         if work is not None:
@@ -162,3 +164,17 @@ class Prepared:
 
 def _one(outputs: Tensor) -> Sequence[int]:
     return (0, outputs.shape[0] if outputs.dim() else 1)
+
+
+def _check_rows(inputs: Inputs, outputs: Tensor, targets: Tensor) -> None:
+    """Tell a program that keeps to another batch size from targets that are too few."""
+    N = targets.shape[0] if targets.dim() else 0
+    rows = outputs.shape[0] if outputs.dim() else 0
+    if rows != N and any(t.dim() > 0 and t.shape[0] == N for t in tensors_in(inputs)):
+        raise EngineError(
+            "unsupported_outputs",
+            f"the model returned {rows} rows (outputs {list(outputs.shape)}) for {N} samples: it does not keep one row "
+            "per sample, or the batch size that it was traced with is baked in",
+            param="model",
+            remedy="trace it with a batch of this size, script it, or export it with a dynamic batch axis",
+        )

@@ -175,8 +175,8 @@ class Export(FrontEnd):
 
 
 _DECOMPOSED = (
-    "the exported program was decomposed (run_decompositions), which drops torch.no_grad blocks: if the model has some, "
-    "analyze the program as torch.export.export returns it"
+    "the exported program was decomposed (run_decompositions), which drops torch.no_grad blocks: if the model has "
+    "some, analyze the program as torch.export.export returns it"
 )
 _AS_EXPORTED: Any = object()
 """In place of an input that the program has as a constant and the user left out."""
