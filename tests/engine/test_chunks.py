@@ -179,3 +179,30 @@ def test_chunks_are_as_equal_as_can_be():
     assert split(3, 1, 2) == (0, 3)
     assert split(3, 1, 1) == (0, 1, 2, 3)
     assert split(8, 100, 2) == (0, 8)
+
+
+class Silent(nn.Module):
+    """Layers behind which every batch gives the same outputs, and a batch's mean before them."""
+
+    def __init__(self, of_inputs):
+        super().__init__()
+        self.a, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.of_inputs = of_inputs
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x):
+        if self.of_inputs:
+            return self.out(torch.tanh(self.a(x - x.mean(0))))
+        h = torch.tanh(self.a(x))
+        return self.out(h - h.mean(0))
+
+
+@pytest.mark.parametrize("of_inputs", [True, False])
+def test_values_inside_are_compared_too(of_inputs):
+    torch.manual_seed(0)
+    module, x, targets = Silent(of_inputs).double(), torch.randn(6, 4, dtype=torch.float64), torch.randint(0, 3, (6,))
+    requests = ["batch_grad", "diag_ggn_exact", "kflr"]
+    whole, chunked = both(torch.jit.script(module), x, targets, requests)
+    assert chunked.plan.chunks == 1
+    assert any("chunks compute other values inside the model: aten::" in w for w in chunked.warnings)
+    check_equal(whole, chunked)

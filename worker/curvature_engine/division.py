@@ -1,9 +1,9 @@
 """Dividing a batch into chunks, each with a forward pass of its own, where that is proved to change nothing.
 
 A program may have the number of samples baked in, may decide something by the whole batch, may mix samples. So the
-whole batch goes through once without a graph, and then every chunk must take the same decisions, read the same
-numbers and return the whole batch's rows. Which axis of an input the samples stand along is found by trying. (That
-samples are not coupled in their derivatives either, the probe says of every chunk.)
+whole batch goes through once without a graph, and then every chunk must take the same decisions, read the same numbers
+and return the whole batch's rows, and the values inside must add up. Which axis of an input the samples stand along is
+found by trying. (That samples are not coupled in their derivatives either, the probe says of every chunk.)
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +17,8 @@ from torch import Tensor
 from curvature_engine.errors import EngineError, first_line, lacks_memory
 from curvature_engine.execution import map_tensors
 from curvature_engine.program import Forward, Inputs
+from curvature_engine.sums import HALF_TOLERANCE, TOLERANCE, first_difference
 
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-_HALF_TOLERANCE = 5e-2
 _ATTEMPTS = 32
 """At finding the samples' axes."""
 
@@ -84,10 +83,14 @@ class Divider:
             if found is None:
                 reason = why
                 continue
+            sums = [found.sums]
             for chunk in range(1, len(bounds) - 1):
                 other, why = self._try(division, chunk)
                 if other is None:
                     return replace(one, reason=why)
+                sums.append(other.sums)
+            if place := first_difference(self._whole.sums, sums):
+                return replace(one, reason=f"chunks compute other values inside the model: {place}")
             return replace(division, forward_bytes=found.kept_bytes)
         return replace(one, reason=reason)
 
@@ -164,4 +167,4 @@ def same_rows(found: Tensor, expected: Tensor) -> bool:
         return False
     size = expected.abs().nan_to_num(0.0, 0.0, 0.0).max() if expected.numel() else expected.new_zeros(())
     difference = torch.where(finite, found - expected, 0.0).abs()
-    return bool((difference <= _TOLERANCE.get(expected.dtype, _HALF_TOLERANCE) * size).all())
+    return bool((difference <= TOLERANCE.get(expected.dtype, HALF_TOLERANCE) * size).all())

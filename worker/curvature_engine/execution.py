@@ -12,6 +12,7 @@ from curvature_engine.contexts import ScriptContext
 from curvature_engine.errors import EngineError, TooLarge, first_line, memory_ran_out
 from curvature_engine.openings import OPENINGS, Elementary
 from curvature_engine.operators import ROUTERS
+from curvature_engine.sums import Sums
 from curvature_engine.tape import Tape
 
 Decision = bool | int
@@ -42,12 +43,15 @@ class Run:
     """How much results may take in all; None for any amount."""
     lean: bool = False
     """Whether values go as soon as no later step reads them: for runs without a graph."""
+    summed: bool = False
+    """Whether sums of all that the operators make of the batch are kept."""
 
     def __post_init__(self) -> None:
         self.values: list[Any] = []
         self.tainted: list[bool] = []
         self.decisions: list[Decision] = []
         self.readings: list[Any] = []
+        self.sums: list[Sums] = []
         """Numbers read from the batch's tensors that are not decisions."""
         self.routed_by_data = False
         self.used_dropout = False
@@ -169,6 +173,9 @@ class Run:
             raise _rejection(call, error) from error
         if not opened:
             self._count(result, arguments)
+        if self.summed and tainted:
+            found = (Sums.of(t, f"aten::{call.name} ({call.place})") for t in tensors_in(result))
+            self.sums.extend(sums for sums in found if sums is not None)
         if self.tape is not None and not opened:
             self.tape.observe(call, arguments, result, static=not tainted)
         if links is not None and entry is not None:

@@ -52,7 +52,7 @@ class Preparer:
                 return self._prepared(inputs, targets, forward, division)
             except TooLarge:
                 pass
-        whole = self._forward(inputs, graph=False)
+        whole = self._forward(inputs, graph=False, summed=True)
         division = self._divide(inputs, whole, limits)
         if division.reason is not None:
             self.order.warnings.append(
@@ -107,10 +107,12 @@ class Preparer:
         N = max(1, outputs.shape[0]) if outputs.dim() else 1
         fitting = N * self.order.budget.forward_bytes // max(1, whole.kept_bytes)
         samples = max(1, fitting if limits.samples is None else min(fitting, limits.samples))
-        divider = Divider(lambda part: self._forward(part, graph=False), self.spec.select, inputs, whole)
+        divider = Divider(lambda part: self._forward(part, graph=False, summed=True), self.spec.select, inputs, whole)
         return divider.divide(samples, limits.least)
 
-    def _forward(self, inputs: Inputs, limit_bytes: int | None = None, *, graph: bool = True) -> Forward:
+    def _forward(
+        self, inputs: Inputs, limit_bytes: int | None = None, *, graph: bool = True, summed: bool = False
+    ) -> Forward:
         chained = graph and any(r.extension.columns == "averaged" for r in self.order.requests)
         program, tape = self.order.program, Tape(Links() if chained else None)
         for parameter in self.selected.values():
@@ -118,7 +120,7 @@ class Preparer:
         with torch.random.fork_rng(enabled=program.keeps_training):
             if program.keeps_training:
                 torch.manual_seed(self.order.seed)
-            return program.run(inputs, tape, limit_bytes, graph)
+            return program.run(inputs, tape, limit_bytes, graph=graph, summed=summed)
 
     def _select(self, forward: Forward) -> Tensor:
         return self.spec.select(forward.outputs)

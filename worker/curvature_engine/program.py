@@ -11,6 +11,7 @@ from curvature_engine.execution import Decision, Run, map_tensors
 from curvature_engine.formats import FrontEnd, Inputs, open_model
 from curvature_engine.parameters import Parameter
 from curvature_engine.probe import Verdicts
+from curvature_engine.sums import Sums
 from curvature_engine.tape import Tape
 
 __all__ = ["Forward", "Inputs", "Parameter", "Program", "load"]
@@ -31,6 +32,8 @@ class Forward:
     """Numbers that the program read from the batch's tensors, decisions aside."""
     kept_bytes: int = 0
     """What its results take that are no views: about what its graph keeps."""
+    sums: tuple[Sums, ...] = ()
+    """Of all that operators made of the batch, where asked for."""
 
 
 class Program:
@@ -61,10 +64,13 @@ class Program:
         """The model's format, e.g. "torchscript"."""
         return self.front.format
 
-    def run(self, inputs: Inputs, tape: Tape, limit_bytes: int | None = None, graph: bool = True) -> Forward:
+    def run(
+        self, inputs: Inputs, tape: Tape, limit_bytes: int | None = None, *, graph: bool = True, summed: bool = False
+    ) -> Forward:
         """Run forward once on `inputs`, recording on `tape`.
 
-        Without `graph` nothing can be differentiated, and intermediate values go as soon as they are spent.
+        Without `graph` nothing can be differentiated, and intermediate values go as soon as they are spent. `summed`
+        keeps the sums of all of them.
 
         Raises:
             EngineError: if the program cannot be run on them.
@@ -79,6 +85,7 @@ class Program:
             allow_dropout=self.keeps_training,
             limit_bytes=limit_bytes,
             lean=not graph,
+            summed=summed,
         )
         try:
             with torch.set_grad_enabled(graph):
@@ -94,6 +101,7 @@ class Program:
             _signature(arguments),
             tuple(run.readings),
             run.kept_bytes,
+            tuple(run.sums),
         )
 
 
