@@ -11,6 +11,7 @@ from curvature_engine.catalogue import catalogue
 from curvature_engine.contributions import Contribution
 from curvature_engine.errors import EngineError
 from curvature_engine.extensions import WHOLE, Accumulator, Extension, KroneckerFactors, Setting, Sketch
+from curvature_engine.inspection import Inspection, inspect, inspect_program
 from curvature_engine.losses import BoundLoss, LossKind
 from curvature_engine.plans import ParameterPlan, Plan, RequestPlan
 from curvature_engine.program import Program, load
@@ -27,6 +28,7 @@ __all__ = [
     "EngineError",
     "Extension",
     "Group",
+    "Inspection",
     "KroneckerFactors",
     "LossKind",
     "Match",
@@ -40,6 +42,8 @@ __all__ = [
     "__version__",
     "analyze",
     "catalogue",
+    "inspect",
+    "inspect_program",
     "load",
     "plan",
 ]

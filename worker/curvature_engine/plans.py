@@ -1,8 +1,9 @@
 """A plan: what an analysis will do, what it costs and how much memory it takes, before it does it."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from curvature_engine.tables import table
 
 _HEADER = ("label", "parameter", "shape", "method", "form", "cost", "peak", "block", "result")
 
@@ -117,7 +118,7 @@ class Plan:
             if not request.parameters:
                 rows.append((request.label, "", "", "", "", "", "", "", size(request.result_bytes)))
             rows += [_row(request, p) for p in request.parameters]
-        return "\n".join([*lines, "", *_table(rows)])
+        return "\n".join([*lines, "", *table(rows)])
 
 
 def _row(request: RequestPlan, p: ParameterPlan) -> tuple[str, ...]:
@@ -132,11 +133,6 @@ def _row(request: RequestPlan, p: ParameterPlan) -> tuple[str, ...]:
         str(p.samples_per_block),
         size(p.result_bytes) + (" to a file" if request.streamed else ""),
     )
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _columns(columns: dict[str, int]) -> str:

@@ -45,6 +45,8 @@ class Compiled:
         """Whether an operator that edits tensors appears anywhere: then each run works on copies."""
         self.calls: Counter[str] = Counter()
         """How often each tensor operator appears, all branches counted."""
+        self.refused: list[tuple[str, str]] = []
+        """(operator, place) of what no run could pass."""
         inputs = list(graph.inputs())
         self._inputs = [self._slot(value) for value in inputs]
         self._steps = self._block(graph)
@@ -381,6 +383,7 @@ class Compiled:
 
     def _refuse(self, node: Any) -> Step:
         kind, place = node.kind(), place_of(node)
+        self.refused.append((kind, place))
         plain = kind.removeprefix("aten::")
         reason, remedy = operators.REFUSED.get(plain.removesuffix("_"), ("", ""))
         if any(mark in kind for mark in _FOREIGN_ACCELERATED):

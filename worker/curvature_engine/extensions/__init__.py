@@ -3,7 +3,16 @@
 A new extension is one file here and one line below.
 """
 
-from curvature_engine.extensions.base import WHOLE, Accumulator, Against, Extension, KroneckerFactors, Setting, Sketch
+from curvature_engine.extensions.base import (
+    WHOLE,
+    Accumulator,
+    Against,
+    Extension,
+    ForeseenUse,
+    KroneckerFactors,
+    Setting,
+    Sketch,
+)
 from curvature_engine.extensions.batch_dot import BATCH_DOT
 from curvature_engine.extensions.first_order import BATCH_GRAD, BATCH_L2, SUM_GRAD_SQUARED, VARIANCE
 from curvature_engine.extensions.ggn_batch_diagonal import BATCH_DIAG_GGN_EXACT, BATCH_DIAG_GGN_MC
@@ -66,4 +75,14 @@ EXTENSIONS: dict[str, Extension] = {
     )
 }
 
-__all__ = ["EXTENSIONS", "WHOLE", "Accumulator", "Against", "Extension", "KroneckerFactors", "Setting", "Sketch"]
+__all__ = [
+    "EXTENSIONS",
+    "WHOLE",
+    "Accumulator",
+    "Against",
+    "Extension",
+    "ForeseenUse",
+    "KroneckerFactors",
+    "Setting",
+    "Sketch",
+]

@@ -119,6 +119,19 @@ class Sketch:
     intermediate_bytes: int | None = None
 
 
+class ForeseenUse(NamedTuple):
+    """One operator that consumes a parameter, as its rules foresee it before any run.
+
+    Attributes:
+        closed: whether a rule may apply.
+        factors: whether a rule may have a Kronecker form.
+    """
+
+    operator: str
+    closed: bool
+    factors: bool
+
+
 class Accumulator(ABC):
     """Takes one parameter's contribution per column, and gives the result at the end.
 
@@ -134,6 +147,11 @@ class Accumulator(ABC):
         self.setting = setting
         self.rows: Sequence[int] = range(setting.N)
         self.missing: dict[str, str] = {}
+
+    @classmethod
+    def foresee(cls, uses: Sequence[ForeseenUse]) -> str | None:
+        """Why a parameter with these uses can have no result, asked before any run; None where it may."""
+        return None
 
     def start(self, rows: Sequence[int]) -> None:
         """Begin a part, whose contributions hold the samples with these places in the result."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from curvature_engine.contributions import Absent, ClosedForm, Contribution, PreparedUse
 from curvature_engine.errors import EngineError
-from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting, Sketch
+from curvature_engine.extensions.base import Accumulator, Extension, ForeseenUse, KroneckerFactors, Setting, Sketch
 from curvature_engine.extensions.schemas import MC_SAMPLES
 from curvature_engine.tape import Use
 from curvature_engine.watched import Derivation
@@ -51,6 +51,9 @@ STRICT = {
     "description": "refuse where a parameter has no Kronecker form, instead of leaving it out with the reason",
 }
 
+_FALLBACK = "no Kronecker form: its individual gradients come from the universal fallback"
+_UNREACHED = "does not reach the outputs"
+
 
 class Kronecker(Accumulator):
     """Sums B over columns, and A once."""
@@ -63,6 +66,13 @@ class Kronecker(Accumulator):
         self._A: dict[str, Tensor] = {}
         self._positions: dict[str, int] = {}
         self._met: set[str] = set()
+
+    @classmethod
+    def foresee(cls, uses: Sequence[ForeseenUse]) -> str | None:
+        if not uses or not all(use.closed for use in uses):
+            return _FALLBACK if uses else _UNREACHED
+        kinds = sorted({use.operator for use in uses if not use.factors})
+        return _no_form(kinds) if kinds else None
 
     def start(self, rows: Sequence[int]) -> None:
         super().start(rows)
@@ -141,8 +151,7 @@ class Kronecker(Accumulator):
         """Every use's columns s [groups, n, positions, out], or why there is no Kronecker form."""
         if not isinstance(contribution, ClosedForm):
             absent = isinstance(contribution, Absent)
-            fallback = "no Kronecker form: its individual gradients come from the universal fallback"
-            return "does not reach the outputs" if absent else fallback
+            return _UNREACHED if absent else _FALLBACK
         outputs = [p.tap.rule.factor_outputs(p.use.role, g) for p, g in contribution.uses if p.tap.rule is not None]
         reason = self._obstacle(contribution, outputs)
         return [o for o in outputs if o is not None] if reason is None else reason
@@ -183,7 +192,7 @@ class Kronecker(Accumulator):
         uses = [p for p, _ in contribution.uses]
         if any(o is None for o in outputs):
             kinds = sorted({p.tap.name for p, o in zip(uses, outputs, strict=True) if o is None})
-            return f"no Kronecker form for {', '.join(kinds)}"
+            return _no_form(kinds)
         if any(not _is_whole(p.use) for p in uses):
             return "no Kronecker form: a layer consumes only a part or a rearrangement of it"
         roles = {p.use.role for p in uses}
@@ -250,6 +259,10 @@ class Kronecker(Accumulator):
 def moment(left: Tensor, right: Tensor) -> Tensor:
     """Σ over samples and positions of l rᵀ: twice [groups, n, positions, d] → [groups, d, d]."""
     return torch.bmm(left.flatten(1, 2).transpose(1, 2), right.flatten(1, 2))
+
+
+def _no_form(operators: Sequence[str]) -> str:
+    return f"no Kronecker form for {', '.join(operators)}"
 
 
 def _with_one(x: Tensor, prepared: PreparedUse, block: slice) -> Tensor:

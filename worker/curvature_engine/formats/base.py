@@ -20,10 +20,14 @@ Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 
 class Use(NamedTuple):
-    """One operator that consumes a parameter, found without running the program."""
+    """One operator that consumes a parameter, found without running the program.
+
+    `alone`: nothing of the batch enters it, so what it makes is the same for every sample.
+    """
 
     operator: str
     place: str
+    alone: bool = False
 
 
 class FrontEnd(ABC):
@@ -50,6 +54,11 @@ class FrontEnd(ABC):
     edits_tensors: bool
     notes: tuple[str, ...] = ()
     fixed_samples: int | None = None
+    _formal: "list[Formal]"
+
+    def inputs(self) -> "tuple[Formal, ...]":
+        """What forward takes."""
+        return tuple(self._formal)
 
     @classmethod
     @abstractmethod
@@ -94,6 +103,10 @@ class FrontEnd(ABC):
     @abstractmethod
     def operators(self) -> Counter[str]:
         """How often each tensor operator (without namespace) stands in the program, all branches counted."""
+
+    def refused(self) -> list[Use]:
+        """Operators that stand in the program and that no run could pass."""
+        return []
 
     @abstractmethod
     def consumers(self) -> dict[str, list[Use]]:

@@ -22,6 +22,8 @@ _CARRIERS = frozenset(
 )
 """Nodes whose outputs hold what their inputs held."""
 
+_EDITS_OF_CONTAINERS = ("aten::append", "aten::_set_item", "aten::extend", "aten::insert")
+
 
 def find_consumers(graph: Any, module: Any, parameters: Mapping[str, Parameter]) -> dict[str, list[Use]]:
     """Parameter → its uses, in the graph's order; every branch counts, and a loop's body once.
@@ -42,10 +44,14 @@ class _Search:
         """What a value stands for, where that is known before the run."""
         self._held: dict[str, frozenset[str]] = {}
         """The parameters that a value is, gathers from, or holds."""
+        self._batch: set[str] = set()
+        """Values that something of the batch entered, through tensors."""
         self._uses: dict[str, list[Use]] = {name: [] for name in parameters}
 
     def of(self, graph: Any) -> dict[str, list[Use]]:
-        self._objects[next(iter(graph.inputs())).debugName()] = self._module
+        own, *inputs = graph.inputs()
+        self._objects[own.debugName()] = self._module
+        self._batch.update(value.debugName() for value in inputs)
         self._block(graph)
         return self._uses
 
@@ -85,30 +91,49 @@ class _Search:
         for block in node.blocks():
             self._block(block)
             for out, inner in zip(node.outputs(), block.outputs(), strict=True):
-                self._hold(out, self._of(inner))
+                self._pass_on(inner, out)
 
     def _loop(self, node: Any) -> None:
         (block,) = node.blocks()
         carried = list(block.inputs())[1:]
         for into, value in zip(carried, list(node.inputs())[2:], strict=True):
-            self._hold(into, self._of(value))
-        self._block(block)
-        for into, out, value in zip(carried, node.outputs(), list(block.outputs())[1:], strict=True):
-            self._hold(out, self._of(into) | self._of(value))
+            self._pass_on(value, into)
+        outputs = list(block.outputs())[1:]
+        before = -1
+        while before < len(self._batch):  # what a round carries into the next may be of the batch
+            before, uses = len(self._batch), {name: list(found) for name, found in self._uses.items()}
+            self._block(block)
+            for into, value in zip(carried, outputs, strict=True):
+                self._pass_on(value, into)
+            if before < len(self._batch):
+                self._uses = uses
+        for into, out in zip(carried, node.outputs(), strict=True):
+            self._pass_on(into, out)
 
     def _operator(self, node: Any, kind: str) -> None:
         inputs = list(node.inputs())
         name = kind.removeprefix("aten::")
         held = frozenset(parameter for value in inputs for parameter in self._of(value))
         makes_tensors = any(_may_hold_tensors(out.type()) for out in node.outputs())
-        if not held or not makes_tensors or name in TENSOR_QUESTIONS or name == "detach":
+        if not makes_tensors or name in TENSOR_QUESTIONS:
+            return
+        if any(value.debugName() in self._batch for value in inputs):
+            edited = inputs[:1] if kind in _EDITS_OF_CONTAINERS else []
+            self._batch.update(value.debugName() for value in [*node.outputs(), *edited])
+        if not held or name == "detach":
             return
         if kind in _CARRIERS or (name in MOVERS and self._of(inputs[0]) == held):
             for out in node.outputs():
                 self._hold(out, held)
             return
+        alone = not any(value.debugName() in self._batch for value in inputs)
         for parameter in sorted(held):
-            self._uses[parameter].append(Use(name, place_of(node)))
+            self._uses[parameter].append(Use(name, place_of(node), alone))
+
+    def _pass_on(self, source: Any, target: Any) -> None:
+        self._hold(target, self._of(source))
+        if source.debugName() in self._batch:
+            self._batch.add(target.debugName())
 
     def _hold(self, value: Any, parameters: frozenset[str]) -> None:
         self._held[value.debugName()] = self._of(value) | parameters

@@ -93,6 +93,9 @@ class TorchScript(FrontEnd):
     def operators(self) -> Counter[str]:
         return Counter(self._compiled.calls)
 
+    def refused(self) -> list[Use]:
+        return [Use(*each) for each in self._compiled.refused]
+
     def consumers(self) -> dict[str, list[Use]]:
         return find_consumers(self._graph, self._module._c, self.parameters)
 

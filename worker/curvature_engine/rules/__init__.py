@@ -3,7 +3,7 @@
 A new rule is one file here and one line below.
 """
 
-from curvature_engine.rules.base import Match, Matcher, Rule, Through
+from curvature_engine.rules.base import Match, Matcher, Rule, Through, gives
 from curvature_engine.rules.concatenation import match_concatenation
 from curvature_engine.rules.contraction import match_batched_product, match_bilinear, match_einsum
 from curvature_engine.rules.convolution import match_convolution
@@ -61,4 +61,4 @@ RULES: dict[str, tuple[Matcher, ...]] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), (match_concatenation,)),
 }
 
-__all__ = ["RULES", "Match", "Matcher", "Rule", "Through"]
+__all__ = ["RULES", "Match", "Matcher", "Rule", "Through", "gives"]

@@ -6,9 +6,9 @@ linear layer, images of a convolution.) From them it makes the samples' gradient
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -70,6 +70,11 @@ class Rule(ABC):
         """Back-propagated columns s of the Kronecker factor B: `[groups, n, positions, out]`, or None."""
         return None
 
+    @classmethod
+    def offers_factors(cls, operator: str) -> bool:
+        """Whether some call of an operator may have a Kronecker form: asked before any run."""
+        return cls.factor_outputs is not Rule.factor_outputs
+
 
 Through = Literal["first row", "reciprocal"]
 
@@ -96,3 +101,16 @@ class Matcher(Protocol):
     def __call__(self, name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
         """Match a call of aten operator `name` whose argument positions `watched` hold parameters."""
         ...
+
+
+M = TypeVar("M", bound=Matcher)
+
+
+def gives(rule: type[Rule]) -> Callable[[M], M]:
+    """Say which rule a matcher gives, for those who ask before any run."""
+
+    def note(matcher: M) -> M:
+        matcher.rule = rule  # type: ignore[attr-defined]
+        return matcher
+
+    return note

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from curvature_engine.rules.base import Match, Rule
+from curvature_engine.rules.base import Match, Rule, gives
 
 
 class ConcatenationRule(Rule):
@@ -26,6 +26,7 @@ class ConcatenationRule(Rule):
         return g.sum(1, keepdim=True).narrow(self._axis + 1, start, length)
 
 
+@gives(ConcatenationRule)
 def match_concatenation(
     name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor
 ) -> Match | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature_engine.rules.base import Match, Rule
+from curvature_engine.rules.base import Match, Rule, gives
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -69,6 +69,7 @@ class ContractionRule(Rule):
         return x.expand(*(self._sizes[a] for a in self._rows), *x.shape[len(self._rows) :])
 
 
+@gives(ContractionRule)
 def match_einsum(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
     """`einsum(equation, tensors)` with one weight among them."""
     equation, operands = arguments[0], [a for a in arguments[1:] if isinstance(a, Tensor)]
@@ -79,6 +80,7 @@ def match_einsum(name: str, arguments: Sequence[Any], watched: Mapping[int, Any]
     return None if axes is None else _match(axes[:-1], axes[-1], operands, position - 1, {position: "weight"}, output)
 
 
+@gives(ContractionRule)
 def match_batched_product(
     name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor
 ) -> Match | None:
@@ -96,6 +98,7 @@ def match_batched_product(
     return _match(axes, shared + i + k, (a, b), position, {position: "weight"}, output)
 
 
+@gives(ContractionRule)
 def match_bilinear(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
     """`bilinear(x, y, W, b)`."""
     x, y, weight = arguments[:3]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvature_engine.rules.base import Match, Rule
+from curvature_engine.rules.base import Match, Rule, gives
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ class TransposedConvolutionRule(ConvolutionRule):
         return self._grouped(patches.flatten(2), x.shape[0])
 
 
+@gives(ConvolutionRule)
 def match_convolution(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
     """`conv1d` … `conv3d`, their transposes, and the general `convolution`."""
     x, weight = arguments[:2]

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from curvature_engine.rules.base import Match, Rule, Through
+from curvature_engine.rules.base import Match, Rule, Through, gives
 
 
 class ElementwiseRule(Rule):
@@ -35,7 +35,12 @@ class ElementwiseRule(Rule):
         columns = g.movedim(2 + wide[0], -1).flatten(1, -2)
         return (columns if self._factor == 1 else columns * self._factor)[None]
 
+    @classmethod
+    def offers_factors(cls, operator: str) -> bool:
+        return operator in ("add", "sub")
 
+
+@gives(ElementwiseRule)
 def match_elementwise(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
     """`add`, `sub`, `mul`, `div` of a parameter and something of the batch."""
     if len(watched) != 1 or not watched.keys() <= {0, 1}:
@@ -72,6 +77,7 @@ def match_elementwise(name: str, arguments: Sequence[Any], watched: Mapping[int,
     return Match(rule, {position: "bias"}, saved, through)
 
 
+@gives(ElementwiseRule)
 def match_prelu(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
     """`prelu(x, slopes)`: linear in the slopes, with the negative part of x; one slope, or one per channel."""
     x, slopes = arguments[:2]

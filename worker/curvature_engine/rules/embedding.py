@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature_engine.rules.base import Match, Rule
+from curvature_engine.rules.base import Match, Rule, gives
 
 
 class EmbeddingRule(Rule):
@@ -45,6 +45,7 @@ class EmbeddingRule(Rule):
         return picked, g.new_zeros(len(picked), g.shape[1]).index_add_(0, place, g)
 
 
+@gives(EmbeddingRule)
 def match_embedding(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
     """`embedding(W, indices, padding_index, …)`."""
     weight, indices, padding, *_ = (*arguments[:3], -1)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature_engine.rules.base import Match, Rule
+from curvature_engine.rules.base import Match, Rule, gives
 
 
 class LinearRule(Rule):
@@ -74,6 +74,7 @@ class LinearRule(Rule):
         return value if factor == 1 else value * factor
 
 
+@gives(LinearRule)
 def match_linear(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
     """`linear(x, W, b)`."""
     if not watched.keys() <= {1, 2} or arguments[1].dim() != 2 or output.dim() < 2:
@@ -81,6 +82,7 @@ def match_linear(name: str, arguments: Sequence[Any], watched: Mapping[int, Any]
     return _match(LinearRule(output.dim() - 1, transposed=False), watched, arguments[0], weight=1, bias=2)
 
 
+@gives(LinearRule)
 def match_addmm(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
     """`addmm(b, x, W, beta, alpha)` with W [in, out], as in `Conv1D` of language models."""
     if not watched.keys() <= {0, 2} or (0 in watched and tuple(arguments[0].shape) != tuple(output.shape[1:])):
@@ -89,6 +91,7 @@ def match_addmm(name: str, arguments: Sequence[Any], watched: Mapping[int, Any],
     return _match(LinearRule(1, transposed=True, alpha=alpha, beta=beta), watched, arguments[1], weight=2, bias=0)
 
 
+@gives(LinearRule)
 def match_matmul(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
     """`matmul(x, W)` and `matmul(W, x)` with a two-dimensional W."""
     a, b = arguments[:2]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvature_engine.precision import accumulation_dtype
-from curvature_engine.rules.base import Match, Rule
+from curvature_engine.rules.base import Match, Rule, gives
 
 
 class AffineRule(Rule):
@@ -41,6 +41,7 @@ class AffineRule(Rule):
         return product.sum(summed)
 
 
+@gives(AffineRule)
 def match_batch_norm(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
     """`batch_norm(x, w, b, mean, variance, training, momentum, eps)` in eval mode."""
     if name == "_native_batch_norm_legit_no_training":
@@ -56,6 +57,7 @@ def match_batch_norm(name: str, arguments: Sequence[Any], watched: Mapping[int, 
     return _match(AffineRule(1, 1, normalize), watched, (x, mean, variance), weight=1)
 
 
+@gives(AffineRule)
 def match_instance_norm(
     name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor
 ) -> Match | None:
@@ -68,6 +70,7 @@ def match_instance_norm(
     return _match(AffineRule(1, 1, lambda x: F.instance_norm(x, eps=eps)), watched, (x,), weight=1)
 
 
+@gives(AffineRule)
 def match_layer_norm(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
     """`layer_norm(x, shape, w, b, eps)`."""
     x, shape, _, _, eps = (*arguments[:5], 1e-5)[:5]
@@ -78,6 +81,7 @@ def match_layer_norm(name: str, arguments: Sequence[Any], watched: Mapping[int, 
     return _match(rule, watched, (x,), weight=2)
 
 
+@gives(AffineRule)
 def match_rms_norm(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
     """`rms_norm(x, shape, w, eps)`; eps None means the input dtype's machine epsilon."""
     x, shape, _, eps = (*arguments[:4], None)[:4]
@@ -88,6 +92,7 @@ def match_rms_norm(name: str, arguments: Sequence[Any], watched: Mapping[int, An
     return _match(rule, watched, (x,), weight=2)
 
 
+@gives(AffineRule)
 def match_group_norm(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
     """`group_norm(x, groups, w, b, eps)`, and `native_group_norm(x, w, b, N, C, positions, groups, eps)`."""
     if name == "native_group_norm":
