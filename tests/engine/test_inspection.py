@@ -135,3 +135,18 @@ def test_a_run_does_what_was_expected_or_says_less(case, way):
                 assert planned.method == "fallback", planned
             elif not case.opened and request.extension != "kflr" and planned.parameter not in case.fallback:
                 assert planned.method in ("closed form", "absent"), planned
+
+
+def test_an_exported_program_says_the_same_as_its_torchscript():
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Linear(4, 3), nn.LayerNorm(3), nn.Tanh(), nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    )
+    example = (torch.randn(4, 4),)
+    exported = engine.inspect(torch.export.export(module.eval(), example, dynamic_shapes=({0: torch.export.Dim("n")},)))
+    traced = engine.inspect(torch.jit.trace(module, example))
+    assert exported.format == "export"
+    assert {p.name: (p.closed_form, p.fallback, p.none) for p in exported.parameters} == {
+        p.name: (p.closed_form, p.fallback, p.none) for p in traced.parameters
+    }
+    assert exported.unsupported == traced.unsupported == ()

@@ -90,6 +90,7 @@ class Inspection:
         training: whether it was saved in training mode (analyses put it into eval mode unless told otherwise).
         fixed_samples: the only number of samples that the file says it takes; None where it says nothing.
         buffers: names of the tensors that are no parameters.
+        notes: what of the model the file may have lost.
         unsupported: operators that no run could pass; a run on another branch may.
     """
 
@@ -102,6 +103,7 @@ class Inspection:
     buffers: tuple[str, ...]
     operators: tuple[InspectedOperator, ...]
     unsupported: tuple[UnsupportedOperator, ...]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
@@ -116,6 +118,7 @@ class Inspection:
             f"{len(self.parameters)} parameters, {elements:,} elements; {len(self.buffers)} buffers",
             f"operators: {', '.join(f'{o.name} ×{o.count}' for o in self.operators)}",
             *(f"not supported: {o.name} ({o.place})" for o in self.unsupported),
+            *(f"note: {note}" for note in self.notes),
             "",
         ]
         head = ("parameter", "shape", "dtype", "consumed by", "closed form", "fallback", "none")
@@ -147,6 +150,7 @@ def inspect_program(program: Program) -> Inspection:
         buffers=tuple(program.buffers),
         operators=tuple(InspectedOperator(name, count) for name, count in sorted(front.operators().items())),
         unsupported=tuple(UnsupportedOperator(use.operator, use.place) for use in front.refused()),
+        notes=tuple(front.notes),
     )
 
 

@@ -59,6 +59,8 @@ class Compiled:
         self.calls: Counter[str] = Counter()
         self.trains = False
         """Whether some layer that knows two modes was exported in training mode."""
+        self.refused: list[tuple[str, str]] = []
+        """(operator, place) of what no run could pass."""
         scope: Scope = {}
         for name, tensor in held.items():
             self._constants.append((self._named(scope, name), tensor))
@@ -133,6 +135,7 @@ class Compiled:
         )
         for output in node.outputs:
             self._results(output if isinstance(output, list) else [output], scope)
+        self.refused.append((kind, node.place))
         steps.append(refusing(kind, node.place, reason, remedy))
 
     def _aten(self, node: Node, scope: Scope, steps: list[Step]) -> None:

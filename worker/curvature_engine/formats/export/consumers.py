@@ -11,26 +11,33 @@ from curvature_engine.operators import MOVERS
 
 _ATEN = "torch.ops.aten."
 
+_BATCH = ""
+"""Stands for the batch among what values hold; no parameter has this name."""
+
 Held = dict[str, frozenset[str]]
-"""Value of a graph → the parameters that it is, gathers from, or holds."""
+"""Value of a graph → the parameters that it is, gathers from, or holds, and `_BATCH` where the batch entered it."""
 
 
-def find_consumers(graph: Graph, held: Mapping[str, str], parameters: Iterable[str]) -> dict[str, list[Use]]:
+def find_consumers(
+    graph: Graph, held: Mapping[str, str], batch: Iterable[str], parameters: Iterable[str]
+) -> dict[str, list[Use]]:
     """Parameter → its uses in order; both branches of a condition count.
 
     Args:
         graph: the whole program.
         held: graph input → parameter.
+        batch: graph inputs that are the batch's.
         parameters: whose uses are wanted.
     """
     uses: dict[str, list[Use]] = {name: [] for name in parameters}
-    _search(graph, {name: frozenset({parameter}) for name, parameter in held.items()}, uses)
+    known = {name: frozenset({parameter}) for name, parameter in held.items()}
+    _search(graph, known | dict.fromkeys(batch, frozenset({_BATCH})), uses)
     return uses
 
 
 def _search(graph: Graph, held: Held, uses: dict[str, list[Use]]) -> list[frozenset[str]]:
     """What the graph's outputs hold."""
-    for node in recompose(graph, frozenset(held)).nodes:
+    for node in recompose(graph, frozenset(name for name, found in held.items() if found - {_BATCH})).nodes:
         _node(node, held, uses)
     return [_of(value, held) for value in graph.outputs]
 
@@ -42,13 +49,17 @@ def _node(node: Node, held: Held, uses: dict[str, list[Use]]) -> None:
         return
     name = node.target.removeprefix(_ATEN).partition(".")[0]
     found = frozenset(parameter for value in node.values for parameter in _of(value, held))
-    if not found or name in QUESTIONS or name in READINGS or name in ASSERTIONS or name == "detach":
+    if name in QUESTIONS or name in READINGS or name in ASSERTIONS:
         return
-    if name in MOVERS and _of(node.values[0], held) == found:
+    batch, found = found & {_BATCH}, found - {_BATCH}
+    _hold(node.outputs, batch, held)
+    if not found or name == "detach":
+        return
+    if name in MOVERS and _of(node.values[0], held) - {_BATCH} == found:
         _hold(node.outputs, found, held)
         return
     for parameter in sorted(found):
-        uses[parameter].append(Use(name, node.place))
+        uses[parameter].append(Use(name, node.place, alone=not batch))
 
 
 def _subgraphs(node: Node, graphs: Sequence[Graph], held: Held, uses: dict[str, list[Use]]) -> None:

@@ -135,7 +135,10 @@ class Export(FrontEnd):
     def consumers(self) -> dict[str, list[Use]]:
         first = {key: self.aliases.get(key, key) for key in self._names.values()}
         held = {name: first[key] for name, key in self._names.items()}
-        return find_consumers(self._graph, held, self.parameters)
+        return find_consumers(self._graph, held, [name for name, _ in self._signature.inputs], self.parameters)
+
+    def refused(self) -> list[Use]:
+        return [Use(*each) for each in self._compiled.refused]
 
     # Inputs and outputs
 
