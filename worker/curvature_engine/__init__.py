@@ -17,6 +17,7 @@ from curvature_engine.plans import ParameterPlan, Plan, RequestPlan
 from curvature_engine.program import Program, load
 from curvature_engine.results import Analysis, Group
 from curvature_engine.rules import Match, Rule
+from curvature_engine.stores import TensorFile, save_tensors
 from curvature_engine.version import __version__
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Rule",
     "Setting",
     "Sketch",
+    "TensorFile",
     "__version__",
     "analyze",
     "catalogue",
@@ -46,4 +48,5 @@ __all__ = [
     "inspect_program",
     "load",
     "plan",
+    "save_tensors",
 ]

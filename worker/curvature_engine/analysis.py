@@ -1,7 +1,13 @@
 """One request from inputs to results: one forward pass, then backward passes to the taps, reduced as they come."""
 
+import gc
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,14 +15,16 @@ from torch import Tensor
 
 from curvature_engine.against import take_up_others
 from curvature_engine.budget import Budget, check_whole_number
-from curvature_engine.errors import EngineError
+from curvature_engine.contributions import Relief
+from curvature_engine.errors import EngineError, lacks_memory
 from curvature_engine.execution import map_tensors
 from curvature_engine.extensions import KroneckerFactors
 from curvature_engine.losses import BoundLoss, LossSpec
 from curvature_engine.passes import BackwardPasses, Order, Progress
-from curvature_engine.plans import Plan
+from curvature_engine.plans import Plan, size
 from curvature_engine.preparation import Limits, Prepared, Preparer
 from curvature_engine.program import Inputs, Parameter, load
+from curvature_engine.recovery import Attempt
 from curvature_engine.requests import Request, parse_requests
 from curvature_engine.results import Analysis, Group
 from curvature_engine.selection import Wanted, select
@@ -38,6 +46,7 @@ def analyze(
     eval: bool = True,
     progress: Progress | None = None,
     budget_bytes: int | None = None,
+    results_dir: str | os.PathLike[str] | None = None,
     verify: bool = False,
 ) -> Analysis:
     """Compute extensions of one model on one batch.
@@ -58,6 +67,9 @@ def analyze(
         progress: called with (columns done, columns in all; each parameter counts as one for Hessians).
         budget_bytes: memory for what the analysis makes: graph, gradients, intermediates, results; by default half of
             the device's. Draws do not depend on it.
+        results_dir: a folder for results that exceed the budget: each becomes a file `{label}.safetensors`, written as
+            it is made, whose tensors are read when they are used. Without one they lie in temporary files without
+            names.
         verify: judge the path anew, whatever verdict is kept of it, and hold the summed contributions of every
             parameter, by closed form or fallback, against the ordinary gradient, for every column that is propagated
             back. A mismatch raises `verification_failed`.
@@ -73,7 +85,7 @@ def analyze(
     check_whole_number("seed", seed, -(2**63))
     program = load(model, device=device, eval=eval)
     order = Order(program, requests, seed, progress, Budget.of(budget_bytes, program.device), bool(verify))
-    return _Analyzer(order, spec, parameters).run(inputs, targets)
+    return _Analyzer(order, spec, parameters).run(inputs, targets, None if results_dir is None else Path(results_dir))
 
 
 def plan(
@@ -110,14 +122,36 @@ class _Analyzer:
         self.order, self.spec, self.parameters = order, spec, parameters
         self.program, self.requests, self.seed = order.program, order.requests, order.seed
         self.warnings = order.warnings
+        self._plan: Plan | None = None
 
-    def run(self, inputs: Inputs, targets: Tensor) -> Analysis:
-        with self._prepared(inputs, targets, Limits()) as prepared:
-            return self._analysis(prepared)
+    def run(self, inputs: Inputs, targets: Tensor, results_dir: Path | None) -> Analysis:
+        """Compute, in smaller and smaller pieces where memory runs out."""
+        attempt: Attempt | None = Attempt(self.order.budget)
+        while attempt is not None:
+            self._begin(attempt)
+            try:
+                with self._prepared(inputs, targets, attempt.limits) as prepared:
+                    return self._analysis(prepared, results_dir)
+            except (EngineError, RuntimeError, MemoryError) as error:
+                if not lacks_memory(error):
+                    raise
+            _let_go(self.program.device)  # here the error is gone, and with it all that its traceback held
+            attempt = attempt.next(targets.shape[0] if targets.dim() else 1, self._plan)
+        raise EngineError(
+            "out_of_memory",
+            "memory ran out in the smallest pieces that the computation can be divided into",
+            remedy="use a smaller batch, fewer extensions or parameters, or a machine with more memory",
+        )
 
     def plan(self, inputs: Inputs, targets: Tensor) -> Plan:
         with self._prepared(inputs, targets, Limits()) as prepared:
             return prepared.plan
+
+    def _begin(self, attempt: Attempt) -> None:
+        self.order = replace(
+            self.order, budget=attempt.budget, warnings=list(attempt.notes), relief=Relief(), against={}
+        )
+        self.warnings, self._plan = self.order.warnings, None
 
     @contextmanager
     def _prepared(self, inputs: Inputs, targets: Tensor, limits: Limits) -> Iterator[Prepared]:
@@ -127,17 +161,50 @@ class _Analyzer:
             take_up_others(self.order, self.spec, selected, self._taken)
             yield Preparer(self.order, self.spec, selected).prepare(inputs, targets, limits)
 
-    def _analysis(self, prepared: Prepared) -> Analysis:
+    @contextmanager
+    def _store(self, plan: Plan, work: BackwardPasses, results_dir: Path | None) -> Iterator[ResultStore]:
+        """Where results lie: those that the plan streams in files of `results_dir`, or else in nameless ones."""
+        if not plan.streamed:
+            yield ResultStore()
+            return
+        folder = Path(tempfile.mkdtemp(prefix="curvature-")) if results_dir is None else results_dir
+        _check_room(plan, folder)
+        store = ResultStore(folder, work.layouts(plan.streamed))
+        try:
+            yield store
+            if results_dir is None:
+                self.warnings.append(
+                    f"{', '.join(plan.streamed)} exceed the budget and lie in files without names in "
+                    f"{folder.parent}; results_dir= names another folder"
+                )
+                store.hide()
+            else:
+                store.close()
+        except BaseException:
+            store.discard()
+            raise
+        finally:
+            if results_dir is None:
+                folder.rmdir()
+
+    def _analysis(self, prepared: Prepared, results_dir: Path | None) -> Analysis:
         bound, work = prepared.bound, prepared.work
         value = bound.contributions().sum()
         self._warn(program_loss=value, used_dropout=prepared.used_dropout)
         groups = self._groups()
         self._fill_outputs(groups, bound)
+        self._plan = prepared.plan
         if work is not None:
-            work.open(ResultStore(), len(prepared.division.sizes))
-            for part in prepared.parts():
-                part.compute()
-            work.fill(groups)
+            with self._store(prepared.plan, work, results_dir) as store:
+                work.open(store, len(prepared.division.sizes))
+                for part in prepared.parts():
+                    part.compute()
+                work.fill(groups, store)
+        if self.order.relief.halvings:
+            self.warnings.append(
+                f"memory ran out: individual gradients were written out in blocks halved "
+                f"{self.order.relief.halvings} times"
+            )
         self._finish(groups, bound, work)
         info = {
             "loss_name": self.spec.name,
@@ -207,14 +274,14 @@ class _Analyzer:
             group = groups[request.label]
             sampled = request.extension.columns == "sampled"
             against = self.order.against.get(request.label)
-            for parameter, result in group.by_parameter.items():
+            for parameter, result in () if group.file is not None else group.by_parameter.items():
                 if isinstance(result, KroneckerFactors):
                     group.tensors[f"{parameter}/B"] = result.B.contiguous()
                     if result.A is not None:
                         group.tensors[f"{parameter}/A"] = result.A.contiguous()
                 else:
                     group.tensors[parameter] = result.contiguous()
-            for key, tensor in group.tensors.items():
+            for key, dtype in _formats(group).items():
                 parameter = key if key in group.by_parameter else key.rpartition("/")[0]
                 by_columns = request.extension.accumulator is not None
                 group.provenance[key] = {
@@ -225,7 +292,7 @@ class _Analyzer:
                     "approximation": request.options.get("approximation"),
                     "seed": self.seed if sampled else None,
                     "mc_samples": request.options.get("mc_samples") if sampled else None,
-                    "dtype": _name(tensor.dtype),
+                    "dtype": _name(dtype),
                     "device": str(self.program.device),
                     "engine_version": __version__,
                     "verified": work is not None
@@ -247,6 +314,35 @@ def _differentiable(selected: dict[str, Parameter]) -> Iterator[None]:
     finally:
         for tensor, required in restore:
             tensor.requires_grad_(required)
+
+
+def _formats(group: Group) -> dict[str, torch.dtype]:
+    """Every tensor's number format, in the model's order; of those in a file without reading it."""
+    if group.file is not None:
+        return {key: place.dtype for key, place in group.file.places.items()}
+    return {key: tensor.dtype for key, tensor in group.tensors.items()}
+
+
+def _check_room(plan: Plan, folder: Path) -> None:
+    """Refuse before the work what the disk cannot hold.
+
+    Raises:
+        EngineError: `unavailable`.
+    """
+    needed = sum(r.result_bytes for r in plan.requests if r.streamed)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise EngineError(
+            "unavailable",
+            f"{', '.join(plan.streamed)} need {size(needed)} on disk; {size(free)} are free",
+            remedy="ask for fewer parameters (parameters=) or samples, or name a folder on a larger disk",
+        )
+
+
+def _let_go(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _check_not_empty(inputs: Any, targets: Any) -> None:

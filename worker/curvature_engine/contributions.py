@@ -12,11 +12,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from curvature_engine.errors import memory_ran_out
 from curvature_engine.precision import accumulation_dtype
 from curvature_engine.probe import Attribution
 from curvature_engine.rules import Rule
 from curvature_engine.tape import Tap, Use, backward
 from curvature_engine.watched import Derivation, pull_back
+
+
+class Relief:
+    """Counts how often blocks were halved because memory ran out: later ones begin at that size."""
+
+    def __init__(self) -> None:
+        self.halvings = 0
+
 
 _ACCUMULATED_BYTES = 8
 """At most, of one number of a gradient."""
@@ -182,8 +191,17 @@ class ClosedForm(Contribution):
 
     method = "closed form"
 
-    def __init__(self, uses: list[tuple[PreparedUse, Tensor]], like: Tensor, N: int, budget_bytes: int) -> None:
-        self.uses = uses
+    def __init__(
+        self,
+        uses: list[tuple[PreparedUse, Tensor]],
+        like: Tensor,
+        N: int,
+        budget_bytes: int,
+        relief: Relief | None = None,
+    ) -> None:
+        self.uses, self._relief = uses, relief
+        if relief is not None:
+            budget_bytes >>= relief.halvings
         self._like, self._N, self._budget_bytes = like, N, budget_bytes
         self.shape = tuple(like.shape)
         element = accumulation_dtype(like.dtype).itemsize
@@ -192,11 +210,11 @@ class ClosedForm(Contribution):
 
     def select(self, samples: Tensor) -> Contribution:
         uses = [(replace(p, saved=tuple(s[samples] for s in p.saved)), g[samples]) for p, g in self.uses]
-        return ClosedForm(uses, self._like, len(samples), self._budget_bytes)
+        return ClosedForm(uses, self._like, len(samples), self._budget_bytes, self._relief)
 
     def with_uses(self, uses: list[tuple[PreparedUse, Tensor]]) -> "ClosedForm":
         """The same parameter's, from other output gradients."""
-        return ClosedForm(uses, self._like, self._N, self._budget_bytes)
+        return ClosedForm(uses, self._like, self._N, self._budget_bytes, self._relief)
 
     @property
     def samples_per_block(self) -> int:
@@ -241,8 +259,22 @@ class ClosedForm(Contribution):
         return worst
 
     def blocks(self, start: int = 0) -> Iterator[tuple[int, Tensor]]:
-        for first in range(start, self._N, self.block):
-            yield first, self.gradients(slice(first, first + self.block))
+        first = start
+        while first < self._N:
+            block = self._written(first)
+            yield first, block
+            first += len(block)
+
+    def _written(self, first: int) -> Tensor:
+        """The gradients of a block of samples, of fewer where memory runs out."""
+        while True:
+            try:
+                return self.gradients(slice(first, first + self.block))
+            except (RuntimeError, MemoryError) as error:
+                if self.block == 1 or self._relief is None or not memory_ran_out(error):
+                    raise
+            self.block //= 2
+            self._relief.halvings += 1
 
     def sum_squared(self, center: Tensor | None = None) -> Tensor:
         if center is None and (single := self.single()) is not None:

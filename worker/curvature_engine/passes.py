@@ -20,6 +20,7 @@ from curvature_engine.contributions import (
     Fallback,
     Materialised,
     PreparedUse,
+    Relief,
     prepare_use,
 )
 from curvature_engine.errors import EngineError
@@ -32,7 +33,7 @@ from curvature_engine.program import Forward, Parameter, Program
 from curvature_engine.requests import Request
 from curvature_engine.residuals import Residuals, affine, find_strays
 from curvature_engine.results import Group
-from curvature_engine.stores import ResultStore
+from curvature_engine.stores import Layout, ResultStore
 from curvature_engine.tape import backward
 from curvature_engine.verification import Verification
 from curvature_engine.version import __version__
@@ -54,6 +55,7 @@ class Order:
     warnings: list[str] = field(default_factory=list)
     against: dict[str, Against] = field(default_factory=dict)
     """By label: the other batches of requests that name one."""
+    relief: Relief = field(default_factory=Relief)
 
 
 @dataclass(frozen=True)
@@ -207,13 +209,33 @@ class BackwardPasses:
         with torch.no_grad():
             return dict(self._contributions(self._gradient))
 
-    def fill(self, groups: dict[str, Group]) -> None:
+    def layouts(self, labels: Sequence[str]) -> dict[str, Layout]:
+        """Shapes and number formats of the tensors of some requests that are filled row by row."""
+        found: dict[str, Layout] = {}
+        for task in self.tasks(ResultStore()):
+            if task.request.label in labels:
+                found[task.request.label] = {
+                    name: (
+                        task.accumulator.result_shape(tuple(p.tensor.shape)),
+                        accumulation_dtype(p.tensor.dtype),
+                    )
+                    for name, p in self._selected.items()
+                }
+        return found
+
+    def fill(self, groups: dict[str, Group], store: ResultStore) -> None:
         """Put the results into the groups."""
         for request in self._order.requests:
             if request.extension.name == "grad":
                 groups[request.label].by_parameter = dict(self._gradients)
         for task in self._tasks:
-            _fill(groups[task.request.label], task.accumulator)
+            group, label = groups[task.request.label], task.request.label
+            if label in store.files:
+                group.file = store.files[label]
+                group.by_parameter = group.tensors = store.files[label]
+                group.missing = task.accumulator.missing
+            else:
+                _fill(group, task.accumulator)
 
     def method(self, request: Request, key: str) -> str:
         """How a result came about: a parameter's method, or for several together the least of theirs."""
@@ -492,7 +514,7 @@ class BackwardPasses:
                 uses.append((prepared, prepared.arranged_gradient(g)))
         if not uses:
             return Absent(parameter.tensor, self._part.n)
-        return ClosedForm(uses, parameter.tensor, self._part.n, self._order.budget.block_bytes)
+        return ClosedForm(uses, parameter.tensor, self._part.n, self._order.budget.block_bytes, self._order.relief)
 
     def _fallbacks(self, cotangent: Tensor) -> dict[str, Contribution]:
         """Per-sample gradients of the parameters without closed form: together where they fit the budget."""

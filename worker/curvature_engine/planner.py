@@ -5,6 +5,7 @@ that consume parameters (twice what writing their gradients out costs). What hap
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 
 from torch import Tensor
@@ -21,6 +22,9 @@ from curvature_engine.program import Parameter
 from curvature_engine.requests import Request
 from curvature_engine.stores import ResultStore
 from curvature_engine.version import __version__
+
+LEAST_FILE_BYTES = 2**20
+"""Smaller results are not worth a file."""
 
 
 class Planner:
@@ -152,8 +156,16 @@ class Planner:
         return self._division.forward_bytes + max(probing, computing)
 
     def _stream(self, parts: Sequence[RequestPlan], held: int) -> tuple[list[RequestPlan], int]:
-        """(requests, bytes of results that stay in memory)."""
-        return list(parts), sum(p.result_bytes for p in parts)
+        """(requests, bytes of results that stay in memory): the largest go to files until the rest fits."""
+        resident = sum(p.result_bytes for p in parts)
+        streamed: set[str] = set()
+        streams = {r.label for r in self._requests if r.extension.streams}
+        for part in sorted(parts, key=lambda p: (-p.result_bytes, p.label)):
+            fits = held + resident <= self._budget.total_bytes
+            if part.label in streams and not fits and part.result_bytes >= LEAST_FILE_BYTES:
+                streamed.add(part.label)
+                resident -= part.result_bytes
+        return [replace(p, streamed=p.label in streamed) for p in parts], resident
 
 
 def _intermediate_bytes(sketch: Sketch, contribution: Contribution, result_bytes: int) -> int:

@@ -1,6 +1,6 @@
 """What `analyze` returns."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from curvature_engine.extensions import KroneckerFactors
 from curvature_engine.plans import Plan
+from curvature_engine.stores import TensorFile
 
 
 @dataclass
@@ -19,6 +20,7 @@ class Group(Mapping[str, "Tensor | KroneckerFactors"]):
         missing: parameter → why it has no entry.
         provenance: key → how the tensor came to be.
         convention: what the numbers mean, to the factor 1/N.
+        file: where the tensors lie, if they were written there as they were made.
     """
 
     label: str
@@ -26,11 +28,12 @@ class Group(Mapping[str, "Tensor | KroneckerFactors"]):
     options: dict[str, Any]
     kind: str
     convention: str
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: MutableMapping[str, Tensor] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
-    by_parameter: dict[str, "Tensor | KroneckerFactors"] = field(default_factory=dict)
+    by_parameter: Mapping[str, "Tensor | KroneckerFactors"] = field(default_factory=dict)
+    file: TensorFile | None = None
 
     def __getitem__(self, parameter: str) -> "Tensor | KroneckerFactors":
         parameter = self.aliases.get(parameter, parameter)

@@ -12,7 +12,7 @@ import json
 import os
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -22,8 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NAMES = {torch.float32: "F32", torch.float64: "F64"}
+_NAMES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.bool: "BOOL",
+}
 _ALIGNMENT = 8
+SUFFIX = ".safetensors"
 
 Change = Callable[[Tensor], Any]
 
@@ -82,8 +91,8 @@ class Place:
         return prod(self.shape) * self.dtype.itemsize
 
 
-class TensorFile(Mapping[str, Tensor]):
-    """Tensors in a safetensors file, mapped when they are first asked for."""
+class TensorFile(MutableMapping[str, Tensor]):
+    """Tensors in a safetensors file, mapped when they are first asked for; none comes or goes."""
 
     def __init__(self, path: Path, places: Mapping[str, Place]) -> None:
         self.path, self.places = path, dict(places)
@@ -94,6 +103,16 @@ class TensorFile(Mapping[str, Tensor]):
         empty = torch.empty(0, dtype=place.dtype)
         strides = torch.empty(place.shape, device="meta").stride()
         return empty.set_(self._storage, offset, place.shape, strides)
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        raise TypeError("the tensors of a file are given")
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("the tensors of a file are given")
+
+    def open(self) -> None:
+        """Map the file now."""
+        assert self._storage is not None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -148,12 +167,12 @@ class ResultStore:
         self.files: dict[str, TensorFile] = {}
         for label, layout in (layouts or {}).items():
             assert folder is not None
-            path = folder / f"{label}.safetensors"
+            path = folder / f"{label}{SUFFIX}"
             header, places = lay_out(layout)
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             self._descriptors[label] = descriptor = os.open(path, flags, 0o600)
             self.files[label] = TensorFile(path, places)
-            os.ftruncate(descriptor, max(p.start + p.nbytes for p in places.values()))
+            os.ftruncate(descriptor, max((p.start + p.nbytes for p in places.values()), default=len(header)))
             os.pwrite(descriptor, header, 0)
 
     def slab(
@@ -172,11 +191,30 @@ class ResultStore:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
+    def hide(self) -> None:
+        """Close, and take the files' names away: their room is freed with the last tensor that reads them."""
+        self.close()
+        for file in self.files.values():
+            file.open()
+            file.path.unlink()
+
     def discard(self) -> None:
         """Close, and remove the files: what they hold is not whole."""
         self.close()
         for file in self.files.values():
             file.path.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, one tensor after another: of at most one there is a copy in memory."""
+    layout = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    store = ResultStore(path.parent, {path.name.removesuffix(SUFFIX): layout})
+    try:
+        for name, tensor in tensors.items():
+            slab = store.slab(path.name.removesuffix(SUFFIX), name, tensor.shape, 0, tensor.dtype, tensor.device)
+            slab.write((0,), tensor.unsqueeze(0))
+    finally:
+        store.close()
 
 
 def lay_out(layout: Layout) -> tuple[bytes, dict[str, Place]]:

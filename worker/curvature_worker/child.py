@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 import curvature_engine as engine
 from curvature_protocol.names import INPUTS, TARGETS
@@ -36,7 +35,7 @@ def serve(channel: Channel, isolation: str, options: dict[str, Any]) -> None:
         channel.send({"event": "error", "code": error.code, "message": error.message, "remedy": error.remedy})
         return
     programs = Programs(device, Path(options["inbox"]), options["programs_kept"], options["programs_bytes"])
-    child = Child(channel, programs, Path(options["inbox"]), Path(options["outbox"]))
+    child = Child(channel, programs, Path(options["inbox"]), Path(options["outbox"]), options.get("budget_bytes"))
     _warm_up(device)
     channel.send({"event": "ready", "isolation": isolation, "catalogue": catalogue, "device": str(device)})
     try:
@@ -78,8 +77,11 @@ class Programs:
 class Child:
     """Runs orders one after another."""
 
-    def __init__(self, channel: Channel, programs: Programs, inbox: Path, outbox: Path) -> None:
+    def __init__(
+        self, channel: Channel, programs: Programs, inbox: Path, outbox: Path, budget_bytes: int | None
+    ) -> None:
         self._channel, self._programs, self._inbox, self._outbox = channel, programs, inbox, outbox
+        self._budget_bytes = budget_bytes
         self._progress_at = 0.0
 
     def answer(self, order: dict[str, Any]) -> None:
@@ -134,6 +136,8 @@ class Child:
             parameters=request["parameters"],
             verify=request["verify"],
             progress=self._report,
+            budget_bytes=self._budget_bytes,
+            results_dir=self._outbox,
         )
         computed = time.perf_counter()
         groups = [self._store(group) for group in analysis.groups.values()]
@@ -159,14 +163,8 @@ class Child:
             self._channel.send({"event": "progress", "phase": "computing", "done": done, "total": total})
 
     def _store(self, group: engine.Group) -> dict[str, Any]:
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in group.tensors.items()}
-        # Views of one storage would be refused by the format; each tensor owns its numbers.
-        seen: set[int] = set()
-        for key, tensor in tensors.items():
-            if tensor.untyped_storage().data_ptr() in seen or tensor.untyped_storage().nbytes() != tensor.nbytes:
-                tensors[key] = tensor.clone()
-            seen.add(tensors[key].untyped_storage().data_ptr())
-        save_file(tensors, self._outbox / f"{group.label}.safetensors")
+        if group.file is None:  # else it is written already
+            engine.save_tensors(self._outbox / f"{group.label}.safetensors", group.tensors)
         return {
             "label": group.label,
             "extension": group.extension,

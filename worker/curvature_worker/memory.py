@@ -8,6 +8,7 @@ from pathlib import Path
 from curvature_worker.settings import WorkerSettings
 
 _SHARE = 0.8
+_BUDGET_SHARE = 0.5
 _LEAST_BYTES = 2 * 2**30
 """Importing torch takes most of it."""
 
@@ -24,6 +25,19 @@ def child_memory_limit(settings: WorkerSettings) -> int | None:
     if settings.device != "cpu" or sys.platform != "linux":
         return None
     return max(_LEAST_BYTES, int(_SHARE * available_bytes()))
+
+
+def analysis_budget(settings: WorkerSettings) -> int | None:
+    """What one analysis may take beside model and batch; None leaves it to the engine, which knows the card.
+
+    By default half of what the child may take: the other half is for the process, models kept loaded, the batch.
+    """
+    if settings.budget_bytes is not None:
+        return settings.budget_bytes
+    if settings.device != "cpu":
+        return None
+    limit = child_memory_limit(settings)
+    return int(_BUDGET_SHARE * (available_bytes() if limit is None else limit))
 
 
 def available_bytes(root: Path = Path("/")) -> int:

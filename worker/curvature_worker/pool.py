@@ -10,7 +10,7 @@ from curvature_worker.cache import Inbox
 from curvature_worker.channel import ChannelClosed
 from curvature_worker.errors import WorkerUnfit
 from curvature_worker.launcher import Confined, launch
-from curvature_worker.memory import child_memory_limit
+from curvature_worker.memory import analysis_budget, child_memory_limit
 from curvature_worker.settings import WorkerSettings
 
 logger = logging.getLogger("curvature.worker")
@@ -28,6 +28,7 @@ class ChildPool:
     def __init__(self, settings: WorkerSettings, scratch: Path) -> None:
         self._settings, self._scratch = settings, scratch
         self._memory_limit = child_memory_limit(settings)
+        self._budget_bytes = analysis_budget(settings)
         self._children: OrderedDict[str, Confined] = OrderedDict()
         self._inboxes: dict[str, Inbox] = {}
         self._spare: Confined | None = self._start()
@@ -95,6 +96,7 @@ class ChildPool:
                 "threads": settings.threads,
                 "programs_kept": settings.programs_kept,
                 "programs_bytes": settings.programs_bytes,
+                "budget_bytes": self._budget_bytes,
             },
             limits={} if self._memory_limit is None else {"AS": self._memory_limit},
             threads=settings.threads,

@@ -16,6 +16,8 @@ class WorkerSettings(StateSettings):
     threads: int | None = Field(default=None, ge=1)
     memory_limit_bytes: int | None = Field(default=None, ge=2**30)
     """Address space of the child; by default most of the machine's memory on the CPU, and no limit on CUDA."""
+    budget_bytes: int | None = Field(default=None, ge=1)
+    """What one analysis may take beside model and batch; by default half of what the child may take, or of the card."""
     scratch_dir: Path = Field(default_factory=lambda: Path(tempfile.gettempdir()) / "curvature-worker")
     cache_bytes: int = Field(default=20 * 2**30, ge=0)
     require_isolation: bool = False
