@@ -92,8 +92,9 @@ class Client:
             batch: (inputs, targets), {"inputs": tensor or tuple or dictionary, "targets": tensor}, or the path of a
                 safetensors or .npz file; tensors of torch or NumPy, on any device.
             extensions: names, dictionaries with name, label and options, or values such as `KFAC(mc_samples=4)`.
-            loss: "cross_entropy", "mse", a dictionary, nn.CrossEntropyLoss(...) or nn.MSELoss(...); None means
-                cross-entropy for integer targets on [N, C] outputs.
+            loss: "cross_entropy", "mse", a dictionary, nn.CrossEntropyLoss(...) or nn.MSELoss(...); a function of
+                (outputs, targets) that returns each sample's loss [N], plain, scripted, or the path of its file; None
+                means cross-entropy for integer targets on [N, C] outputs.
             reduction: "mean" (default) or "sum".
             seed: of the Monte-Carlo draws.
             parameters: "trainable" (requires_grad), "all", or one or several patterns of names, e.g. "layer4.*".

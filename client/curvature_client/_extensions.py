@@ -10,12 +10,15 @@ from typing import Any, ClassVar, Literal
 from pydantic import ValidationError
 
 from curvature_client._errors import refusal
-from curvature_protocol.requests import ExtensionRequest
+from curvature_protocol.requests import ExtensionRequest, referenced_batch
 
 Scale = Literal["loss", "sample"]
 Over = Literal["parameter", "model"]
 Fisher = Literal["mc", "type2", "empirical"]
 Approximation = Literal["expand", "reduce", "backpack"]
+
+BATCH_OPTIONS = ("against",)
+"""Options whose value is a batch: it is uploaded, and the server told its hash."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,7 @@ class Extension:
     def request(self) -> dict[str, Any]:
         """As the server reads it; an option that is None is left to the server."""
         options = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "label"}
-        given = {name: _plain(value) for name, value in options.items() if value is not None}
+        given = {n: v if n in BATCH_OPTIONS else _plain(v) for n, v in options.items() if v is not None}
         return {"name": self.name, "label": self.label, "options": given}
 
 
@@ -74,12 +77,16 @@ class BatchL2(Extension):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchDot(Extension):
-    """Inner products of the samples' gradients, [N, N] per parameter; over="model": one tensor over all parameters."""
+    """Inner products of the samples' gradients, [N, N] per parameter; over="model": one tensor over all parameters.
+
+    `against`, another batch in any of the forms that the first one may have, gives those with its gradients, [N, N′].
+    """
 
     name = "batch_dot"
     over: Over = "parameter"
     scale: Scale = "loss"
     subsampling: Sequence[int] | None = None
+    against: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +253,23 @@ EXTENSIONS: tuple[type[Extension], ...] = (
     KFRA,
 )
 
+
+def take_batches(requests: Sequence[Any]) -> tuple[list[Any], dict[tuple[int, str], Any]]:
+    """Take the batches out of the options: the requests without them, and (place, option) → batch as given."""
+    kept: list[Any] = []
+    batches: dict[tuple[int, str], Any] = {}
+    for place, item in enumerate(requests):
+        request = item.request() if isinstance(item, Extension) else item
+        options = request.get("options") if isinstance(request, Mapping) else None
+        if isinstance(request, Mapping) and isinstance(options, Mapping):
+            given = {o: options[o] for o in BATCH_OPTIONS if options.get(o) is not None}
+            given = {option: value for option, value in given.items() if referenced_batch(value) is None}
+            batches.update({(place, option): value for option, value in given.items()})
+            request = {**request, "options": {k: v for k, v in options.items() if k not in given}}
+        kept.append(request)
+    return kept, batches
+
+
 ExtensionLike = str | Mapping[str, Any] | Extension
 
 
@@ -255,7 +279,7 @@ def read_extensions(given: ExtensionLike | Sequence[ExtensionLike]) -> list[dict
     Raises:
         UnprocessableError: something else was given, or two results would have one label.
     """
-    items = [given] if isinstance(given, str | Mapping | Extension | type) else list(given)
+    items = list_of(given)
     if not items:
         raise refusal(
             "invalid_request",
@@ -274,6 +298,11 @@ def read_extensions(given: ExtensionLike | Sequence[ExtensionLike]) -> list[dict
                 remedy="give each request of one extension its own label=",
             )
     return [request.model_dump(exclude_none=True) for request in requests]
+
+
+def list_of(given: ExtensionLike | Sequence[ExtensionLike]) -> list[ExtensionLike]:
+    """One extension, or several, as a list."""
+    return [given] if isinstance(given, str | Mapping | Extension | type) else list(given)
 
 
 def _plain(value: Any) -> Any:

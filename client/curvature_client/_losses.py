@@ -117,10 +117,8 @@ def _plain(param: str, value: Any) -> Any:
 def _unknown(loss: Any) -> Exception:
     if type(loss).__name__ == "GaussianNLLLoss":
         remedy = 'say {"name": "gaussian_nll", "options": {"var": …}}: the module does not know its variance'
-    elif "Script" in type(loss).__name__:
-        remedy = "a loss function in TorchScript runs in the engine alone (curvature_engine.analyze) as yet"
     else:
-        remedy = 'e.g. loss="cross_entropy"'
+        remedy = 'e.g. loss="cross_entropy", or a function of (outputs, targets) that returns each sample\'s loss [N]'
     return refusal(
         "unknown_loss",
         f"a loss is a name, a dictionary, or one of nn.{', nn.'.join(MODULES)}; got {_describe(loss)}",

@@ -4,25 +4,29 @@ import base64
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from curvature_client._batches import Batch
 from curvature_client._conversion import convert
-from curvature_client._errors import CurvatureError, NotFoundError, PayloadTooLargeError, refusal
-from curvature_client._extensions import ExtensionLike, read_extensions
+from curvature_client._errors import APIStatusError, CurvatureError, NotFoundError, PayloadTooLargeError, refusal
+from curvature_client._extensions import ExtensionLike, list_of, read_extensions, take_batches
+from curvature_client._functions import LossFunction, read_function
 from curvature_client._jobs import Job
 from curvature_client._losses import read_loss
 from curvature_client._payloads import Payload
 from curvature_client._progress import ProgressBar
 from curvature_client._transport import Transport
-from curvature_protocol.artefacts import Artefact
+from curvature_protocol.artefacts import SINGULAR, Artefact, ArtefactKind
 from curvature_protocol.jobs import Job as JobView
 
 INLINE_BATCH_BYTES = 2**20
 """A smaller batch rides inside the request."""
+
+_LACKING = frozenset(f"{what}_not_found" for what in SINGULAR.values())
+"""What the server says of an upload that it lacks; `param` says which."""
 
 MOST_WARNINGS = 32
 MOST_WARNING_CHARACTERS = 1000
@@ -44,16 +48,16 @@ class AnalysisRequest:
     priority: int
     metadata: Mapping[str, str] | None
 
-    def body(self) -> dict[str, Any]:
-        """What the server reads, but for model and batch.
+    def body(self, function: LossFunction | None) -> dict[str, Any]:
+        """What the server reads, but for model and batches; `function` is the loss, where it is one.
 
         Raises:
             UnprocessableError: an argument that the client itself can judge does not fit.
         """
-        loss, reduction = read_loss(self.loss, self.reduction)
+        loss, reduction = read_loss(None if function is not None else self.loss, self.reduction)
         return {
             "extensions": read_extensions(self.extensions),
-            "loss": loss,
+            "loss": loss if function is None else function.request(),
             "reduction": reduction,
             "seed": self.seed,
             "parameters": self.parameters if isinstance(self.parameters, str) else list(self.parameters),
@@ -69,13 +73,26 @@ class Submission:
 
     def __init__(self, transport: Transport, request: AnalysisRequest, progress: bool | None) -> None:
         self._transport, self._progress = transport, progress
-        body = request.body()
+        function = read_function(request.loss)
+        extensions, others = take_batches(list_of(request.extensions))
+        body = replace(request, extensions=extensions).body(function)
         batch = Batch(request.batch)
+        further = {key: _further_batch(key, given) for key, given in others.items()}
         self._folder = tempfile.TemporaryDirectory(prefix="curvature-")
         try:
             folder = Path(self._folder.name)
             self._model, notes = convert(request.model, batch, folder, eval=request.eval)
             self._batch = batch.payload(folder)
+            self._parts: dict[str, tuple[ArtefactKind, Payload]] = {
+                "model": ("models", self._model),
+                "batch": ("batches", self._batch),
+            }
+            if function is not None:
+                self._parts["loss"] = ("losses", function.payload)
+            for (place, option), other in further.items():
+                payload = other.payload(Path(tempfile.mkdtemp(dir=folder)))
+                self._parts[f"extensions.{place}.options.{option}"] = ("batches", payload)
+                body["extensions"][place]["options"][option] = {"sha256": payload.sha256}
         except BaseException:
             self._folder.cleanup()
             raise
@@ -104,11 +121,11 @@ class Submission:
                     raise
                 self._inline = False
             except NotFoundError as error:
-                kind = {"model_not_found": "models", "batch_not_found": "batches"}.get(error.code)
-                if kind is None or kind in uploaded:
+                part = error.param or ""
+                if error.code not in _LACKING or part not in self._parts or part in uploaded:
                     raise
-                uploaded.add(kind)
-                self._upload(kind, self._model if kind == "models" else self._batch)
+                uploaded.add(part)
+                self._upload(*self._parts[part])
 
     def cancel(self) -> None:
         """Cancel the job, if the server has it; its id may not have come back yet, so it is found by its key."""
@@ -131,11 +148,11 @@ class Submission:
         )
         return Job(self._transport, self._transport.parse(response, JobView), progress=self._progress)
 
-    def _upload(self, kind: str, payload: Payload) -> None:
+    def _upload(self, kind: ArtefactKind, payload: Payload) -> None:
         with ProgressBar(self._progress) as bar:
 
             def body() -> Any:
-                bar.upload("the model" if kind == "models" else "the batch", payload.size_bytes)
+                bar.upload(f"the {SINGULAR[kind]}", payload.size_bytes)
                 return _counted(payload.chunks(), bar)
 
             response = self._transport.request(
@@ -145,6 +162,16 @@ class Submission:
                 headers={"Content-Length": str(payload.size_bytes), "Content-Type": "application/octet-stream"},
             )
         self._transport.parse(response, Artefact)
+
+
+def _further_batch(key: tuple[int, str], given: Any) -> Batch:
+    """Another batch; what is wrong with it names its place among the options."""
+    try:
+        return Batch(given)
+    except APIStatusError as error:
+        place, option = key
+        error.param = f"extensions.{place}.options.{option}"
+        raise
 
 
 def _counted(chunks: Iterator[bytes], bar: ProgressBar) -> Iterator[bytes]:

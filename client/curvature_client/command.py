@@ -76,7 +76,7 @@ def analyze(
     batch: Annotated[Path, typer.Argument(help="safetensors or .npz file with inputs and targets")],
     extensions: Annotated[list[str], typer.Option("--extension", "-e", help="what to compute; repeat for several")],
     output: Output,
-    loss: Annotated[str | None, typer.Option(help="cross_entropy or mse")] = None,
+    loss: Annotated[str | None, typer.Option(help="a name, or the file of a TorchScript loss function")] = None,
     reduction: Annotated[str, typer.Option(help="mean or sum")] = "mean",
     seed: Annotated[int, typer.Option(help="of the Monte-Carlo draws")] = 0,
     mc_samples: Annotated[int | None, typer.Option(help="draws per sample, for diag_ggn_mc and kfac")] = None,
@@ -84,6 +84,7 @@ def analyze(
     parameters: Annotated[
         list[str] | None, typer.Option("--parameters", "-p", help='trainable, all, or a pattern such as "0.*"; repeat')
     ] = None,
+    against: Annotated[Path | None, typer.Option(help="another batch, for batch_dot")] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="hold all sums of contributions against ordinary gradients in this job")
     ] = False,
@@ -92,7 +93,7 @@ def analyze(
 ) -> None:
     """Analyze MODEL on BATCH and write the tensors to a safetensors file."""
     checked_target(output)
-    options = {"mc_samples": mc_samples, "approximation": approximation}
+    options = {"mc_samples": mc_samples, "approximation": approximation, "against": against}
     with Client(url) as client:
         requests = _with_options(client, extensions, {k: v for k, v in options.items() if v is not None})
         result = client.analyze(

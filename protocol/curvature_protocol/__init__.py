@@ -11,6 +11,7 @@ from curvature_protocol.requests import (
     ExtensionRequest,
     InlineBatch,
     JobRequest,
+    LossReference,
     LossRequest,
 )
 from curvature_protocol.results import Manifest, Provenance, ResultGroup, TensorEntry
@@ -33,6 +34,7 @@ __all__ = [
     "JobRequest",
     "JobStatus",
     "LossEntry",
+    "LossReference",
     "LossRequest",
     "Manifest",
     "Problem",

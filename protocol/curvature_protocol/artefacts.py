@@ -1,4 +1,4 @@
-"""Uploaded bytes, known by their SHA-256: model files and batch files."""
+"""Uploaded bytes, known by their SHA-256: model files, batch files and loss functions."""
 
 from datetime import datetime
 from typing import Literal
@@ -7,7 +7,10 @@ from pydantic import Field
 
 from curvature_protocol.base import Reply
 
-ArtefactKind = Literal["models", "batches"]
+ArtefactKind = Literal["models", "batches", "losses"]
+
+SINGULAR: dict[ArtefactKind, str] = {"models": "model", "batches": "batch", "losses": "loss"}
+"""One of a kind, in messages, fields and error codes (`model_not_found`)."""
 
 SHA256_PATTERN = r"^[0-9a-f]{64}$"
 

@@ -63,6 +63,7 @@ FAMILIES: dict[str, ErrorFamily] = {
     "job_not_found": _N,
     "model_not_found": _N,  # the hash was never uploaded
     "batch_not_found": _N,
+    "loss_not_found": _N,
     "result_not_found": _N,  # no such label in this job's result
     "result_not_ready": _C,  # the job has not succeeded (yet)
     "job_finished": _C,  # too late to cancel

@@ -1,6 +1,7 @@
 """What a client asks for: a model, a batch, extensions and a loss."""
 
 import base64
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Base64Encoder, EncodedBytes, Field, JsonValue, model_validator
@@ -31,12 +32,26 @@ class _StrictBase64(Base64Encoder):
             raise PydanticCustomError("base64_decode", "the data are no base64: {reason}", reason) from None
 
 
+def referenced_batch(value: Any) -> str | None:
+    """The SHA-256 that an option's value refers to a batch by; None for values of other kinds."""
+    if not isinstance(value, dict) or set(value) != {"sha256"}:
+        return None
+    sha256 = value["sha256"]
+    return sha256 if isinstance(sha256, str) and re.fullmatch(SHA256_PATTERN, sha256) else None
+
+
 class ExtensionRequest(Message):
     """One quantity to compute. `label` names its result; it defaults to the extension's name."""
 
     name: str = Field(min_length=1, max_length=64)
     label: Label | None = None
     options: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @property
+    def batches(self) -> dict[str, str]:
+        """Option → SHA-256 of the uploaded batch that it refers to, e.g. `against`."""
+        found = {name: referenced_batch(value) for name, value in self.options.items()}
+        return {name: sha256 for name, sha256 in found.items() if sha256 is not None}
 
     @property
     def key(self) -> str:
@@ -49,6 +64,15 @@ class LossRequest(Message):
 
     name: str = Field(min_length=1, max_length=64)
     options: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+class LossReference(Message):
+    """A loss function uploaded before, by hash: TorchScript of (outputs, targets), returns each sample's loss [N]."""
+
+    sha256: Sha256
+    output: int | str | None = Field(
+        default=None, description="which entry of the tuple or dictionary that the model returns enters the loss"
+    )
 
 
 class BatchReference(Message):
@@ -72,7 +96,7 @@ class JobRequest(Message):
     model: Sha256
     batch: BatchReference | InlineBatch
     extensions: tuple[ExtensionRequest, ...] = Field(min_length=1, max_length=64)
-    loss: LossRequest | None = None
+    loss: LossRequest | LossReference | None = None
     reduction: Literal["mean", "sum"] = "mean"
     seed: int = Field(default=0, ge=0, lt=2**63)
     parameters: Pattern | Annotated[tuple[Pattern, ...], Field(min_length=1, max_length=1024)] = Field(

@@ -65,6 +65,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     for router in (
         artefact_router("models"),
         artefact_router("batches"),
+        artefact_router("losses"),
         events_router,
         results_router,
         jobs_router,

@@ -7,6 +7,7 @@ from curvature_protocol.errors import status_of
 
 MODEL_SHA256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 BATCH_SHA256 = "60303ae22b998861bce3b28f33eec1be758a213c86c93c076dbe9f558c11c752"
+LOSS_SHA256 = "fcde2b2edba56bf408601fb721fe9b5c338d10ee429ea04fae5511b68fbf8fb9"
 JOB_ID = "3f2a9c0d5be84f6f9a3f2f4d1c7e8b90"
 
 ARTEFACT: dict[ArtefactKind, dict[str, Any]] = {
@@ -21,6 +22,12 @@ ARTEFACT: dict[ArtefactKind, dict[str, Any]] = {
         "kind": "batches",
         "size_bytes": 402896,
         "created_at": "2026-01-15T09:30:00.480000Z",
+    },
+    "losses": {
+        "sha256": LOSS_SHA256,
+        "kind": "losses",
+        "size_bytes": 2917,
+        "created_at": "2026-01-15T09:30:00.510000Z",
     },
 }
 
@@ -40,6 +47,15 @@ JOB_REQUESTS: dict[str, dict[str, Any]] = {
             "model": MODEL_SHA256,
             "batch": {"data": "CAAAAAAAAAB7fSAgICAgIA=="},
             "extensions": ["diag_ggn_mc"],
+        },
+    },
+    "loss function": {
+        "summary": "A loss function uploaded before, and dot products with the gradients of another batch",
+        "value": {
+            "model": MODEL_SHA256,
+            "batch": {"sha256": BATCH_SHA256},
+            "extensions": [{"name": "batch_dot", "options": {"against": {"sha256": BATCH_SHA256}, "over": "model"}}],
+            "loss": {"sha256": LOSS_SHA256},
         },
     },
 }
@@ -234,6 +250,7 @@ PROBLEMS: dict[str, dict[str, Any]] = {
         _problem("payload_too_large", "uploads may have 68719476736 bytes; more came", None, "send fewer samples"),
         _problem("model_not_found", f"no model with the SHA-256 {MODEL_SHA256} is stored", "model", _UPLOAD),
         _problem("batch_not_found", f"no batch with the SHA-256 {BATCH_SHA256} is stored", "batch", _UPLOAD),
+        _problem("loss_not_found", f"no loss with the SHA-256 {LOSS_SHA256} is stored", "loss", _UPLOAD),
         _problem("range_not_satisfiable", "the range bytes=9- lies outside the object's 7 bytes", "Range"),
         _problem("job_not_found", f"there is no job {JOB_ID!r}", "job_id", "GET /v1/jobs lists the jobs"),
         _problem("job_finished", f"job {JOB_ID} has succeeded already", "job_id"),

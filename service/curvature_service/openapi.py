@@ -32,6 +32,10 @@ JobIdPath = Annotated[str, Path(description="The job's id", examples=[examples.J
 _TAGS = [
     {"name": "models", "description": "Uploaded model files, known by the SHA-256 of their bytes."},
     {"name": "batches", "description": "Uploaded batches: safetensors files with `inputs` and `targets`."},
+    {
+        "name": "losses",
+        "description": "Uploaded loss functions: TorchScript of (outputs, targets), returning each sample's loss [N].",
+    },
     {"name": "jobs", "description": "Submit, watch, list and cancel."},
     {"name": "results", "description": "What a succeeded job computed."},
     {"name": "extensions", "description": "What can be computed."},

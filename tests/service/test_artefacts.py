@@ -38,9 +38,13 @@ def test_an_early_answer_reaches_a_client_that_still_sends(client):
     assert client.get("/v1/health").status_code == 200
 
 
-def test_models_and_batches_are_kept_apart(client):
+def test_kinds_are_kept_apart(client):
     upload(client, "models", MODEL)
     expect_problem(client.get(f"/v1/batches/{sha256(MODEL)}"), 404, "batch_not_found", "batch")
+    expect_problem(client.get(f"/v1/losses/{sha256(MODEL)}"), 404, "loss_not_found", "loss")
+    upload(client, "losses", MODEL)
+    assert client.get(f"/v1/losses/{sha256(MODEL)}").json()["kind"] == "losses"
+    assert client.get(f"/v1/losses/{sha256(MODEL)}/content").content == MODEL
 
 
 def test_metadata_and_bytes_read_back(client):

@@ -356,3 +356,39 @@ def test_a_model_and_batch_are_known_by_hash_only(client):
     upload(client, "models", BATCH)
     reply = client.post("/v1/jobs", json=request_body(client, model=sha256(BATCH)))
     assert reply.status_code == 201
+
+
+def test_a_loss_function_and_further_batches_must_be_there(client):
+    dot = {"name": "batch_dot", "options": {"against": {"sha256": ABSENT}}}
+    body = request_body(client)
+    lacking = {**body, "loss": {"sha256": ABSENT}}
+    expect_problem(client.post("/v1/jobs", json=lacking), 404, "loss_not_found", "loss")
+    lacking = {**body, "extensions": ["grad", dot]}
+    reply = client.post("/v1/jobs", json=lacking)
+    expect_problem(reply, 404, "batch_not_found", "extensions.1.options.against")
+    dot["options"]["against"]["sha256"] = sha256(BATCH)
+    found = {**body, "extensions": [dot], "loss": {"sha256": upload(client, "losses", MODEL), "output": 1}}
+    reply = client.post("/v1/jobs", json=found)
+    assert reply.status_code == 201
+    assert reply.json()["request"]["loss"] == {"sha256": sha256(MODEL), "output": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "param"),
+    [
+        ({"loss": {"sha256": "0"}}, "invalid_request", "loss.sha256"),
+        ({"loss": {"name": "custom"}}, "unknown_loss", "loss.name"),
+        (
+            {"extensions": [{"name": "batch_dot", "options": {"against": {"sha256": "0"}}}]},
+            "invalid_option",
+            "extensions.0.options.against.sha256",
+        ),
+        (
+            {"extensions": [{"name": "grad", "options": {"against": {"sha256": ABSENT}}}]},
+            "invalid_option",
+            "extensions.0.options",
+        ),
+    ],
+)
+def test_references_of_another_form_are_refused(client, change, code, param):
+    expect_problem(client.post("/v1/jobs", json=request_body(client, **change)), 422, code, param)

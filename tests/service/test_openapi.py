@@ -44,9 +44,10 @@ def references(found):
 
 
 def test_the_issues_endpoints_are_there():
+    kinds = ("models", "batches", "losses")
     wanted = {
-        *(f"{verb} /v1/{kind}/{{sha256}}" for verb in ("put", "head", "get") for kind in ("models", "batches")),
-        *(f"{verb} /v1/{kind}/{{sha256}}/content" for verb in ("head", "get") for kind in ("models", "batches")),
+        *(f"{verb} /v1/{kind}/{{sha256}}" for verb in ("put", "head", "get") for kind in kinds),
+        *(f"{verb} /v1/{kind}/{{sha256}}/content" for verb in ("head", "get") for kind in kinds),
         "post /v1/jobs",
         "get /v1/jobs",
         "get /v1/jobs/{job_id}",

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -11,9 +12,11 @@ from typing import Any
 
 from obstore.exceptions import BaseError as StoreError
 
+from curvature_protocol.artefacts import SINGULAR, ArtefactKind
 from curvature_protocol.errors import FAMILIES
 from curvature_protocol.jobs import Progress
 from curvature_protocol.names import admitted_key, result_key
+from curvature_protocol.requests import referenced_batch
 from curvature_protocol.results import Manifest
 from curvature_state import Database, ObjectStore, jobs
 from curvature_worker import admission
@@ -34,6 +37,8 @@ _SEND_SECONDS = 30.0
 _ADMISSION_SECONDS = 60.0
 _ADMISSION_BYTES_PER_SECOND = 10 * 2**20
 _MESSAGE_CHARACTERS = 4000
+_LOSS_BYTES = 64 * 2**20
+_SAVE_LOSS = "save a function of (outputs, targets) with torch.jit.script(function).save(path)"
 _STAINED = frozenset({"internal_error", "out_of_memory"})
 """Errors after which a child is not used again: its device context may be broken, its memory in pieces."""
 
@@ -68,10 +73,12 @@ class Attempt:
         """
         request, cache = self._job.request, self._tools.cache
         try:
-            model = self._admitted(request["model"])
-            batch = cache.fetch_upload("batches", request["batch"]["sha256"], self._check)
+            model = self._admitted("models", request["model"])
+            files = {sha256: cache.fetch_upload("batches", sha256, self._check) for sha256 in _batches(request)}
+            if (loss := _loss_function(request)) is not None:
+                files[_loss_name(loss)] = self._small_enough(self._admitted("losses", loss))
             self._lap("fetch")
-            reply, child = self._compute(model, batch)
+            reply, child = self._compute(model, files)
             self._store(reply, child)
         except (StoreError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -82,14 +89,14 @@ class Attempt:
 
     # Steps
 
-    def _admitted(self, sha256: str) -> Path:
-        """The admitted form of the model, made now if this is its first job."""
+    def _admitted(self, kind: ArtefactKind, sha256: str) -> Path:
+        """The admitted form of a model or a loss function, made now if this is its first job."""
         key = admitted_key(sha256, admission.ADMISSION_VERSION)
         found = self._tools.cache.fetch(key, self._check)
         if found is not None:
             return found
         self._tell("admitting")
-        source = self._tools.cache.fetch_upload("models", sha256, self._check)
+        source = self._tools.cache.fetch_upload(kind, sha256, self._check)
         self._lap("fetch")
         judge = launch(
             "curvature_worker.admission",
@@ -98,26 +105,30 @@ class Attempt:
             limits={"AS": admission.MEMORY_BYTES},
         )
         try:
-            self._admit(judge, source, key)
+            self._admit(judge, source, key, kind)
         finally:
             judge.kill()
         self._lap("admit")
         found = self._tools.cache.fetch(key, self._check)
         if found is None:
-            raise JobRefused("internal_error", "the admitted model was not stored")
+            raise JobRefused("internal_error", f"the admitted {SINGULAR[kind]} was not stored")
         return found
 
-    def _admit(self, judge: Confined, source: Path, key: str) -> None:
-        """Have the model judged; store what was accepted.
+    def _admit(self, judge: Confined, source: Path, key: str, kind: ArtefactKind) -> None:
+        """Have a file judged; store what was accepted.
 
         Raises:
-            JobRefused: `invalid_model`, or what kept it from being judged.
+            JobRefused: `invalid_model`, `unsupported_loss`, or what kept it from being judged.
         """
+        who = f"the admission of the {SINGULAR[kind]}"
         place(source, judge.inbox / "model")
         limit = _ADMISSION_SECONDS + source.stat().st_size / _ADMISSION_BYTES_PER_SECOND
-        self._say(judge, {"judge": "model"}, "the admission of the model")
-        verdict = self._listen(judge, {"admitted", "refused", "failed"}, "the admission of the model", limit)
+        self._say(judge, {"judge": "model"}, who)
+        verdict = self._listen(judge, {"admitted", "refused", "failed"}, who, limit)
         if verdict["event"] == "refused":
+            if kind == "losses":
+                reason = f"in the loss function: {_text(verdict, 'message') or 'not admitted'}"
+                raise JobRefused("unsupported_loss", reason, param="loss", remedy=_SAVE_LOSS)
             raise JobRefused(
                 "invalid_model",
                 _text(verdict, "message") or "not admitted",
@@ -129,21 +140,34 @@ class Attempt:
         judge.end()  # nobody is left who could change the file
         self._tools.objects.put_file(key, _take(judge, "admitted"))
 
-    def _compute(self, model: Path, batch: Path) -> tuple[dict[str, Any], Confined]:
+    @staticmethod
+    def _small_enough(loss: Path) -> Path:
+        """A loss function's file, which the child reads whole.
+
+        Raises:
+            JobRefused: `unsupported_loss` if it is too large.
+        """
+        if (size := loss.stat().st_size) > _LOSS_BYTES:
+            reason = f"the loss function has {size} bytes; {_LOSS_BYTES} are accepted"
+            raise JobRefused("unsupported_loss", reason, param="loss", remedy="keep large tensors out of it")
+        return loss
+
+    def _compute(self, model: Path, files: Mapping[str, Path]) -> tuple[dict[str, Any], Confined]:
         """Hand the job to the tenant's child; its reply, and the child, whose outbox holds the files.
 
         Raises:
             JobRefused: as the child or its death says.
         """
         job, pool = self._job, self._tools.pool
-        child = self._hand_over(model, batch)
+        child = self._hand_over(model, files)
         try:
             reply = self._listen(child, {"done", "error"}, "the model's process", job.request.get("timeout_seconds"))
         except BaseException:  # it is dead, or still at work on what nobody wants
             pool.discard(job.tenant)
             raise
         finally:
-            (child.inbox / job.request["batch"]["sha256"]).unlink(missing_ok=True)
+            for name in files:
+                (child.inbox / name).unlink(missing_ok=True)
         self._lap("child")
         if reply["event"] == "done":
             return reply, child
@@ -154,13 +178,14 @@ class Attempt:
             child.empty_outbox()
         raise refusal
 
-    def _hand_over(self, model: Path, batch: Path) -> Confined:
+    def _hand_over(self, model: Path, files: Mapping[str, Path]) -> Confined:
         """Give the tenant's child its files and its order; a child that died while idle is replaced."""
         job, pool = self._job, self._tools.pool
         for _ in range(2):
             child = pool.acquire(job.tenant, self._check)
             pool.place_model(job.tenant, job.request["model"], model)
-            place(batch, child.inbox / job.request["batch"]["sha256"])
+            for name, path in files.items():
+                place(path, child.inbox / name)
             try:
                 child.channel.send(_order(job.request), _SEND_SECONDS)
             except ChannelClosed:
@@ -303,6 +328,23 @@ def _labels(request: dict[str, Any]) -> list[str]:
     return [e["label"] or e["name"] for e in request["extensions"]]
 
 
+def _batches(request: dict[str, Any]) -> dict[str, None]:
+    """The hashes of all batches that a request refers to, its own first, each once."""
+    found = [request["batch"]["sha256"]]
+    found += [referenced_batch(value) for e in request["extensions"] for value in e["options"].values()]
+    return dict.fromkeys(sha256 for sha256 in found if sha256 is not None)
+
+
+def _loss_function(request: dict[str, Any]) -> str | None:
+    """The hash of the loss function, where the loss is one."""
+    return (request["loss"] or {}).get("sha256")
+
+
+def _loss_name(sha256: str) -> str:
+    """A loss function's name in the inbox: the same file may lie there as a model, and stay longer."""
+    return f"loss-{sha256}"
+
+
 def _file_name(label: str) -> str:
     return f"{label}.safetensors"
 
@@ -328,6 +370,8 @@ def _order(request: dict[str, Any]) -> dict[str, Any]:
         for e, label in zip(request["extensions"], _labels(request), strict=True)
     ]
     wanted = {name: request[name] for name in ("loss", "reduction", "seed", "parameters", "eval")}
+    if (loss := _loss_function(request)) is not None:
+        wanted["loss"] = {"file": _loss_name(loss), "output": request["loss"]["output"]}
     wanted["verify"] = request.get("verify", False)  # jobs queued before there was this field have none
     return {
         "model": request["model"],

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from obstore.exceptions import BaseError as StoreError
 
+from curvature_protocol.artefacts import SINGULAR, ArtefactKind
 from curvature_protocol.names import artefact_key
 from curvature_state import ObjectStore
 from curvature_worker.errors import JobRefused
@@ -30,13 +31,13 @@ class ArtefactCache:
         self._objects, self._folder, self._limit = objects, folder, limit_bytes
         folder.mkdir(parents=True, exist_ok=True)
 
-    def fetch_upload(self, kind: str, sha256: str, check: Check) -> Path:
+    def fetch_upload(self, kind: ArtefactKind, sha256: str, check: Check) -> Path:
         """The local file of an upload, its hash verified when it came over the network.
 
         Raises:
             JobRefused: if it is gone, damaged, or the store does not answer.
         """
-        what = "model" if kind == "models" else "batch"
+        what = SINGULAR[kind]
         path = self._fetch(artefact_key(kind, sha256), sha256, check)
         if path is None:
             raise JobRefused(

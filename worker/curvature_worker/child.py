@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 import curvature_engine as engine
 from curvature_protocol.names import INPUTS, TARGETS
+from curvature_protocol.requests import referenced_batch
 from curvature_worker.channel import Channel, ChannelClosed
 
 _PROGRESS_SECONDS = 0.1
@@ -124,13 +125,14 @@ class Child:
             self._channel.send({"event": "progress", "phase": "loading", "done": 0, "total": 0})
         program = self._programs.load(order["model"], eval=request["eval"])
         inputs, targets = read_batch(self._inbox / order["batch"])
+        extensions = self._with_batches(request["extensions"], {order["batch"]: (inputs, targets)})
         loaded = time.perf_counter()
         analysis = engine.analyze(
             program,
             inputs,
             targets,
-            request["extensions"],
-            loss=request["loss"],
+            extensions,
+            loss=self._loss(request["loss"]),
             reduction=request["reduction"],
             seed=request["seed"],
             parameters=request["parameters"],
@@ -140,6 +142,9 @@ class Child:
             results_dir=self._outbox,
         )
         computed = time.perf_counter()
+        for extension in request["extensions"]:  # into the manifest goes a batch's hash, as it was asked for
+            references = {k: v for k, v in extension["options"].items() if referenced_batch(v) is not None}
+            analysis.groups[extension["label"]].options.update(references)
         groups = [self._store(group) for group in analysis.groups.values()]
         written = time.perf_counter()
         value = float(analysis.loss)
@@ -155,6 +160,28 @@ class Child:
                 "write": 1e3 * (written - computed),
             },
         }
+
+    def _with_batches(self, extensions: list[dict[str, Any]], known: dict[str, Any]) -> list[dict[str, Any]]:
+        """The extensions with the batches that their options refer to; `known` holds those read already, by hash."""
+        found = []
+        for extension in extensions:
+            options = dict(extension["options"])
+            for option, value in options.items():
+                sha256 = referenced_batch(value)
+                if sha256 is None:
+                    continue
+                if sha256 not in known:
+                    known[sha256] = read_batch(self._inbox / sha256, f"{extension['label']}'s {option}")
+                options[option] = known[sha256]
+            found.append({**extension, "options": options})
+        return found
+
+    def _loss(self, asked: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The loss as the engine takes it: a function's file is opened here, where nothing else can be reached."""
+        if asked is None or "file" not in asked:
+            return asked
+        function = (self._inbox / asked["file"]).read_bytes()
+        return {"name": "custom", "function": function, "options": {"output": asked["output"]}}
 
     def _report(self, done: int, total: int) -> None:
         now = time.monotonic()
@@ -187,12 +214,22 @@ def _lacked_memory(error: BaseException | None) -> bool:
     return False
 
 
-def read_batch(path: Path) -> tuple[Any, torch.Tensor]:
+def read_batch(path: Path, role: str = "") -> tuple[Any, torch.Tensor]:
     """Inputs and targets of a batch file: `inputs`, or `inputs.0` …, or `inputs.<name>`; and `targets`.
 
     Raises:
-        EngineError: `invalid_batch`.
+        EngineError: `invalid_batch`; it names the batch's `role`, if it is not the batch analyzed.
     """
+    try:
+        return _read_batch(path)
+    except engine.EngineError as error:
+        if not role:
+            raise
+        message = f"in the batch given as {role}: {error.message}"
+        raise engine.EngineError(error.code, message, param=role, remedy=error.remedy) from error
+
+
+def _read_batch(path: Path) -> tuple[Any, torch.Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             # Copied: in the file they lie at any address, and the last bits of a sum may depend on its alignment.

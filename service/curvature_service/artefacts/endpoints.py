@@ -1,11 +1,11 @@
-"""`/v1/models` and `/v1/batches`."""
+"""`/v1/models`, `/v1/batches` and `/v1/losses`."""
 
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-from curvature_protocol.artefacts import SHA256_PATTERN, Artefact, ArtefactKind
+from curvature_protocol.artefacts import SHA256_PATTERN, SINGULAR, Artefact, ArtefactKind
 from curvature_protocol.names import artefact_key
 from curvature_service import examples
 from curvature_service.artefacts.service import get_artefact, store_upload, too_large
@@ -21,7 +21,11 @@ Sha256Path = Annotated[
         examples=[examples.MODEL_SHA256],
     ),
 ]
-_WHAT: dict[ArtefactKind, str] = {"models": "model file", "batches": "batch (a safetensors file)"}
+_WHAT: dict[ArtefactKind, str] = {
+    "models": "model file",
+    "batches": "batch (a safetensors file)",
+    "losses": "loss function (a TorchScript file)",
+}
 
 
 def artefact_router(kind: ArtefactKind) -> APIRouter:
@@ -57,7 +61,7 @@ def _add_upload(router: APIRouter, kind: ArtefactKind) -> None:
 
 
 def _add_metadata(router: APIRouter, kind: ArtefactKind) -> None:
-    absent = "model_not_found" if kind == "models" else "batch_not_found"
+    absent = f"{SINGULAR[kind]}_not_found"
 
     @router.head(
         "/{sha256}",
@@ -76,7 +80,7 @@ def _add_metadata(router: APIRouter, kind: ArtefactKind) -> None:
 
 
 def _add_content(router: APIRouter, kind: ArtefactKind) -> None:
-    absent = "model_not_found" if kind == "models" else "batch_not_found"
+    absent = f"{SINGULAR[kind]}_not_found"
 
     @router.head(
         "/{sha256}/content",

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 from fastapi.concurrency import run_in_threadpool
 
-from curvature_protocol.artefacts import Artefact, ArtefactKind
+from curvature_protocol.artefacts import SINGULAR, Artefact, ArtefactKind
 from curvature_protocol.names import artefact_key
 from curvature_service.errors import ApiError
 from curvature_service.resources import Resources
@@ -86,19 +86,19 @@ def find_stored(resources: Resources, kind: ArtefactKind, sha256: str) -> Artefa
     return found
 
 
-def get_artefact(resources: Resources, kind: ArtefactKind, sha256: str) -> Artefact:
-    """The upload's record.
+def get_artefact(resources: Resources, kind: ArtefactKind, sha256: str, *, param: str | None = None) -> Artefact:
+    """The upload's record; `param` is the request's field that names it, if not the kind's own.
 
     Raises:
-        ApiError: `model_not_found` or `batch_not_found`.
+        ApiError: `model_not_found`, `batch_not_found` or `loss_not_found`.
     """
     found = find_stored(resources, kind, sha256)
     if found is None:
-        what = "model" if kind == "models" else "batch"
+        what = SINGULAR[kind]
         raise ApiError(
             f"{what}_not_found",
             f"no {what} with the SHA-256 {sha256} is stored",
-            param=what,
+            param=param or what,
             remedy=f"PUT its bytes to /v1/{kind}/{sha256}",
         )
     return found

@@ -12,7 +12,7 @@ import jsonschema
 from jsonschema.exceptions import best_match
 
 from curvature_protocol.catalogue import Catalogue
-from curvature_protocol.requests import JobRequest
+from curvature_protocol.requests import JobRequest, LossRequest
 from curvature_service.errors import ApiError
 from curvature_service.resources import Resources
 from curvature_state.workers import published_catalogue
@@ -73,7 +73,7 @@ def check_request(catalogue: Catalogue, request: JobRequest) -> None:
         if entry is None:
             raise _unknown(extension.name, place, list(entries))
         _check_options(extension.name, extension.options, f"extensions.{place}.options", entry.options)
-    if request.loss is None:
+    if not isinstance(request.loss, LossRequest):  # what a function needs, only the engine can say
         return
     losses = {loss.name: loss for loss in catalogue.losses}
     if request.loss.name not in losses:

@@ -13,7 +13,7 @@ from redis import RedisError
 
 from curvature_protocol.jobs import FINAL, InlineResult, Job, JobPage, JobStatus
 from curvature_protocol.names import result_key
-from curvature_protocol.requests import BatchReference, JobRequest
+from curvature_protocol.requests import BatchReference, JobRequest, LossReference
 from curvature_service.artefacts.service import get_artefact, store_small
 from curvature_service.errors import ApiError
 from curvature_service.extensions.service import CatalogueCache, check_request
@@ -49,12 +49,26 @@ def submit(
             get_artefact(resources, "batches", reference.sha256)
         else:
             store_small(resources, "batches", reference.sha256, inline)
+        _check_further_uploads(resources, request)
         found = create_job(resources.database, new)
     if found.repeated:
         return _same(found, new), False
     events.publish(resources.redis, events.state_event(found.job))
     broker.ring(resources.celery, found.job.id, found.job.priority)
     return found.job, True
+
+
+def _check_further_uploads(resources: Resources, request: JobRequest) -> None:
+    """Whether the loss function, and the batches that options refer to, are there.
+
+    Raises:
+        ApiError: `loss_not_found`, `batch_not_found`; `param` names the field.
+    """
+    if isinstance(request.loss, LossReference):
+        get_artefact(resources, "losses", request.loss.sha256)
+    for place, extension in enumerate(request.extensions):
+        for option, sha256 in extension.batches.items():
+            get_artefact(resources, "batches", sha256, param=f"extensions.{place}.options.{option}")
 
 
 def _new_job(request: JobRequest, idempotency_key: str | None) -> NewJob:
