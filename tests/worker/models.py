@@ -15,6 +15,20 @@ def batch(N=6):
     return torch.randn(N, 4, generator=generator), torch.arange(N) % 3
 
 
+@torch.jit.script
+def halved(outputs, targets):
+    """A loss of one's own."""
+    return torch.nn.functional.cross_entropy(outputs, targets, reduction="none") / 2.0
+
+
+@torch.jit.script
+def endless(outputs, targets):
+    """A loss that does not end within a test."""
+    for _ in range(1_000_000_000):
+        outputs = outputs + 0.0
+    return outputs.sum(1)
+
+
 class Endless(nn.Module):
     """Many short operators: a loop that does not end within a test."""
 

@@ -1,7 +1,9 @@
 import errno
+import io
 import os
 import signal
 import time
+import zipfile
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -127,6 +129,57 @@ class TestSuccess:
             p.name for p in child.inbox.iterdir()
         ]
         assert list(child.outbox.iterdir()) == []
+
+
+class TestFurtherFiles:
+    """A loss function, and batches that options refer to."""
+
+    def further(self, desk, loss=models.halved):
+        buffer = io.BytesIO()
+        torch.jit.save(loss, buffer)
+        function = desk.store("losses", buffer.getvalue())
+        other = desk.store("batches", save(dict(zip(("inputs", "targets"), models.batch(4), strict=True))))
+        dot = {"name": "batch_dot", "options": {"against": {"sha256": other}, "over": "model"}}
+        return {"loss": {"sha256": function, "output": None}, "extensions": [dot, "batch_loss"]}
+
+    def test_they_reach_the_engine_and_leave_the_child(self, desk):
+        further = self.further(desk)
+        extensions = further.pop("extensions")
+        job_id = desk.submit(models.small(), models.batch(), extensions, **further)
+        job = desk.run(job_id)
+        assert job.status == JobStatus.SUCCEEDED, job.error
+        manifest = desk.manifest(job)
+        assert manifest.loss_name == "custom"
+        assert manifest.groups[0].options["against"] == extensions[0]["options"]["against"]
+        assert manifest.groups[0].tensors[0].shape == (6, 4)
+        assert [p.name for p in desk.child().inbox.iterdir() if "loss" in p.name] == []
+        assert extensions[0]["options"]["against"]["sha256"] not in [p.name for p in desk.child().inbox.iterdir()]
+
+    def test_a_loss_that_is_no_longer_stored_is_named(self, desk):
+        job_id = desk.submit(models.small(), models.batch(), loss={"sha256": "0" * 64, "output": None})
+        job = desk.run(job_id)
+        assert (job.error.code, job.error.param) == ("loss_not_found", "loss")
+
+    def test_a_loss_is_admitted_like_a_model(self, desk):
+        stolen = io.BytesIO()
+        with zipfile.ZipFile(stolen, "w") as archive:
+            for name in ("data.pkl", "constants.pkl", "version", "code/f.py"):
+                archive.writestr(f"f/{name}", b"cos\nsystem\n." if name == "data.pkl" else b"")
+        loss = {"sha256": desk.store("losses", stolen.getvalue()), "output": None}
+        job = desk.run(desk.submit(models.small(), models.batch(), loss=loss))
+        assert (job.error.code, job.error.param) == ("unsupported_loss", "loss")
+        assert "in the loss function: f/data.pkl refers to 'os system'" in job.error.detail
+
+    def test_a_loss_that_is_too_large_is_refused(self, desk, monkeypatch):
+        monkeypatch.setattr("curvature_worker.attempt._LOSS_BYTES", 10)
+        job = desk.run(desk.submit(models.small(), models.batch(), loss=self.further(desk)["loss"]))
+        assert (job.error.code, job.error.param) == ("unsupported_loss", "loss")
+
+    def test_a_loss_that_does_not_end_is_cut_off(self, desk):
+        loss = self.further(desk, models.endless)["loss"]
+        job = desk.run(desk.submit(models.small(), models.batch(), loss=loss, timeout_seconds=0.5))
+        assert job.error.code == "job_timeout"
+        assert desk.run(desk.submit(models.small(), models.batch())).status == JobStatus.SUCCEEDED
 
 
 class TestRefusals:
