@@ -107,6 +107,17 @@ def test_sequences_of_another_length_in_either_form(gram, budget_bytes, monkeypa
     assert result.groups["dot"].tensors["hidden.weight"].nbytes == plan.parameters[1].result_bytes
 
 
+def test_the_plan_counts_the_other_batchs_memory_once():
+    module, batch, other = batches({c.name: c for c in CASES}["cnn"], "mse")
+    peaks = [
+        engine.plan(module, *batch, extensions, loss="mse").peak_bytes
+        for extensions in (["batch_dot"], [asked(other)], [asked(other), asked(other, "model", over="model")])
+    ]
+    others_forward = engine.plan(module, *other, ["grad"], loss="mse").forward_bytes
+    assert peaks[1] - peaks[0] > others_forward / 2
+    assert peaks[2] - peaks[1] < others_forward / 2
+
+
 class Switching(nn.Module):
     """The first sample's sign says which of two layers is used."""
 

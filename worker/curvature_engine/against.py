@@ -61,4 +61,5 @@ def _take_up(
     def contributions() -> dict[str, Contribution]:
         return work.gradient_contributions()
 
-    return Against(prepared.bound.N, prepared.bound.Z, lambda name: contributions()[name], work)
+    held_bytes = prepared.plan.forward_bytes + work.tap_bytes() + work.arranged_bytes()
+    return Against(prepared.bound.N, prepared.bound.Z, lambda name: contributions()[name], work, held_bytes)

@@ -51,7 +51,8 @@ class Planner:
         one_gradient = 2 * sum(p.multiply_adds() for p in patterns.values()) * len(self._division.sizes)
         passes = self._backward_passes(columns, patterns, bound.N)
         cost = passes * one_gradient + sum(p.multiply_adds for p in parts)
-        held = self._held_bytes(work, outputs, parts)
+        others = {id(t.accumulator.setting.against): t.accumulator.setting.against for t in accumulators.values()}
+        held = self._held_bytes(work, outputs, parts) + sum(a.held_bytes for a in others.values() if a is not None)
         parts, resident = self._stream(parts, held)
         return Plan(
             N=bound.N,

@@ -54,12 +54,14 @@ class Against:
         Z: what its loss divides by.
         gradients: parameter → g′.
         work: how they come about.
+        held_bytes: what its graph, the gradients at its layers and their rearranged inputs take, until the end.
     """
 
     N: int
     Z: float
     gradients: Callable[[str], Contribution]
     work: Judged
+    held_bytes: int
 
 
 @dataclass(frozen=True)
