@@ -5,7 +5,9 @@ from curvature_protocol.catalogue import Catalogue, ExtensionEntry, LossEntry
 from curvature_protocol.errors import FAMILIES, ErrorFamily, Problem, family_of
 from curvature_protocol.events import JobEvent
 from curvature_protocol.health import Health, Readiness, WorkerView
-from curvature_protocol.jobs import FINAL, Job, JobPage, JobStatus, Progress
+from curvature_protocol.inspections import InspectedModel, Inspection
+from curvature_protocol.jobs import FINAL, Job, JobKind, JobPage, JobStatus, Progress
+from curvature_protocol.plans import Plan, PlanJob
 from curvature_protocol.requests import (
     BatchReference,
     ExtensionRequest,
@@ -28,8 +30,11 @@ __all__ = [
     "ExtensionRequest",
     "Health",
     "InlineBatch",
+    "InspectedModel",
+    "Inspection",
     "Job",
     "JobEvent",
+    "JobKind",
     "JobPage",
     "JobRequest",
     "JobStatus",
@@ -37,6 +42,8 @@ __all__ = [
     "LossReference",
     "LossRequest",
     "Manifest",
+    "Plan",
+    "PlanJob",
     "Problem",
     "Progress",
     "Provenance",

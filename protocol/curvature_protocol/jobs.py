@@ -29,6 +29,14 @@ class JobStatus(StrEnum):
     CANCELLED = "cancelled"  # stopped before it had a result
 
 
+class JobKind(StrEnum):
+    """What a job makes."""
+
+    ANALYSIS = "analysis"  # tensors: POST /v1/jobs
+    PLAN = "plan"  # what an analysis would do: POST /v1/plans
+    INSPECTION = "inspection"  # what a model is: GET /v1/models/{sha256}
+
+
 FINAL = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED})
 
 
@@ -51,6 +59,7 @@ class Job(Reply):
     """A job as the API shows it."""
 
     id: str
+    kind: JobKind = JobKind.ANALYSIS
     status: JobStatus
     created_at: datetime
     started_at: datetime | None = None

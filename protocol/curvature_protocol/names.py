@@ -28,5 +28,5 @@ def admitted_key(sha256: str, admission_version: str) -> str:
 
 
 def result_key(job_id: str, attempt: int, file_name: str) -> str:
-    """Object-store key of one file of a result (`manifest.json` or `{label}.safetensors`)."""
+    """Object-store key of one file of a result (`manifest.json`, `{label}.safetensors`, or `{kind}.json`)."""
     return f"results/{job_id}/{attempt}/{file_name}"

@@ -22,6 +22,7 @@ from curvature_service.extensions.service import CatalogueCache
 from curvature_service.health.endpoints import router as health_router
 from curvature_service.jobs.endpoints import router as jobs_router
 from curvature_service.openapi import DocumentedApp
+from curvature_service.plans.endpoints import router as plans_router
 from curvature_service.reconciler import run_reconciler
 from curvature_service.resources import Resources
 from curvature_service.results.endpoints import router as results_router
@@ -69,6 +70,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         events_router,
         results_router,
         jobs_router,
+        plans_router,
         extensions_router,
     ):
         protected.include_router(router)

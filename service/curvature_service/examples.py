@@ -62,6 +62,7 @@ JOB_REQUESTS: dict[str, dict[str, Any]] = {
 
 JOB: dict[str, Any] = {
     "id": JOB_ID,
+    "kind": "analysis",
     "status": "running",
     "created_at": "2026-01-15T09:30:01Z",
     "started_at": "2026-01-15T09:30:01.030000Z",
@@ -91,6 +92,88 @@ JOB: dict[str, Any] = {
 }
 CANCELLING_JOB: dict[str, Any] = {**JOB, "status": "cancelling"}
 JOB_PAGE: dict[str, Any] = {"items": [JOB], "next_cursor": "WyIyMDI2LTAxLTE1VDA5OjMwOjAxKzAwOjAwIiwgIjNmMmE5YzBkIl0="}
+
+_VARIANCE_PLAN: dict[str, Any] = {
+    "label": "variance",
+    "extension": "variance",
+    "columns": "gradient",
+    "column_count": 1,
+    "merging": "welford",
+    "streamed": False,
+    "multiply_adds": 2560000,
+    "result_bytes": 40000,
+    "parameters": [
+        {
+            "parameter": "0.weight",
+            "shape": [10, 1000],
+            "method": "closed form",
+            "form": "materialised",
+            "multiply_adds": 2560000,
+            "peak_bytes": 5120000,
+            "samples_per_block": 128,
+            "result_bytes": 40000,
+            "reason": None,
+        }
+    ],
+}
+PLAN_JOB: dict[str, Any] = {
+    **JOB,
+    "kind": "plan",
+    "status": "succeeded",
+    "finished_at": "2026-01-15T09:30:01.090000Z",
+    "progress": None,
+    "plan": {
+        "N": 128,
+        "dtype": "float32",
+        "device": "cpu",
+        "engine_version": "0.1.0",
+        "budget_bytes": 8589934592,
+        "block_bytes": 268435456,
+        "samples_per_chunk": 128,
+        "chunks": 1,
+        "whole_reason": None,
+        "columns": {"gradient": 1, "exact": 0, "sampled": 0},
+        "forward_bytes": 517120,
+        "peak_bytes": 6297600,
+        "result_bytes": 40000,
+        "backward_passes": 1,
+        "multiply_adds": 5120000,
+        "gradients": 2.0,
+        "requests": [_VARIANCE_PLAN],
+    },
+}
+
+INSPECTED_MODEL: dict[str, Any] = {
+    **ARTEFACT["models"],
+    "inspection_status": "succeeded",
+    "inspection_job": JOB_ID,
+    "error": None,
+    "inspection": {
+        "engine_version": "0.1.0",
+        "format": "torchscript",
+        "training": False,
+        "fixed_samples": None,
+        "inputs": [{"name": "input", "required": True}],
+        "parameters": [
+            {
+                "name": "0.weight",
+                "shape": [10],
+                "dtype": "float32",
+                "trainable": True,
+                "aliases": [],
+                "uses": [{"operator": "layer_norm", "place": "net.py, line 7: return F.layer_norm(x, …)"}],
+                "closed_form": ["grad", "batch_grad", "diag_ggn_exact"],
+                "fallback": [],
+                "none": {"kfac": "no Kronecker form for layer_norm"},
+                "note": None,
+            }
+        ],
+        "buffers": [],
+        "operators": [{"name": "layer_norm", "count": 1}],
+        "unsupported": [],
+        "notes": [],
+    },
+}
 
 EVENT_STREAM = (
     "id: 1768469401031-0\nevent: state\n"

@@ -37,6 +37,7 @@ _TAGS = [
         "description": "Uploaded loss functions: TorchScript of (outputs, targets), returning each sample's loss [N].",
     },
     {"name": "jobs", "description": "Submit, watch, list and cancel."},
+    {"name": "plans", "description": "What a job would do, what it costs and how much memory it takes."},
     {"name": "results", "description": "What a succeeded job computed."},
     {"name": "extensions", "description": "What can be computed."},
     {"name": "health", "description": "Whether the server and its parts answer. No key needed."},

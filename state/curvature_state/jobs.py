@@ -15,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from curvature_protocol.errors import Problem, status_of
-from curvature_protocol.jobs import Job, JobStatus, Progress
+from curvature_protocol.jobs import FINAL, Job, JobKind, JobStatus, Progress
 from curvature_state.database import Database
 from curvature_state.tables import JobRow, UtcDateTime
 
@@ -34,6 +34,7 @@ class NewJob:
     tenant: str = "default"
     priority: int = 5
     metadata: dict[str, str] | None = None
+    kind: JobKind = JobKind.ANALYSIS
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class ClaimedJob:
     request: dict[str, Any]
     tenant: str
     created_at: datetime
+    kind: JobKind = JobKind.ANALYSIS
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def create_job(database: Database, new: NewJob) -> Created:
     row = JobRow(
         id=uuid.uuid4().hex,
         tenant=new.tenant,
+        kind=new.kind,
         status=JobStatus.QUEUED,
         priority=new.priority,
         request=new.request,
@@ -106,6 +109,13 @@ def find_by_key(database: Database, new: NewJob) -> Created | None:
     return None if row is None else Created(view(row), row.body_digest, repeated=True)
 
 
+def forget_key(database: Database, job_id: str) -> None:
+    """Take a finished job's idempotency key from it, so that the same request makes a new one."""
+    query = update(JobRow).where(JobRow.id == job_id, JobRow.status.in_(FINAL)).values(idempotency_key=None)
+    with database.write() as session:
+        session.execute(query.execution_options(synchronize_session=False))
+
+
 def get_job(database: Database, job_id: str) -> Job | None:
     """The job, or None."""
     with database.read() as session:
@@ -114,10 +124,17 @@ def get_job(database: Database, job_id: str) -> Job | None:
 
 
 def list_jobs(
-    database: Database, *, status: JobStatus | None, limit: int, before: tuple[datetime, str] | None
+    database: Database,
+    *,
+    kind: JobKind | None = JobKind.ANALYSIS,
+    status: JobStatus | None,
+    limit: int,
+    before: tuple[datetime, str] | None,
 ) -> list[Job]:
-    """Newest first; `before` is the (created_at, id) of the last job of the previous page."""
+    """Those of a kind (None: all), newest first; `before` is the (created_at, id) of the previous page's last job."""
     query = select(JobRow).order_by(JobRow.created_at.desc(), JobRow.id.desc()).limit(limit)
+    if kind is not None:
+        query = query.where(JobRow.kind == kind)
     if status is not None:
         query = query.where(JobRow.status == status)
     if before is not None:
@@ -144,7 +161,9 @@ def claim(database: Database, job_id: str, worker_id: str, lease_seconds: float)
             progress=None,
         )
         row = session.get(JobRow, job_id) if changed else None
-        return None if row is None else ClaimedJob(row.id, row.attempt, row.request, row.tenant, row.created_at)
+        if row is None:
+            return None
+        return ClaimedJob(row.id, row.attempt, row.request, row.tenant, row.created_at, JobKind(row.kind))
 
 
 def renew(
@@ -311,6 +330,7 @@ def view(row: JobRow) -> Job:
     """The row as the API shows it."""
     return Job(
         id=row.id,
+        kind=JobKind(row.kind),
         status=JobStatus(row.status),
         created_at=row.created_at,
         started_at=row.started_at,

@@ -37,10 +37,12 @@ class JobRow(Base):
         UniqueConstraint("tenant", "idempotency_key"),
         Index("jobs_by_age", "created_at", "id"),
         Index("jobs_by_status", "status", "created_at"),
+        Index("jobs_by_kind", "kind", "created_at", "id"),
     )
 
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
     tenant: Mapped[str] = mapped_column(String(64), default="default")
+    kind: Mapped[str] = mapped_column(String(16), default="analysis", server_default="analysis")
     status: Mapped[str] = mapped_column(String(16))
     priority: Mapped[int] = mapped_column(Integer, default=5)
     request: Mapped[dict[str, Any]] = mapped_column(JSON)

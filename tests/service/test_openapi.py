@@ -48,6 +48,8 @@ def test_the_issues_endpoints_are_there():
     wanted = {
         *(f"{verb} /v1/{kind}/{{sha256}}" for verb in ("put", "head", "get") for kind in kinds),
         *(f"{verb} /v1/{kind}/{{sha256}}/content" for verb in ("head", "get") for kind in kinds),
+        "post /v1/plans",
+        "get /v1/plans/{job_id}",
         "post /v1/jobs",
         "get /v1/jobs",
         "get /v1/jobs/{job_id}",

@@ -1,26 +1,18 @@
 """`/v1/models`, `/v1/batches` and `/v1/losses`."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-from curvature_protocol.artefacts import SHA256_PATTERN, SINGULAR, Artefact, ArtefactKind
+from curvature_protocol.artefacts import SINGULAR, Artefact, ArtefactKind
 from curvature_protocol.names import artefact_key
 from curvature_service import examples
+from curvature_service.artefacts.paths import Sha256Path
 from curvature_service.artefacts.service import get_artefact, store_upload, too_large
+from curvature_service.models.endpoints import add_inspected_model
 from curvature_service.openapi import BYTES, RANGE_HEADER, answer, problems
 from curvature_service.ranges import stream_object
 from curvature_service.resources import ResourcesDependency
 
-Sha256Path = Annotated[
-    str,
-    Path(
-        pattern=SHA256_PATTERN,
-        description="SHA-256 of the bytes, in lower-case hexadecimal",
-        examples=[examples.MODEL_SHA256],
-    ),
-]
 _WHAT: dict[ArtefactKind, str] = {
     "models": "model file",
     "batches": "batch (a safetensors file)",
@@ -29,10 +21,13 @@ _WHAT: dict[ArtefactKind, str] = {
 
 
 def artefact_router(kind: ArtefactKind) -> APIRouter:
-    """The endpoints of one kind of upload."""
+    """The endpoints of one kind of upload; models have more to their record."""
     router = APIRouter(prefix=f"/{kind}", tags=[kind])
     _add_upload(router, kind)
-    _add_metadata(router, kind)
+    if kind == "models":
+        add_inspected_model(router)
+    else:
+        _add_metadata(router, kind)
     _add_content(router, kind)
     return router
 

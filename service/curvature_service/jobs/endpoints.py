@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-from curvature_protocol.jobs import FINAL, Job, JobPage, JobStatus
+from curvature_protocol.jobs import FINAL, Job, JobKind, JobPage, JobStatus
 from curvature_protocol.requests import JobRequest
 from curvature_service import examples
 from curvature_service.bodies import read_json
@@ -65,12 +65,13 @@ async def submit_job(
 )
 async def list_jobs(
     resources: ResourcesDependency,
+    kind: Annotated[JobKind, Query(description="only jobs of this kind")] = JobKind.ANALYSIS,
     status: Annotated[JobStatus | None, Query(description="only jobs in this state")] = None,
     limit: Annotated[int, Query(ge=1, le=200, description="jobs in a page")] = 50,
     cursor: Annotated[str | None, Query(description="`next_cursor` of the previous page")] = None,
 ) -> JobPage:
     """One page; `next_cursor` leads to the next, and is null in the last."""
-    return await service.page(resources, status, limit, cursor)
+    return await service.page(resources, kind, status, limit, cursor)
 
 
 @router.get(

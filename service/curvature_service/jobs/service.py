@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from fastapi.concurrency import run_in_threadpool
 from redis import RedisError
 
-from curvature_protocol.jobs import FINAL, InlineResult, Job, JobPage, JobStatus
+from curvature_protocol.jobs import FINAL, InlineResult, Job, JobKind, JobPage, JobStatus
 from curvature_protocol.names import result_key
 from curvature_protocol.requests import BatchReference, JobRequest, LossReference
 from curvature_service.artefacts.service import get_artefact, store_small
@@ -31,7 +31,11 @@ _LONGEST_CURSOR = 200
 
 
 def submit(
-    resources: Resources, catalogue: CatalogueCache, request: JobRequest, idempotency_key: str | None
+    resources: Resources,
+    catalogue: CatalogueCache,
+    request: JobRequest,
+    idempotency_key: str | None,
+    kind: JobKind = JobKind.ANALYSIS,
 ) -> tuple[Job, bool]:
     """Write the job and ring the bell; returns the job and whether it is new.
 
@@ -39,7 +43,7 @@ def submit(
         ApiError: whatever the request lacks.
     """
     reference, inline = _batch_of(resources, request)
-    new = _new_job(request.model_copy(update={"batch": reference}), idempotency_key)
+    new = _new_job(request.model_copy(update={"batch": reference}), idempotency_key, kind)
     # Before any check: what was accepted once stays accepted, whatever became of model, batch and catalogue since.
     found = find_by_key(resources.database, new)
     if found is None:
@@ -53,8 +57,7 @@ def submit(
         found = create_job(resources.database, new)
     if found.repeated:
         return _same(found, new), False
-    events.publish(resources.redis, events.state_event(found.job))
-    broker.ring(resources.celery, found.job.id, found.job.priority)
+    announce(resources, found.job)
     return found.job, True
 
 
@@ -71,7 +74,13 @@ def _check_further_uploads(resources: Resources, request: JobRequest) -> None:
             get_artefact(resources, "batches", sha256, param=f"extensions.{place}.options.{option}")
 
 
-def _new_job(request: JobRequest, idempotency_key: str | None) -> NewJob:
+def announce(resources: Resources, job: Job) -> None:
+    """Tell followers and workers of a new job."""
+    events.publish(resources.redis, events.state_event(job))
+    broker.ring(resources.celery, job.id, job.priority)
+
+
+def _new_job(request: JobRequest, idempotency_key: str | None, kind: JobKind) -> NewJob:
     text = request.model_dump_json()
     if len(text) > MAX_REQUEST_BYTES:
         raise ApiError(
@@ -80,9 +89,10 @@ def _new_job(request: JobRequest, idempotency_key: str | None) -> NewJob:
             param="metadata",
             remedy="shorten metadata, options and warnings",
         )
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    told = text if kind == JobKind.ANALYSIS else f"{kind} {text}"  # one key serves one kind
+    digest = hashlib.sha256(told.encode()).hexdigest()
     stored = request.model_dump(mode="json")
-    return NewJob(stored, digest, idempotency_key, priority=request.priority, metadata=request.metadata)
+    return NewJob(stored, digest, idempotency_key, priority=request.priority, metadata=request.metadata, kind=kind)
 
 
 def _batch_of(resources: Resources, request: JobRequest) -> tuple[BatchReference, bytes | None]:
@@ -192,10 +202,14 @@ async def cancel(resources: Resources, job_id: str) -> Job:
     return job
 
 
-async def page(resources: Resources, status: JobStatus | None, limit: int, cursor: str | None) -> JobPage:
-    """One page of jobs, newest first."""
+async def page(
+    resources: Resources, kind: JobKind, status: JobStatus | None, limit: int, cursor: str | None
+) -> JobPage:
+    """One page of jobs of a kind, newest first."""
     before = None if cursor is None else _read_cursor(cursor)
-    jobs = await run_in_threadpool(list_jobs, resources.database, status=status, limit=limit + 1, before=before)
+    jobs = await run_in_threadpool(
+        list_jobs, resources.database, kind=kind, status=status, limit=limit + 1, before=before
+    )
     shown = jobs[:limit]
     return JobPage(items=tuple(shown), next_cursor=_write_cursor(shown[-1]) if len(jobs) > limit else None)
 

@@ -1,6 +1,6 @@
 """Finding results."""
 
-from curvature_protocol.jobs import FINAL, Job, JobStatus
+from curvature_protocol.jobs import FINAL, Job, JobKind, JobStatus
 from curvature_protocol.names import result_key
 from curvature_protocol.results import Manifest
 from curvature_service.errors import ApiError
@@ -13,6 +13,13 @@ def read_manifest(resources: Resources, job: Job) -> Manifest:
     Raises:
         ApiError: `result_not_ready`, with what became of the job; `result_not_found` if it was removed.
     """
+    if job.kind != JobKind.ANALYSIS:
+        raise ApiError(
+            "result_not_found",
+            f"job {job.id} is of kind {job.kind}: it has no tensors",
+            param="job_id",
+            remedy=f"GET /v1/plans/{job.id}" if job.kind == JobKind.PLAN else "GET /v1/models/{sha256}",
+        )
     if job.status != JobStatus.SUCCEEDED:
         raise _not_ready(job)
     try:
