@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from curvature_protocol.jobs import JobKind
 from curvature_protocol.names import artefact_key, result_key
 from curvature_protocol.results import Manifest
 from curvature_state import Database, ObjectStore, jobs
@@ -57,7 +58,7 @@ class Desk:
         self.objects.put_bytes(artefact_key(kind, sha256), data)
         return sha256
 
-    def submit(self, model, batch, extensions=("batch_grad",), **changes):
+    def submit(self, model, batch, extensions=("batch_grad",), kind=JobKind.ANALYSIS, **changes):
         """File a job; returns its id. `model` is a module or bytes; `batch` a pair, or bytes."""
         data = model if isinstance(model, bytes) else script(model)
         packed = batch if isinstance(batch, bytes) else save({"inputs": batch[0], "targets": batch[1]})
@@ -76,7 +77,17 @@ class Desk:
             "warnings": [],
             **changes,
         }
-        return jobs.create_job(self.database, jobs.NewJob(request, "digest")).job.id
+        return jobs.create_job(self.database, jobs.NewJob(request, "digest", kind=kind)).job.id
+
+    def inspect(self, model):
+        """File an inspection; returns its id."""
+        data = model if isinstance(model, bytes) else script(model)
+        request = {"model": self.store("models", data)}
+        return jobs.create_job(self.database, jobs.NewJob(request, "digest", kind=JobKind.INSPECTION)).job.id
+
+    def report(self, job):
+        """What a plan or an inspection found."""
+        return json.loads(self.objects.get_bytes(result_key(job.id, job.attempt, f"{job.kind}.json")))
 
     def run(self, job_id):
         """Run a job here and now; returns its record."""

@@ -14,7 +14,7 @@ from obstore.exceptions import BaseError as StoreError
 
 from curvature_protocol.artefacts import SINGULAR, ArtefactKind
 from curvature_protocol.errors import FAMILIES
-from curvature_protocol.jobs import Progress
+from curvature_protocol.jobs import JobKind, Progress
 from curvature_protocol.names import admitted_key, result_key
 from curvature_protocol.requests import referenced_batch
 from curvature_protocol.results import Manifest
@@ -28,6 +28,7 @@ from curvature_worker.lease import Lease
 from curvature_worker.manifest import build_manifest
 from curvature_worker.pool import ChildPool
 from curvature_worker.reporter import Reporter
+from curvature_worker.reports import read_report
 from curvature_worker.sealing import FileInUse
 from curvature_worker.settings import WorkerSettings
 
@@ -71,15 +72,15 @@ class Attempt:
         Raises:
             JobRefused, JobStopped, LeaseLost, WorkerStopping, WorkerUnfit: as they say.
         """
-        request, cache = self._job.request, self._tools.cache
         try:
-            model = self._admitted("models", request["model"])
-            files = {sha256: cache.fetch_upload("batches", sha256, self._check) for sha256 in _batches(request)}
-            if (loss := _loss_function(request)) is not None:
-                files[_loss_name(loss)] = self._small_enough(self._admitted("losses", loss))
+            model = self._admitted("models", self._job.request["model"])
+            files = {} if self._job.kind == JobKind.INSPECTION else self._fetch(self._job.request)
             self._lap("fetch")
             reply, child = self._compute(model, files)
-            self._store(reply, child)
+            if self._job.kind == JobKind.ANALYSIS:
+                self._store(reply, child)
+            else:
+                self._store_report(reply)
         except (StoreError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             logger.exception("job %s: files could not be moved", self._job.id)
@@ -88,6 +89,14 @@ class Attempt:
             ) from error
 
     # Steps
+
+    def _fetch(self, request: dict[str, Any]) -> dict[str, Path]:
+        """Name in the inbox → file, of what a request refers to beside the model."""
+        cache = self._tools.cache
+        files = {sha256: cache.fetch_upload("batches", sha256, self._check) for sha256 in _batches(request)}
+        if (loss := _loss_function(request)) is not None:
+            files[_loss_name(loss)] = self._small_enough(self._admitted("losses", loss))
+        return files
 
     def _admitted(self, kind: ArtefactKind, sha256: str) -> Path:
         """The admitted form of a model or a loss function, made now if this is its first job."""
@@ -187,7 +196,7 @@ class Attempt:
             for name, path in files.items():
                 place(path, child.inbox / name)
             try:
-                child.channel.send(_order(job.request), _SEND_SECONDS)
+                child.channel.send(_order(job), _SEND_SECONDS)
             except ChannelClosed:
                 pool.discard(job.tenant)
                 continue
@@ -248,6 +257,26 @@ class Attempt:
         warnings = manifest.warnings
         if not self._lease.write(lambda: jobs.succeed(self._tools.database, job.id, job.attempt, warnings)):
             self._remove_stored(files)
+            raise LeaseLost
+
+    def _store_report(self, reply: dict[str, Any]) -> None:
+        """Check and store what was found without computing tensors, and commit the job's row to it.
+
+        Raises:
+            LeaseLost: as `_store`.
+        """
+        job = self._job
+        try:
+            report = read_report(job.kind, reply)
+        except JobRefused:
+            self._tools.pool.discard(job.tenant)
+            raise
+        self._tell("storing")
+        key = result_key(job.id, job.attempt, f"{job.kind}.json")
+        self._tools.objects.put_bytes(key, report)
+        warnings = job.request.get("warnings", [])
+        if not self._lease.write(lambda: jobs.succeed(self._tools.database, job.id, job.attempt, warnings)):
+            self._tools.objects.delete(key)
             raise LeaseLost
 
     def _check_result(self, reply: dict[str, Any], child: Confined) -> tuple[dict[str, Path], Manifest]:
@@ -363,8 +392,11 @@ def _take(process: Confined, name: str) -> Path:
         raise JobRefused("internal_error", f"the model's process kept hold of what it left: {error}") from error
 
 
-def _order(request: dict[str, Any]) -> dict[str, Any]:
-    """The request as the child takes it: what matters to the numbers, every extension with its label."""
+def _order(job: jobs.ClaimedJob) -> dict[str, Any]:
+    """The job as the child takes it: what matters to the numbers, every extension with its label."""
+    request = job.request
+    if job.kind == JobKind.INSPECTION:
+        return {"kind": job.kind, "model": request["model"], "request": {"eval": True}}
     extensions = [
         {"name": e["name"], "label": label, "options": e["options"]}
         for e, label in zip(request["extensions"], _labels(request), strict=True)
@@ -374,6 +406,7 @@ def _order(request: dict[str, Any]) -> dict[str, Any]:
         wanted["loss"] = {"file": _loss_name(loss), "output": request["loss"]["output"]}
     wanted["verify"] = request.get("verify", False)  # jobs queued before there was this field have none
     return {
+        "kind": job.kind,
         "model": request["model"],
         "batch": request["batch"]["sha256"],
         "request": {**wanted, "extensions": extensions},

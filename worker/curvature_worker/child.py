@@ -1,5 +1,6 @@
 """The confined process that opens models and runs the engine. It trusts nobody and is trusted by nobody."""
 
+import json
 import logging
 import math
 import sys
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 import curvature_engine as engine
 from curvature_protocol.names import INPUTS, TARGETS
 from curvature_protocol.requests import referenced_batch
-from curvature_worker.channel import Channel, ChannelClosed
+from curvature_worker.channel import MAX_FRAME_BYTES, Channel, ChannelClosed
 
 _PROGRESS_SECONDS = 0.1
 _NO_MEMORY = ("allocate memory", "out of memory", "bad_alloc")
@@ -84,11 +85,12 @@ class Child:
         self._channel, self._programs, self._inbox, self._outbox = channel, programs, inbox, outbox
         self._budget_bytes = budget_bytes
         self._progress_at = 0.0
+        self._answers = {"analysis": self._run, "plan": self._plan, "inspection": self._inspect}
 
     def answer(self, order: dict[str, Any]) -> None:
         """Run one order and send its reply: `done` or `error`."""
         try:
-            self._channel.send(self._run(order))
+            self._channel.send(self._answers[order["kind"]](order))
         except ChannelClosed:
             raise
         except engine.EngineError as error:
@@ -118,12 +120,36 @@ class Child:
     def _refuse(self, code: str, message: str, param: str | None, remedy: str | None) -> None:
         self._channel.send({"event": "error", "code": code, "message": message, "param": param, "remedy": remedy})
 
+    def _inspect(self, order: dict[str, Any]) -> dict[str, Any]:
+        return _report(engine.inspect_program(self._program(order)).to_dict())
+
+    def _plan(self, order: dict[str, Any]) -> dict[str, Any]:
+        request = order["request"]
+        program = self._program(order)
+        inputs, targets = read_batch(self._inbox / order["batch"])
+        plan = engine.plan(
+            program,
+            inputs,
+            targets,
+            self._with_batches(request["extensions"], {order["batch"]: (inputs, targets)}),
+            loss=self._loss(request["loss"]),
+            reduction=request["reduction"],
+            seed=request["seed"],
+            parameters=request["parameters"],
+            budget_bytes=self._budget_bytes,
+        )
+        return _report(plan.to_dict())
+
+    def _program(self, order: dict[str, Any]) -> engine.Program:
+        key = (order["model"], order["request"]["eval"])
+        if key not in self._programs:
+            self._channel.send({"event": "progress", "phase": "loading", "done": 0, "total": 0})
+        return self._programs.load(key[0], eval=key[1])
+
     def _run(self, order: dict[str, Any]) -> dict[str, Any]:
         request = order["request"]
         begun = time.perf_counter()
-        if (order["model"], request["eval"]) not in self._programs:
-            self._channel.send({"event": "progress", "phase": "loading", "done": 0, "total": 0})
-        program = self._programs.load(order["model"], eval=request["eval"])
+        program = self._program(order)
         inputs, targets = read_batch(self._inbox / order["batch"])
         extensions = self._with_batches(request["extensions"], {order["batch"]: (inputs, targets)})
         loaded = time.perf_counter()
@@ -201,6 +227,22 @@ class Child:
             "missing": group.missing,
             "provenance": group.provenance,
         }
+
+
+def _report(found: dict[str, Any]) -> dict[str, Any]:
+    """The reply with a report.
+
+    Raises:
+        EngineError: `unsupported_model` if it is too long for the worker to listen to.
+    """
+    reply = {"event": "done", "report": found}
+    if (size := len(json.dumps(reply))) > MAX_FRAME_BYTES:
+        raise engine.EngineError(
+            "unsupported_model",
+            f"the report has {size} bytes; {MAX_FRAME_BYTES} are told",
+            remedy="ask for fewer extensions, or name parameters",
+        )
+    return reply
 
 
 def _lacked_memory(error: BaseException | None) -> bool:
