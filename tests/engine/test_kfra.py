@@ -1,11 +1,12 @@
 """KFRA: against dense per-sample Jacobians of every module, and what is no chain."""
 
+import warnings
 from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.engine.models import Case, Residual, Shared, images, sequences, targets_for, torchscript, vectors
+from tests.engine.models import Case, Residual, Shared, images, sequences, targets_for, tokens, torchscript, vectors
 from tests.engine.reference import Reference, _inputs_of
 from torch import nn
 
@@ -342,6 +343,39 @@ def test_half_precision_is_near_double():
         assert error(rounded["kfra"][parameter].B.double(), B) <= 0.1
 
 
+class Rounded(nn.Module):
+    """Computes a part in single precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x).float()).double())
+
+
+@pytest.mark.parametrize("way", ["scripted", "traced"])
+def test_casts_are_layers_like_others(way):
+    torch.manual_seed(0)
+    module, (x,) = Rounded(), vectors()
+    plain = nn.Sequential(module.a, nn.Tanh(), module.b)
+    rounded, exact = kfra(module, x, way=way)["kfra"], kfra(plain, x)["kfra"]
+    for mine, exactly in (("a.weight", "0.weight"), ("b.weight", "2.weight")):
+        assert error(rounded[mine].B, exact[exactly].B) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["cnn", "positions", "places"])
+def test_exported_programs(name, tmp_path):
+    module, inputs, targets, matrices = averaged_of(name, "mse", "mean")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shapes = ({0: torch.export.Dim("N", min=2)},)
+        torch.export.save(torch.export.export(module, inputs, dynamic_shapes=shapes), tmp_path / "model.pt2")
+    result = engine.analyze(tmp_path / "model.pt2", inputs, targets, KFRA, loss="mse")
+    for request in KFRA:
+        check(result[request["label"]], expected(module, matrices, *request["options"].values()))
+
+
 # What is no chain
 
 
@@ -410,6 +444,12 @@ def test_no_chain_is_refused_with_operator_and_remedy(make, inputs, message, way
     assert "kflr" in caught.value.remedy
 
 
+def test_a_plan_refuses_as_the_analysis_does():
+    module, inputs = Residual().double().eval(), images()
+    with pytest.raises(engine.EngineError, match="joins 2 branches"):
+        engine.plan(torch.jit.script(module), inputs, targets_for(module(*inputs), "mse"), ["kfra"], loss="mse")
+
+
 def test_layers_behind_the_last_branch_can_be_had_alone():
     torch.manual_seed(0)
     module, inputs = Residual(), images()
@@ -424,6 +464,19 @@ def test_layers_without_a_form_are_left_out_or_refused():
     assert set(found.missing) == {"1.weight", "1.bias"}
     with pytest.raises(engine.EngineError, match=r"strict: 1.weight has no Kronecker factors"):
         kfra(module, images(), requests=[{"name": "kfra", "options": {"strict": True}}])
+
+
+def test_the_chain_may_begin_at_an_embedding():
+    module = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(15, 2))
+    found = kfra(module, tokens()).groups["kfra"]
+    assert set(found.by_parameter) == {"1.weight", "1.bias", "4.weight", "4.bias"}
+    assert found.missing["0.weight"] == "no Kronecker form for embedding"
+
+
+def test_a_normed_weight_is_left_out_and_its_bias_is_not():
+    module = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 3))
+    found = kfra(module, vectors(), way="traced").groups["kfra"]
+    assert set(found.by_parameter) == {"0.bias", "2.weight", "2.bias"}
 
 
 def test_a_layer_that_reaches_no_output_is_left_out():

@@ -263,7 +263,8 @@ class _Passage:
         Raises:
             EngineError: `verification_failed`.
         """
-        tolerance = _TOLERANCE.get(self.step.target.dtype, _HALF_TOLERANCE)
+        ends = (self.step.source.dtype, self.step.target.dtype)  # a cast is as precise as the coarser one
+        tolerance = max(_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in ends)
         if not bool(torch.isfinite(found).all()) or not bool(torch.isfinite(expected).all()):
             return
         if bool((found - expected).abs().max() > tolerance * expected.abs().max().clamp(min=1e-30)):
