@@ -4,6 +4,7 @@ import pytest
 import torch
 from tests.engine.losses import LOSS_CASES
 from tests.engine.models import CASES, build, targets_for, torchscript
+from tests.engine.test_kfra import CASES as CHAINS
 from tests.engine.test_table import PER_PARAMETER, REQUESTS, TOLERANCE, error
 
 import curvature_engine as engine
@@ -32,6 +33,19 @@ def test_a_gpu_computes_what_the_cpu_does(case, loss):
             assert error(there[extension][parameter].cpu(), value) <= TOLERANCE, (extension, parameter)
     for parameter, pair in here["kfac"].items():
         assert error(there["kfac"][parameter].B.cpu(), pair.B) <= TOLERANCE, parameter
+
+
+@pytest.mark.parametrize("case", CHAINS, ids=lambda case: case.name)
+def test_a_gpu_averages_as_the_cpu_does(case):
+    module, inputs = build(case)
+    targets = targets_for(module(*inputs), "mse")
+    script = torch.jit.script(module)
+    here, there = (
+        engine.analyze(script, inputs, targets, ["kfra"], loss="mse", device=device)["kfra"]
+        for device in ("cpu", "cuda")
+    )
+    for parameter, pair in here.items():
+        assert error(there[parameter].B.cpu(), pair.B) <= TOLERANCE, parameter
 
 
 @pytest.mark.parametrize("case", LOSS_CASES, ids=lambda case: case.id)

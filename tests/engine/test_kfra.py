@@ -53,6 +53,13 @@ class Square(Call):
         return x * x
 
 
+class Swish(Call):
+    """Elementwise, although its branches join."""
+
+    def function(self, x):
+        return x * torch.sigmoid(1.5 * x) + 0.1 * x**3
+
+
 class InPlace(nn.Module):
     """Edits what a layer made."""
 
@@ -108,7 +115,8 @@ CASES = [
         "activations",
         lambda: nn.Sequential(
             *(nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 4), nn.SiLU(), nn.ELU(), nn.Linear(4, 4), Square()),
-            *(nn.Linear(4, 4), nn.LeakyReLU(), nn.Softplus(), nn.Linear(4, 3, bias=False), nn.LogSoftmax(-1)),
+            *(nn.Linear(4, 4), nn.LeakyReLU(), nn.Softplus(), Swish(), nn.Linear(4, 3), nn.Softsign()),
+            nn.LogSoftmax(-1),
         ),
         vectors,
         losses=("mse",),
@@ -382,11 +390,11 @@ def test_exported_programs(name, tmp_path):
 class Gated(nn.Module):
     def __init__(self):
         super().__init__()
-        self.l = nn.Linear(5, 5)
+        self.l, self.gate = nn.Linear(5, 5), nn.Linear(5, 5)
 
     def forward(self, x):
         h = self.l(x)
-        return h * torch.sigmoid(h)
+        return h * torch.sigmoid(self.gate(h))
 
 
 class Graph(nn.Module):

@@ -87,7 +87,11 @@ def spread(vectors: Tensor, layout: Tensor, shape: torch.Size) -> Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """One link of the chain, understood."""
+    """One link of the chain, understood.
+
+    Attributes:
+        link: the operator; of several elementwise ones together the last.
+    """
 
     link: Link
     source: Socket
@@ -123,19 +127,52 @@ def trace_chain(outputs: Tensor, links: Links, wanted: frozenset[EdgeKey]) -> li
     key, missing = _key_of(outputs), set(wanted)
     missing.discard(key)
     while missing:
-        link = links.maker(key)
-        sources = link.entry.inputs
-        if len(sources) > 1:
-            raise unsupported_chain(f"{link.title} joins {len(sources)} branches")
-        if not sources:
-            raise unsupported_chain(f"it ends at {link.title}, and some layers stand beside it")
-        form = form_of(link)
-        if form is None:
-            raise unsupported_chain(f"it does not know the Jacobian of {link.title}, {_shapes(link)}")
-        steps.append(Step(link, sources[0], form))
-        key = sources[0].key
+        step = _step(links, links.maker(key))
+        steps.append(step)
+        key = step.source.key
         missing.discard(key)
     return steps
+
+
+def _step(links: Links, link: Link) -> Step:
+    """The step back over one operator, or over elementwise ones whose branches come from one tensor."""
+    sources = link.entry.inputs
+    if not sources:
+        raise unsupported_chain(f"it ends at {link.title}, and some layers stand beside it")
+    if len(sources) > 1:
+        return Step(link, _common_source(links, link), Form("diagonal", len(link.output.shape)))
+    form = form_of(link, sources[0])
+    if form is None:
+        raise unsupported_chain(f"it does not know the Jacobian of {link.title}, {_shapes(link)}")
+    return Step(link, sources[0], form)
+
+
+def _common_source(links: Links, link: Link) -> Socket:
+    """The one tensor from which elementwise operators alone make what a link joins (`x * sigmoid(x)`).
+
+    Raises:
+        EngineError: `unsupported_model` where there is none.
+    """
+    joined = unsupported_chain(f"{link.title} joins {len(link.entry.inputs)} branches")
+    open_ends = {source.key: source for source in link.entry.inputs}
+    if any(_is_not_elementwise(link, source) for source in link.entry.inputs):
+        raise joined
+    while len(open_ends) > 1:
+        makers = [links.maker(key) for key in open_ends if links.has_maker(key)]
+        if not makers:
+            raise joined
+        latest = max(makers, key=lambda maker: maker.number)  # nothing that comes after it is open any more
+        if not latest.entry.inputs or any(_is_not_elementwise(latest, source) for source in latest.entry.inputs):
+            raise joined
+        del open_ends[latest.output.key]
+        open_ends.update({source.key: source for source in latest.entry.inputs})
+    (source,) = open_ends.values()
+    return source
+
+
+def _is_not_elementwise(link: Link, source: Socket) -> bool:
+    form = form_of(link, source)
+    return form is None or form.kind != "diagonal"
 
 
 def _key_of(outputs: Tensor) -> EdgeKey:

@@ -65,9 +65,11 @@ class Link:
     """One operator call that made a differentiable tensor from the batch.
 
     Attributes:
+        number: in the order of the forward pass.
         versions: of its tensor arguments, right after the call.
     """
 
+    number: int
     call: OperatorCall
     arguments: tuple[Any, ...]
     versions: tuple[int | None, ...]
@@ -119,8 +121,12 @@ class Links:
                 continue
             output = _socket(tensor, 0)
             if output.key not in known:
-                link = Link(call, tuple(arguments), versions, entry, output)
+                link = Link(len(self._makers), call, tuple(arguments), versions, entry, output)
                 self._makers.setdefault(output.key, link)
+
+    def has_maker(self, key: EdgeKey) -> bool:
+        """Whether a call on record made the tensor at an edge."""
+        return key in self._makers
 
     def maker(self, key: EdgeKey) -> Link:
         """The call that made the tensor at an edge.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from curvature_engine.chain import Link
+from curvature_engine.chain import Link, Socket
 from curvature_engine.operators import ELEMENTWISE, MOVERS
 
 Kind = Literal["moved", "diagonal", "constant", "selected", "varying"]
@@ -28,80 +28,74 @@ class Form:
     row_axes: int
 
 
-def form_of(link: Link) -> Form | None:
-    """The form of the Jacobian in a link's one input; None where the operator is not known."""
+def form_of(link: Link, source: Socket) -> Form | None:
+    """The form of the Jacobian in one of a link's inputs; None where the operator is not known."""
     find = _FORMS.get(link.name)
-    form = None if find is None else find(link)
+    form = None if find is None else find(link, source)
     if form is None or form.kind in ("moved", "diagonal"):
         return form
     rows = form.row_axes
-    (source,) = link.entry.inputs
     if rows < 0 or source.shape[:rows] != link.output.shape[:rows]:
         return None
     # Another argument of the batch makes the Jacobian another one for every sample, along axes that are not known.
     return form if link.entry.tensors == 1 else None
 
 
-Finder = Callable[[Link], Form | None]
+Finder = Callable[[Link, Socket], Form | None]
 
 
-def _axes(link: Link) -> int:
-    return len(link.entry.inputs[0].shape)
+def _moved(link: Link, source: Socket) -> Form | None:
+    return Form("moved", 0) if source.position == 0 else None
 
 
-def _position(link: Link) -> int:
-    return link.entry.inputs[0].position
-
-
-def _moved(link: Link) -> Form | None:
-    return Form("moved", 0) if _position(link) == 0 else None
-
-
-def _diagonal(link: Link) -> Form | None:
-    return Form("diagonal", _axes(link)) if link.entry.inputs[0].shape == link.output.shape else None
+def _diagonal(link: Link, source: Socket) -> Form | None:
+    return Form("diagonal", len(source.shape)) if source.shape == link.output.shape else None
 
 
 def _trailing(kind: Kind, axes: int, position: int = 0) -> Finder:
     """All but the last `axes` axes are rows."""
-    return lambda link: Form(kind, _axes(link) - axes) if _position(link) == position else None
+    return lambda _, source: Form(kind, len(source.shape) - axes) if source.position == position else None
 
 
 def _along(kind: Kind, argument: int) -> Finder:
     """Rows end before the first of the axes that an argument names."""
 
-    def find(link: Link) -> Form | None:
+    def find(link: Link, source: Socket) -> Form | None:
         named: Any = link.arguments[argument] if len(link.arguments) > argument else None
         axes = [named] if isinstance(named, int) else named
-        if _position(link) != 0 or not isinstance(axes, list | tuple) or not all(type(a) is int for a in axes):
+        if source.position != 0 or not isinstance(axes, list | tuple) or not all(type(a) is int for a in axes):
             return None
-        return Form(kind, min((a % _axes(link) for a in axes), default=0))
+        return Form(kind, min((a % len(source.shape) for a in axes), default=0))
 
     return find
 
 
-def _padded(link: Link) -> Form | None:
+def _padded(link: Link, source: Socket) -> Form | None:
     """`pad(x, [left, right, …])`, from the last axis on."""
     widths = link.arguments[1]
-    return Form("constant", _axes(link) - len(widths) // 2) if _position(link) == 0 else None
+    return Form("constant", len(source.shape) - len(widths) // 2) if source.position == 0 else None
 
 
-def _normalised(link: Link) -> Form | None:
+def _normalised(link: Link, source: Socket) -> Form | None:
     """`layer_norm(x, shape, …)`."""
-    return Form("varying", _axes(link) - len(link.arguments[1])) if _position(link) == 0 else None
+    return Form("varying", len(source.shape) - len(link.arguments[1])) if source.position == 0 else None
 
 
-def _convolved(link: Link) -> Form | None:
+def _convolved(link: Link, source: Socket) -> Form | None:
     kernel = link.arguments[1]
-    return Form("constant", _axes(link) - (kernel.dim() - 1)) if _position(link) == 0 else None
+    return Form("constant", len(source.shape) - (kernel.dim() - 1)) if source.position == 0 else None
 
 
-def _multiplied(link: Link) -> Form | None:
+def _multiplied(link: Link, source: Socket) -> Form | None:
     """`matmul(x, W)` and `matmul(W, x)` with a matrix W."""
-    position = _position(link)
-    other = link.arguments[1 - position]
-    if other.dim() != 2 or _axes(link) < 2:
+    other = link.arguments[1 - source.position]
+    if other.dim() != 2 or len(source.shape) < 2:
         return None
-    return Form("constant", _axes(link) - (1 if position == 0 else 2))
+    return Form("constant", len(source.shape) - (1 if source.position == 0 else 2))
+
+
+def _first(link: Link, source: Socket) -> Form | None:
+    return Form("varying", 1) if source.position == 0 else None
 
 
 _SPATIAL = (1, 2, 3)
@@ -130,6 +124,6 @@ _FORMS: dict[str, Finder] = {
     "cumsum": _along("constant", 1),
     **dict.fromkeys(("softmax", "log_softmax", "glu", "logsumexp", "amax", "amin"), _along("varying", 1)),
     **dict.fromkeys(("layer_norm", "rms_norm"), _normalised),
-    "group_norm": lambda link: Form("varying", 1) if _position(link) == 0 else None,
-    "instance_norm": lambda link: Form("varying", 1) if _position(link) == 0 else None,
+    "group_norm": _first,
+    "instance_norm": _first,
 }

@@ -10,8 +10,9 @@ share a weight are the same sums as for KFAC:
 - reduce: B = Σ_tt′ B̄_tt′, A = 1/N Σ x̄ x̄ᵀ with x̄ the mean over positions;
 - backpack: B as in reduce, A = 1/N Σ over all positions (BackPACK's KFRA).
 
-Every operator counts as a layer: averaging between two of them gives other numbers than averaging once after both,
-unless one of them has the same Jacobian for every sample. With one sample, or without nonlinearities, KFRA is KFLR.
+Every operator counts as a layer, and elementwise ones whose branches come from one tensor (x σ(x)) as one together:
+averaging between two of them gives other numbers than averaging once after both, unless one of them has the same
+Jacobian for every sample. With one sample, or without nonlinearities, KFRA is KFLR.
 """
 
 from dataclasses import replace
