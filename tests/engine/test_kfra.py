@@ -175,7 +175,8 @@ CASES = [
         "places",
         lambda: nn.Sequential(
             *(nn.Linear(4, 5), Transposed(), nn.Conv1d(5, 4, 2), nn.Tanh(), Transposed(), nn.Linear(4, 3)),
-            *(Transposed(), nn.Flatten(), nn.Linear(6, 6), nn.Unflatten(1, (2, 3)), nn.Tanh(), Last(), nn.Linear(3, 3)),
+            *(Transposed(), nn.Flatten(), nn.Linear(6, 6), nn.Unflatten(1, (2, 3)), nn.Tanh(), Transposed()),
+            *(Last(), nn.Linear(2, 3)),
         ),
         sequences,
     ),

@@ -94,6 +94,12 @@ def _multiplied(link: Link, source: Socket) -> Form | None:
     return Form("constant", len(source.shape) - (1 if source.position == 0 else 2))
 
 
+def _cut(link: Link, source: Socket) -> Form | None:
+    """`slice(x, axis, …)`, which may take all (`x[:, 0]` begins with that)."""
+    whole = source.shape == link.output.shape
+    return _moved(link, source) if whole else _along("constant", 1)(link, source)
+
+
 def _first(link: Link, source: Socket) -> Form | None:
     return Form("varying", 1) if source.position == 0 else None
 
@@ -120,7 +126,8 @@ _FORMS: dict[str, Finder] = {
     **{f"upsample_nearest{d}d": _trailing("constant", d) for d in _SPATIAL},
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), _trailing("constant", 3)),
     **dict.fromkeys(("pad", "constant_pad_nd"), _padded),
-    **dict.fromkeys(("mean", "sum", "select", "slice", "narrow"), _along("constant", 1)),
+    **dict.fromkeys(("mean", "sum", "select"), _along("constant", 1)),
+    **dict.fromkeys(("slice", "narrow"), _cut),
     "cumsum": _along("constant", 1),
     **dict.fromkeys(("softmax", "log_softmax", "glu", "logsumexp", "amax", "amin"), _along("varying", 1)),
     **dict.fromkeys(("layer_norm", "rms_norm"), _normalised),
