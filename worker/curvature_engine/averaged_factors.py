@@ -23,7 +23,7 @@ class AveragedFactors:
         accumulators: of the requests, to say which parameters have a form.
 
     Raises:
-        EngineError: `unsupported_model` where there is no chain to those parameters' layers, or `out_of_memory`.
+        EngineError: `unsupported_model` where there is no chain to those parameters' layers, or not the memory.
     """
 
     def __init__(

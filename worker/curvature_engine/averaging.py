@@ -191,7 +191,7 @@ class Averaging:
     """The recursion on one batch.
 
     Raises:
-        EngineError: `out_of_memory` before the work it would take.
+        EngineError: `unsupported_model` where the matrices exceed the budget, before they are made.
     """
 
     def __init__(self, outputs: Tensor, bound: BoundLoss, steps: Sequence[Step], budget: Budget) -> None:
@@ -234,7 +234,7 @@ class Averaging:
         """Three matrices of two stations are there at once; nothing smaller than one of them can do.
 
         Raises:
-            EngineError: `out_of_memory`.
+            EngineError: `unsupported_model`: smaller pieces, the remedy for memory that ran out, would not help.
         """
         element = torch.empty(0, dtype=self._dtype).element_size()
         for step in self._steps:
@@ -242,7 +242,7 @@ class Averaging:
             needed = (D[0] ** 2 + D[0] * D[1] + D[1] ** 2) * element
             if needed > self._budget.total_bytes // 2:
                 raise EngineError(
-                    "out_of_memory",
+                    "unsupported_model",
                     f"kfra keeps square matrices of a sample's elements: {D[0]} and {D[1]} at {step.link.title}, "
                     f"{needed / 2**20:.3g} MiB in all; half the budget is {self._budget.total_bytes / 2**21:.3g} MiB",
                     param="kfra",
