@@ -81,7 +81,7 @@ def uses_by_parameter(tape: Tape, verdicts: Sequence[TapVerdict]) -> Uses:
     }
     found: dict[str, list[tuple[int, Tap, Use]]] = {}
     for i, tap in enumerate(tape.taps):
-        if tap.provisional and i not in serving:
+        if (tap.provisional and i not in serving) or not verdicts[i].reached:
             continue
         for use in tap.uses:
             if not use.watched.origins & serving:

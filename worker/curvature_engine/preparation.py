@@ -114,7 +114,8 @@ class Preparer:
         self, inputs: Inputs, limit_bytes: int | None = None, *, graph: bool = True, summed: bool = False
     ) -> Forward:
         chained = graph and any(r.extension.columns == "averaged" for r in self.order.requests)
-        program, tape = self.order.program, Tape(Links() if chained else None)
+        twice = any(r.extension.residual is not None for r in self.order.requests)
+        program, tape = self.order.program, Tape(Links() if chained else None, twice)
         for parameter in self.selected.values():
             tape.watch(parameter.name, parameter.tensors)
         with torch.random.fork_rng(enabled=program.keeps_training):

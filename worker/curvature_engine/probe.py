@@ -64,10 +64,16 @@ class Attribution:
 
 @dataclass(frozen=True)
 class TapVerdict:
-    """What the probe found about one tap. `attribution` is None where rows are not one sample each."""
+    """What the probe found about one tap.
+
+    Attributes:
+        attribution: None where rows are not one sample each.
+        reached: whether any gradient can arrive, whatever the cotangent.
+    """
 
     attribution: Attribution | None
     pure: bool
+    reached: bool = True
 
 
 @dataclass(frozen=True)
@@ -185,7 +191,9 @@ def attribute(
             continue
         samples = samples_of_elements(plain, [o for s in others if (o := s[edge]) is not None], code)
         pure = pure and not bool((samples == MIXED).any())
-    if tap.rule is None or samples is None or not pure:
+    if samples is None:
+        return TapVerdict(None, pure, reached=False)
+    if tap.rule is None or not pure:
         return TapVerdict(None, pure)
     rows = _samples_of_rows(tap.rule.canonical(samples), tap.rule.row_axes)
     return TapVerdict(None if rows is None else find_order(rows, code.N), pure)

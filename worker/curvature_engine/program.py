@@ -1,10 +1,12 @@
 """A loaded model: a front end on a device, what is known of it, and its forward passes."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature_engine.errors import EngineError, first_line
 from curvature_engine.execution import Decision, Run, map_tensors
@@ -88,7 +90,7 @@ class Program:
             summed=summed,
         )
         try:
-            with torch.set_grad_enabled(graph):
+            with torch.set_grad_enabled(graph), _attention(twice=tape.twice):
                 outputs = self.front.run(run, arguments)
         finally:
             run.close()
@@ -146,3 +148,8 @@ def _device(device: Any) -> torch.device:
             "invalid_option", "the meta device holds no numbers", param="device", remedy='pass "cpu" or "cuda"'
         )
     return found
+
+
+def _attention(*, twice: bool) -> AbstractContextManager[None]:
+    """Which kernels attention may take: of the fast ones, none has a second derivative."""
+    return sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()

@@ -75,10 +75,12 @@ class Tape:
 
     Attributes:
         links: all operators that the batch passes, where an extension needs them.
+        twice: whether what it records must be differentiable twice.
         watched: by id, a parameter, a gather of one, or a tensor derived from one or several.
     """
 
     links: Links | None = None
+    twice: bool = False
     watched: dict[int, tuple[Watched, ...]] = field(default_factory=dict)
     taps: list[Tap] = field(default_factory=list)
     superseded: set[int] = field(default_factory=set)

@@ -102,7 +102,15 @@ class TorchScript(FrontEnd):
 
 def _copy(module: torch.jit.ScriptModule, device: torch.device) -> torch.jit.ScriptModule:
     buffer = io.BytesIO()
-    torch.jit.save(module, buffer)
+    try:
+        torch.jit.save(module, buffer)
+    except RuntimeError as error:
+        raise EngineError(
+            "unsupported_model",
+            f"the module cannot be saved: {first_line(error)}",
+            param="model",
+            remedy="write functions with a gradient of their own (torch.autograd.Function) in terms of operators",
+        ) from error
     buffer.seek(0)
     loaded: torch.jit.ScriptModule = torch.jit.load(buffer, map_location=device)  # type: ignore[no-untyped-call]
     return loaded

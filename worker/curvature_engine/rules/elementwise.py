@@ -12,14 +12,33 @@ class ElementwiseRule(Rule):
     """y = factor · p ⊙ x (or factor · p + x), with p broadcast against the rows.
 
     The parameter's axes after its leading ones align with the output's last axes; axes of size one are summed over.
+
+    Args:
+        row_axes: how many leading axes are rows, after a permutation of the output's axes to `order`.
+        shape: the parameter's.
+        kept: what the parameter has along the other axes.
     """
 
     def __init__(
-        self, row_axes: int, shape: Sequence[int], kept: Sequence[int], factor: float, *, product: bool
+        self,
+        row_axes: int,
+        shape: Sequence[int],
+        kept: Sequence[int],
+        factor: float,
+        *,
+        product: bool,
+        order: Sequence[int] = (),
     ) -> None:
         self.row_axes = row_axes
         self._shape, self._kept = tuple(shape), tuple(kept)
         self._factor, self._product = factor, product
+        self._order = tuple(order)
+
+    def canonical(self, g: Tensor) -> Tensor:
+        return g.permute(self._order) if self._order else g
+
+    def rows(self, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(self.canonical(t) for t in saved)
 
     def per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor:
         value = (g * saved[0] if saved else g).sum(1)
@@ -60,7 +79,10 @@ def match_elementwise(name: str, arguments: Sequence[Any], watched: Mapping[int,
     kept = shape
     while kept and kept[0] == 1:
         kept = kept[1:]
-    row_axes = output.dim() - len(kept)
+    row_axes, order = output.dim() - len(kept), tuple[int, ...]()
+    if row_axes < 1:
+        row_axes, order = _inner_rows(kept, output.shape)
+        kept = tuple(kept[axis] for axis in order[row_axes:])
     if row_axes < 1:
         return None
     product = name in ("mul", "div")
@@ -73,8 +95,14 @@ def match_elementwise(name: str, arguments: Sequence[Any], watched: Mapping[int,
         saved = (other.expand(output.shape),)
     elif product:
         factor = other
-    rule = ElementwiseRule(row_axes, shape, kept, factor, product=product)
+    rule = ElementwiseRule(row_axes, shape, kept, factor, product=product, order=order)
     return Match(rule, {position: "bias"}, saved, through)
+
+
+def _inner_rows(shape: Sequence[int], output: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+    """(how many axes the parameter is broadcast along, all axes with those first)."""
+    rows = [axis for axis, size in enumerate(shape) if size == 1 and output[axis] > 1]
+    return len(rows), (*rows, *(axis for axis in range(len(shape)) if axis not in rows))
 
 
 @gives(ElementwiseRule)
