@@ -14,7 +14,7 @@ STAMP := $(VENV)/installed-$(shell cat $(ENV_FILES) | cksum | tr ' ' '-')
 PACKAGES := client/curvature_client protocol/curvature_protocol service/curvature_service state/curvature_state \
             worker/curvature_worker worker/curvature_engine
 
-.PHONY: help env demo test property lint format catalogue constraints clean
+.PHONY: help env demo test property lint format coverage catalogue constraints clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ lint: env ## Linters, type checker, import rules, container files
 format: env ## Format the code, repair what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+coverage: env ## Hold every model of the zoo to brute force, and write docs/coverage.md
+	$(BIN)/python benchmarks/coverage.py
 
 catalogue: env ## Write the catalogue of extensions that the service knows before a worker connects
 	$(BIN)/python -m curvature_engine > service/curvature_service/catalogue.json
