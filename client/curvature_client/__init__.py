@@ -53,7 +53,9 @@ from curvature_client._extensions import (
     SumGradSquared,
     Variance,
 )
+from curvature_client._inspections import Inspection
 from curvature_client._jobs import Job
+from curvature_client._plans import Plan
 from curvature_client._results import KroneckerFactors, Result, ResultGroup
 
 __all__ = [
@@ -81,6 +83,7 @@ __all__ = [
     "Extension",
     "Grad",
     "GradientNoiseScale",
+    "Inspection",
     "InternalServerError",
     "Job",
     "JobCancelled",
@@ -92,6 +95,7 @@ __all__ = [
     "Outputs",
     "PayloadTooLargeError",
     "PermissionDeniedError",
+    "Plan",
     "RateLimitError",
     "Result",
     "ResultGroup",

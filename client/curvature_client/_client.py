@@ -8,13 +8,16 @@ from typing import Any
 import httpx
 
 from curvature_client._extensions import ExtensionLike
+from curvature_client._inspections import Inspection, inspect_model
 from curvature_client._jobs import Job, Jobs
+from curvature_client._plans import Plan
 from curvature_client._progress import has_audience
 from curvature_client._results import Result
 from curvature_client._submission import AnalysisRequest, Submission
 from curvature_client._transport import DEFAULT_TIMEOUT, Transport
 from curvature_protocol.catalogue import Catalogue
 from curvature_protocol.health import Health
+from curvature_protocol.plans import PlanJob
 
 FIRST_WAIT_SECONDS = 5.0
 """How long the submitting request itself waits in `analyze`: a small job's tensors come back with it."""
@@ -147,6 +150,58 @@ class Client:
         )
         with Submission(self._transport, request, self._progress) as submission:
             return submission.send(0.0)
+
+    def plan(
+        self,
+        model: Any,
+        batch: Any,
+        extensions: ExtensionLike | Sequence[ExtensionLike],
+        *,
+        loss: Any = None,
+        reduction: str | None = None,
+        seed: int = 0,
+        parameters: str | Sequence[str] = "trainable",
+        eval: bool = True,
+        priority: int = 5,
+        timeout: float | None = 600.0,
+    ) -> Plan:
+        """What `analyze` would do with the same arguments: method, cost and memory of every parameter.
+
+        A forward pass finds it; nothing is computed. Arguments and errors as in `analyze`.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        request = AnalysisRequest(
+            model, batch, extensions, loss, reduction, seed, parameters, eval, False, priority, None
+        )
+        with Submission(self._transport, request, self._progress, plan=True) as submission:
+            try:
+                first = FIRST_WAIT_SECONDS if timeout is None else min(FIRST_WAIT_SECONDS, timeout)
+                view = submission.ask(first, PlanJob)
+                if view.plan is None:
+                    job = Job(self._transport, view, progress=self._progress)
+                    job.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+                    job.check()
+                    view = self._transport.get(f"/v1/plans/{view.id}", PlanJob)
+            except KeyboardInterrupt:
+                submission.cancel()
+                raise
+        return Plan.model_validate(dict(view.plan or {}))
+
+    def inspect(self, model: Any, *, batch: Any = None, eval: bool = True, timeout: float | None = 600.0) -> Inspection:
+        """What a model is, without running it: inputs, operators, and what each parameter is expected to get.
+
+        Args:
+            model: as in `analyze`, or the SHA-256 of a model uploaded before.
+            batch: as in `analyze`; needed only for an nn.Module that takes inputs to be converted.
+            eval: as in `analyze`.
+            timeout: seconds to wait.
+
+        Raises:
+            JobFailed: the model is refused; also an instance of its error's family.
+            NotFoundError: no model of that SHA-256 is stored.
+            WaitTimeout: no worker has told yet.
+        """
+        return inspect_model(self._transport, model, batch, eval=eval, timeout=timeout, progress=self._progress)
 
     def extensions(self) -> Catalogue:
         """What the server's workers can compute: names, options, shapes, formulas, sources."""

@@ -236,6 +236,13 @@ def job_failed(job_id: str, problem: Problem | None) -> JobFailed:
     return error
 
 
+def job_cancelled(job_id: str) -> JobCancelled:
+    """The exception for a cancelled job."""
+    error = JobCancelled(f"job {job_id} was cancelled", code="cancelled", remedy="submit it again")
+    error.job_id = job_id
+    return error
+
+
 def refusal(code: str, message: str, *, param: str | None = None, remedy: str | None = None) -> APIStatusError:
     """The exception for an argument that the client itself can judge; nothing was sent."""
     return FAMILY_CLASSES[family_of(code)](message, code=code, param=param, remedy=remedy)

@@ -14,9 +14,9 @@ from curvature_client._errors import (
     APIStatusError,
     APITimeoutError,
     CurvatureError,
-    JobCancelled,
     JobFailed,
     WaitTimeout,
+    job_cancelled,
     job_failed,
     refusal,
 )
@@ -148,16 +148,23 @@ class Job:
         """
         if not self.done:
             self.wait()
-        if self._view.status == JobStatus.FAILED:
-            raise job_failed(self.id, self._view.error)
-        if self._view.status == JobStatus.CANCELLED:
-            error = JobCancelled(f"job {self.id} was cancelled", code="cancelled", remedy="submit it again")
-            error.job_id = self.id
-            raise error
+        self.check()
         if self._result is None:
             manifest = self._transport.get(f"{self._path}/result", Manifest)
             self._result = stored_result(self._transport, manifest)
         return self._result
+
+    def check(self) -> None:
+        """Raise if the job is over without having succeeded.
+
+        Raises:
+            JobFailed: the job failed; also an instance of its error's family.
+            JobCancelled: it was cancelled.
+        """
+        if self._view.status == JobStatus.FAILED:
+            raise job_failed(self.id, self._view.error)
+        if self._view.status == JobStatus.CANCELLED:
+            raise job_cancelled(self.id)
 
     def cancel(self) -> "Job":
         """Ask the job to stop; a running one stops within about two seconds.
@@ -280,10 +287,11 @@ class Jobs:
         view = self._transport.get(f"/v1/jobs/{quote(job_id, safe='')}", JobView)
         return Job(self._transport, view, progress=self._progress)
 
-    def list(self, *, status: str | None = None, limit: int | None = None) -> list[Job]:
+    def list(self, *, status: str | None = None, limit: int | None = None, kind: str = "analysis") -> list[Job]:
         """Jobs, newest first.
 
         Args:
+            kind: "analysis", "plan" or "inspection".
             status: only those in this state.
             limit: at most so many; None lists all.
         """
@@ -291,7 +299,7 @@ class Jobs:
         cursor: str | None = None
         while limit is None or len(found) < limit:
             wanted = PAGE_SIZE if limit is None else min(PAGE_SIZE, limit - len(found))
-            params = {"status": status, "limit": wanted, "cursor": cursor}
+            params = {"kind": kind, "status": status, "limit": wanted, "cursor": cursor}
             given = {name: value for name, value in params.items() if value is not None}
             page = self._transport.get("/v1/jobs", JobPage, params=given)
             found += [Job(self._transport, view, progress=self._progress) for view in page.items]

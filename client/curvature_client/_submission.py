@@ -3,11 +3,11 @@
 import base64
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from curvature_client._batches import Batch
 from curvature_client._conversion import convert
@@ -17,10 +17,12 @@ from curvature_client._functions import LossFunction, read_function
 from curvature_client._jobs import Job
 from curvature_client._losses import read_loss
 from curvature_client._payloads import Payload
-from curvature_client._progress import ProgressBar
 from curvature_client._transport import Transport
-from curvature_protocol.artefacts import SINGULAR, Artefact, ArtefactKind
+from curvature_client._uploads import upload
+from curvature_protocol.artefacts import SINGULAR, ArtefactKind
 from curvature_protocol.jobs import Job as JobView
+
+V = TypeVar("V", bound=JobView)
 
 INLINE_BATCH_BYTES = 2**20
 """A smaller batch rides inside the request."""
@@ -71,8 +73,11 @@ class AnalysisRequest:
 class Submission:
     """Sent at once, and again after uploading what the server turns out to lack."""
 
-    def __init__(self, transport: Transport, request: AnalysisRequest, progress: bool | None) -> None:
+    def __init__(
+        self, transport: Transport, request: AnalysisRequest, progress: bool | None, *, plan: bool = False
+    ) -> None:
         self._transport, self._progress = transport, progress
+        self._path = "/v1/plans" if plan else "/v1/jobs"
         function = read_function(request.loss)
         extensions, others = take_batches(list_of(request.extensions))
         body = replace(request, extensions=extensions).body(function)
@@ -112,10 +117,14 @@ class Submission:
 
     def send(self, wait_seconds: float) -> Job:
         """Submit, uploading what is missing; the reply comes when the job is over or the wait is."""
+        return self._job(self.ask(wait_seconds, JobView))
+
+    def ask(self, wait_seconds: float, kind: type[V]) -> V:
+        """`send` that returns the reply itself."""
         uploaded: set[str] = set()
         while True:
             try:
-                return self._post(wait_seconds)
+                return self._post(wait_seconds, kind)
             except PayloadTooLargeError as error:
                 if not self._inline or error.param != "batch.data":
                     raise
@@ -125,43 +134,31 @@ class Submission:
                 if error.code not in _LACKING or part not in self._parts or part in uploaded:
                     raise
                 uploaded.add(part)
-                self._upload(*self._parts[part])
+                upload(self._transport, *self._parts[part], self._progress)
 
     def cancel(self) -> None:
         """Cancel the job, if the server has it; its id may not have come back yet, so it is found by its key."""
         try:
-            self._post(0.0).cancel()
+            self._job(self._post(0.0, JobView)).cancel()
         except CurvatureError:
             return
 
-    def _post(self, wait_seconds: float) -> Job:
+    def _post(self, wait_seconds: float, kind: type[V]) -> V:
         data = (
             {"data": base64.b64encode(self._batch.read()).decode()} if self._inline else {"sha256": self._batch.sha256}
         )
         response = self._transport.request(
             "POST",
-            "/v1/jobs",
+            self._path,
             json={**self._body, "batch": data},
             params={"wait": wait_seconds} if wait_seconds else {},
             headers={"Idempotency-Key": self._key},
             timeout=self._transport.timeout_beyond(wait_seconds),
         )
-        return Job(self._transport, self._transport.parse(response, JobView), progress=self._progress)
+        return self._transport.parse(response, kind)
 
-    def _upload(self, kind: ArtefactKind, payload: Payload) -> None:
-        with ProgressBar(self._progress) as bar:
-
-            def body() -> Any:
-                bar.upload(f"the {SINGULAR[kind]}", payload.size_bytes)
-                return _counted(payload.chunks(), bar)
-
-            response = self._transport.request(
-                "PUT",
-                f"/v1/{kind}/{payload.sha256}",
-                body=body,
-                headers={"Content-Length": str(payload.size_bytes), "Content-Type": "application/octet-stream"},
-            )
-        self._transport.parse(response, Artefact)
+    def _job(self, view: JobView) -> Job:
+        return Job(self._transport, view, progress=self._progress)
 
 
 def _further_batch(key: tuple[int, str], given: Any) -> Batch:
@@ -172,12 +169,6 @@ def _further_batch(key: tuple[int, str], given: Any) -> Batch:
         place, option = key
         error.param = f"extensions.{place}.options.{option}"
         raise
-
-
-def _counted(chunks: Iterator[bytes], bar: ProgressBar) -> Iterator[bytes]:
-    for chunk in chunks:
-        yield chunk
-        bar.uploaded(len(chunk))
 
 
 def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:

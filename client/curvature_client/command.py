@@ -11,6 +11,7 @@ from curvature_client._client import Client
 from curvature_client._errors import CurvatureError, WaitTimeout
 from curvature_client._jobs import Job
 from curvature_client._results import Result, checked_target
+from curvature_client._tables import table
 from curvature_protocol.jobs import JobStatus
 
 app = typer.Typer(
@@ -108,6 +109,49 @@ def analyze(
             timeout=timeout,
         )
         _report(result, result.save(output))
+
+
+@app.command()
+def plan(
+    model: Annotated[Path, typer.Argument(help="TorchScript file")],
+    batch: Annotated[Path, typer.Argument(help="safetensors or .npz file with inputs and targets")],
+    extensions: Annotated[list[str], typer.Option("--extension", "-e", help="what to plan; repeat for several")],
+    loss: Annotated[str | None, typer.Option(help="a name, or the file of a TorchScript loss function")] = None,
+    reduction: Annotated[str, typer.Option(help="mean or sum")] = "mean",
+    mc_samples: Annotated[int | None, typer.Option(help="draws per sample, for diag_ggn_mc and kfac")] = None,
+    approximation: Annotated[str | None, typer.Option(help="expand, reduce or backpack, for kfac and kflr")] = None,
+    parameters: Annotated[
+        list[str] | None, typer.Option("--parameters", "-p", help='trainable, all, or a pattern such as "0.*"; repeat')
+    ] = None,
+    against: Annotated[Path | None, typer.Option(help="another batch, for batch_dot")] = None,
+    timeout: Annotated[float, typer.Option(help="seconds to wait")] = 600.0,
+    url: Url = None,
+) -> None:
+    """Show what an analysis of MODEL on BATCH would do, what it costs and how much memory it takes."""
+    options = {"mc_samples": mc_samples, "approximation": approximation, "against": against}
+    with Client(url) as client:
+        requests = _with_options(client, extensions, {k: v for k, v in options.items() if v is not None})
+        found = client.plan(
+            model,
+            batch,
+            requests,
+            loss=loss,
+            reduction=reduction,
+            parameters=_chosen(parameters),
+            timeout=timeout,
+        )
+    typer.echo(found)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="TorchScript file, or the SHA-256 of an uploaded one")],
+    timeout: Annotated[float, typer.Option(help="seconds to wait")] = 600.0,
+    url: Url = None,
+) -> None:
+    """Show what MODEL is, and which extensions each of its parameters is expected to get, without running it."""
+    with Client(url) as client:
+        typer.echo(client.inspect(model, timeout=timeout))
 
 
 @app.command("extensions")
@@ -239,7 +283,5 @@ def _duration(job: Job) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> None:
-    """Columns as wide as their contents: the same on a terminal and in a pipe."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, *rows]:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for line in table([head, *rows]):
+        typer.echo(line)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +117,28 @@ def test_a_device_that_does_not_exist_is_refused(run, tmp_path):
     done = run("serve", "--port", "0", "--data-dir", str(tmp_path / "data"), "--device", "cuda")
     assert done.returncode == 1
     assert "sees 0 CUDA devices" in done.stderr
+
+
+def test_plan_shows_a_table(run):
+    done = run("plan", "model.pt", "batch.safetensors", "-e", "batch_grad", "-e", "kfac")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("6 samples in one chunk, float32 on cpu; columns: 1 gradient, 1 sampled")
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [row[:2] for row in rows if row and row[0] == "kfac"] == [
+        ["kfac", name] for name in ("0.weight", "0.bias", "2.weight", "2.bias")
+    ]
+
+
+def test_inspect_shows_a_table(run):
+    done = run("inspect", "model.pt")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("torchscript; inputs: input")
+    assert "operators: linear ×2, relu ×1" in done.stdout
+    assert re.search(r"^0\.weight +4×5 +float32 +linear", done.stdout, re.MULTILINE)
+
+
+def test_inspect_says_what_is_wrong_with_a_file(run, tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"nothing")
+    done = run("inspect", "model.pt")
+    assert done.returncode == 1
+    assert "no TorchScript archive" in done.stderr
