@@ -447,3 +447,11 @@ def test_a_tensor_that_reaches_beyond_its_bytes_is_refused(tmp_path):
         for name, data in entries.items():
             archive.writestr(name, data)
     refused("invalid_model", "needs more than", tmp_path / "model.pt2")
+
+
+@pytest.mark.parametrize("name", ["layernorm_gelu", "lstm", "in_place", "containers"])
+def test_without_a_graph_spent_values_go_and_the_outputs_stay(name):
+    module, inputs = build(BY_NAME[name])
+    program = engine.load(exported(module, inputs))
+    lean = program.run(inputs, Tape(), graph=False).outputs
+    assert torch.equal(lean, program.run(inputs, Tape()).outputs.detach())

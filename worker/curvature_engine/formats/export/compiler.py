@@ -54,6 +54,7 @@ class Compiled:
     ) -> None:
         self._device, self._decomposed = device, decomposed
         self._count = 0
+        self._touched: set[int] = set()
         self._constants: list[tuple[int, Any]] = []
         self.edits_tensors = False
         self.calls: Counter[str] = Counter()
@@ -65,8 +66,10 @@ class Compiled:
         for name, tensor in held.items():
             self._constants.append((self._named(scope, name), tensor))
         self._inputs = [self._named(scope, name) for name in inputs]
-        self._steps = self._graph(graph, scope, parameters)
+        self._steps: list[Step] = []
+        touched = self._nodes(graph, scope, self._steps, parameters)
         self._outputs = [self._operand(value, scope, self._steps) for value in outputs]
+        self._spent = self._find_spent(touched)
 
     def run(self, run: Run, arguments: Sequence[Any]) -> list[Any]:
         """Execute on the user's inputs, flat; returns the outputs, flat."""
@@ -77,15 +80,28 @@ class Compiled:
         for slot, value in zip(self._inputs, arguments, strict=True):
             run.values[slot] = map_tensors(run.private, value) if run.edits else value
             run.tainted[slot] = True
-        for step in self._steps:
+        for place, step in enumerate(self._steps):
             step(run)
+            if run.lean:
+                for slot in self._spent.get(place, ()):
+                    run.values[slot] = None
         return [run.values[slot] for slot in self._outputs]
 
     # Slots
 
     def _fresh(self) -> int:
         self._count += 1
+        self._touched.add(self._count - 1)
         return self._count - 1
+
+    def _find_spent(self, touched: Sequence[tuple[int, set[int]]]) -> dict[int, list[int]]:
+        """Step → the slots that no later one reads. What is made before a run begins stays."""
+        lasting = {*self._outputs, *self._inputs, *(slot for slot, _ in self._constants)}
+        spent: dict[int, list[int]] = {}
+        for place, slots in reversed(touched):
+            spent.setdefault(place, []).extend(sorted(slots - lasting))
+            lasting |= slots
+        return spent
 
     def _named(self, scope: Scope, name: str) -> int:
         """A new slot for a name; a value is made once."""
@@ -97,6 +113,7 @@ class Compiled:
     def _operand(self, value: Any, scope: Scope, steps: list[Step]) -> int:
         """The slot of an argument; a list with values of the graph in it is put together by a step."""
         if isinstance(value, Ref):
+            self._touched.add(scope[value.name])
             return scope[value.name]
         slot = self._fresh()
         if isinstance(value, list) and any(isinstance(each, Ref | list) for each in value):
@@ -110,13 +127,19 @@ class Compiled:
 
     # Nodes
 
-    def _graph(self, graph: Graph, scope: Scope, parameters: frozenset[str]) -> list[Step]:
-        steps: list[Step] = []
+    def _nodes(
+        self, graph: Graph, scope: Scope, steps: list[Step], parameters: frozenset[str]
+    ) -> list[tuple[int, set[int]]]:
+        """Add the nodes' steps; returns, per node, the last of them and the slots that they touch."""
+        touched = []
         for node in recompose(graph, parameters).nodes:
+            around, self._touched = self._touched, set()
             made: list[Step] = []
             self._node(node, scope, made, parameters)
             steps.extend(explained(step, node.place) for step in made)
-        return steps
+            touched.append((len(steps) - 1, self._touched))
+            self._touched = around | self._touched
+        return touched
 
     def _node(self, node: Node, scope: Scope, steps: list[Step], parameters: frozenset[str]) -> None:
         if node.target.startswith(_ATEN):
@@ -234,7 +257,8 @@ class Compiled:
                 inner[formal.name] = self._operand(value, scope, steps)
                 if isinstance(value, Ref) and value.name in parameters:
                     held.add(formal.name)
-        made = self._graph(graph, inner, frozenset(held))
+        made: list[Step] = []
+        self._nodes(graph, inner, made, frozenset(held))
         return made, [self._operand(value, inner, made) for value in _flat(graph.outputs)]
 
     def _within(
