@@ -1,7 +1,8 @@
 """Admission: what a file must be to be given to the engine. Torch-free; runs in its own confined process.
 
 Loading a TorchScript file is running a program, so nothing of it is loaded here: the archive's layout, its sizes and
-the names its pickles refer to are checked, and what is accepted is written again, plainly stored.
+the names its pickles refer to are checked, and what is accepted is written again, plainly stored. Exported programs
+are judged in `admission_of_exports.py`.
 """
 
 import errno
@@ -9,11 +10,14 @@ import pickletools
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from curvature_worker.admission_of_exports import SAVE as _EXPORT
+from curvature_worker.admission_of_exports import check_export, is_export, is_kept
 from curvature_worker.channel import Channel, ChannelClosed
+from curvature_worker.refusal import Refusal
 
-ADMISSION_VERSION = "1"
+ADMISSION_VERSION = "2"
 
 MEMORY_BYTES = 8 * 2**30
 """Address space of the process: the directory and one pickle at a time are all it holds."""
@@ -27,7 +31,7 @@ _COPY_BYTES = 2**20
 
 _ALLOWED_GLOBALS = ("__torch__", "torch", "torch._utils", "torch.jit._pickle", "collections")
 _PICKLES = (".pkl", ".debug_pkl")
-_SAVE = "save the model with torch.jit.save(torch.jit.script(model), path)"
+_SAVE = "save the model with torch.jit.save(torch.jit.script(model), path), or torch.export.save"
 _AGAIN = "upload it again, whole"
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _OTHER_FORMATS = (
@@ -37,13 +41,6 @@ _OTHER_FORMATS = (
     (b"\x1f\x8b", "a gzip archive"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file it stands for"),
 )
-
-
-class Refusal(NamedTuple):
-    """Why a file is not admitted."""
-
-    message: str
-    remedy: str
 
 
 def serve(channel: Channel, isolation: str, options: dict[str, Any]) -> None:
@@ -81,8 +78,7 @@ def admit(source: Path, target: Path) -> Refusal | None:
     try:
         with zipfile.ZipFile(source) as archive:
             entries = archive.infolist()
-            refusal = _check_entries(entries, size) or _check_layout([e.filename for e in entries])
-            refusal = refusal or _check_pickles(archive)
+            refusal = _check_entries(entries, size) or _check_kind(archive)
             if refusal is None:
                 _repack(archive, target)
             return refusal
@@ -100,7 +96,7 @@ def _no_archive(source: Path, size: int) -> Refusal:
         return Refusal(f"the archive is truncated: {size} bytes, and no directory at the end", _AGAIN)
     came = next((what for magic, what in _OTHER_FORMATS if start.startswith(magic)), None)
     shown = f"it is {came}" if came else f"it starts with {start[:8]!r}"
-    return Refusal(f"the file is no TorchScript archive: {size} bytes, {shown}", _SAVE)
+    return Refusal(f"the file is no TorchScript archive or exported program: {size} bytes, {shown}", _SAVE)
 
 
 def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> Refusal | None:
@@ -131,11 +127,23 @@ def _check_sizes(entries: list[zipfile.ZipInfo], size: int) -> Refusal | None:
     return None
 
 
-def _check_layout(names: list[str]) -> Refusal | None:
-    roots = {name.split("/", 1)[0] for name in names}
-    inner = {name.split("/", 1)[1] for name in names if "/" in name}
-    if any(name.endswith("serialized_exported_program.json") for name in names) or "archive_format" in inner:
-        return Refusal("the file is a torch.export program, which is not supported yet", "script or trace the model")
+def _check_kind(archive: zipfile.ZipFile) -> Refusal | None:
+    """Judge the archive as what it is: an exported program, or else TorchScript."""
+    names = archive.namelist()
+    roots, inner = _parts(names)
+    if any(name.endswith("serialized_exported_program.json") for name in names):
+        return Refusal("the file is a torch.export program in the form that torch wrote before version 2.8", _EXPORT)
+    if len(roots) == 1 and is_export(inner):
+        return check_export(archive, next(iter(roots)))
+    return _check_layout(roots, inner) or _check_pickles(archive)
+
+
+def _parts(names: list[str]) -> tuple[set[str], set[str]]:
+    """The archive's folders, and the entries without them."""
+    return {name.split("/", 1)[0] for name in names}, {name.split("/", 1)[1] for name in names if "/" in name}
+
+
+def _check_layout(roots: set[str], inner: set[str]) -> Refusal | None:
     if len(roots) != 1:
         return Refusal("the archive is no TorchScript file: its entries are not in one folder", _SAVE)
     has_code = any(name.startswith("code/") for name in inner)
@@ -176,9 +184,10 @@ def _globals(data: bytes) -> list[str]:
 
 def _repack(archive: zipfile.ZipFile, target: Path) -> None:
     """Write every entry again, plainly, a piece at a time; each is checked against its checksum on the way."""
+    exported = is_export(_parts(archive.namelist())[1])
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as packed:
         for entry in archive.infolist():
-            if entry.is_dir():
+            if entry.is_dir() or (exported and not is_kept(entry.filename.split("/", 1)[-1])):
                 continue
             fresh = zipfile.ZipInfo(entry.filename)
             with archive.open(entry) as source, packed.open(fresh, "w", force_zip64=True) as copy:

@@ -50,7 +50,7 @@ class TorchScript(FrontEnd):
 
     @classmethod
     def holds(cls, entries: Collection[str]) -> bool:
-        return any(entry.endswith("/constants.pkl") for entry in entries)
+        return any(entry.partition("/")[2] == "constants.pkl" for entry in entries)
 
     @classmethod
     def accepts(cls, model: Any) -> bool:

@@ -68,7 +68,7 @@ class Export(FrontEnd):
 
     @classmethod
     def holds(cls, entries: Collection[str]) -> bool:
-        return any(entry.endswith(f"/{PROGRAM}") for entry in entries)
+        return any(entry.partition("/")[2] == PROGRAM for entry in entries)
 
     @classmethod
     def accepts(cls, model: Any) -> bool:
@@ -104,7 +104,7 @@ class Export(FrontEnd):
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise _unreadable(name, error) from error
-        except (zipfile.BadZipFile, SyntaxError) as error:
+        except (zipfile.BadZipFile, SyntaxError, RecursionError) as error:
             raise _unreadable(name, error) from error
 
     def bind(self, inputs: Inputs) -> list[Any]:
