@@ -86,12 +86,14 @@ class Client:
         verify: bool = False,
         priority: int = 5,
         metadata: Mapping[str, str] | None = None,
+        format: str = "auto",
         timeout: float | None = 600.0,
     ) -> Result:
         """Submit a job, wait for it, and return its result. Ctrl-C cancels the job.
 
         Args:
-            model: a ScriptModule, an nn.Module, or the path of a TorchScript file. Yours is never changed.
+            model: an nn.Module, an ExportedProgram, a ScriptModule, or the path of a TorchScript or .pt2 file. Yours is
+                never changed.
             batch: (inputs, targets), {"inputs": tensor or tuple or dictionary, "targets": tensor}, or the path of a
                 safetensors or .npz file; tensors of torch or NumPy, on any device.
             extensions: names, dictionaries with name, label and options, or values such as `KFAC(mc_samples=4)`.
@@ -106,6 +108,9 @@ class Client:
                 whatever was verified before; a mismatch fails it (`verification_failed`).
             priority: 0 (last) to 9 (first).
             metadata: notes of your own, kept with the job.
+            format: how an nn.Module becomes a file: "auto" (the first that works of the following), "export" (with a
+                dynamic batch axis; held against the module's own outputs and gradients), "script" or "trace". The
+                manifest says which format was analyzed.
             timeout: seconds to wait.
 
         Raises:
@@ -113,11 +118,11 @@ class Client:
             WaitTimeout: it is not over yet, and goes on; `job_id` finds it again.
             APIStatusError: the server refused the request, as the class of its family.
             APIConnectionError: no answer.
-            ModelConversionError: the module could be neither scripted nor traced.
+            ModelConversionError: the module could be neither exported nor scripted nor traced.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         request = AnalysisRequest(
-            model, batch, extensions, loss, reduction, seed, parameters, eval, verify, priority, metadata
+            model, batch, extensions, loss, reduction, seed, parameters, eval, verify, priority, metadata, format
         )
         with Submission(self._transport, request, self._progress) as submission:
             try:
@@ -143,10 +148,11 @@ class Client:
         verify: bool = False,
         priority: int = 5,
         metadata: Mapping[str, str] | None = None,
+        format: str = "auto",
     ) -> Job:
         """Submit a job and return it at once; arguments and errors as in `analyze`."""
         request = AnalysisRequest(
-            model, batch, extensions, loss, reduction, seed, parameters, eval, verify, priority, metadata
+            model, batch, extensions, loss, reduction, seed, parameters, eval, verify, priority, metadata, format
         )
         with Submission(self._transport, request, self._progress) as submission:
             return submission.send(0.0)

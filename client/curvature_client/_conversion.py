@@ -1,57 +1,77 @@
-"""A model as given, and the TorchScript file that carries it.
+"""A model as given, and the file that carries it.
 
-A path goes as it is, a ScriptModule is saved, and an nn.Module is copied, put into eval mode, and scripted, or else
-traced with the batch's inputs. The user's module is never changed.
+A path goes as it is, an ExportedProgram or ScriptModule is saved, and an nn.Module is copied, put into eval mode, and
+exported, or else scripted, or else traced with the batch's inputs. The user's module is never changed.
 """
 
 import copy
 import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from curvature_client._batches import Batch
 from curvature_client._errors import ModelConversionError, refusal
+from curvature_client._exporting import export, quiet, save_export
 from curvature_client._payloads import IN_MEMORY_BYTES, Payload, existing_file
+
+FORMATS = ("auto", "export", "script", "trace")
+"""How an nn.Module may be turned into a file; "auto" takes the first of the others that works."""
 
 EVAL_COPY = "the model was in training mode; an eval-mode copy was analyzed (eval=True)"
 TRACED_TRAINING = "the model was traced in training mode (eval=False): layers like dropout are fixed in the trace"
 
 
-def convert(model: Any, batch: Batch, folder: Path, *, eval: bool) -> tuple[Payload, list[str]]:
+def convert(model: Any, batch: Batch, folder: Path, *, eval: bool, format: str = "auto") -> tuple[Payload, list[str]]:
     """The model's file, and what the user should know about how it came to be.
 
     Args:
-        model: a path, a ScriptModule, or an nn.Module.
-        batch: gives the inputs to trace with.
+        model: a path, an ExportedProgram, a ScriptModule, or an nn.Module.
+        batch: gives the inputs to export or trace with.
         folder: holds the file while it is sent.
         eval: whether a module in training mode is put into eval mode.
+        format: "auto", or one of "export", "script", "trace" for an nn.Module.
 
     Raises:
-        ModelConversionError: neither scripting nor tracing worked; the message has both reasons.
+        ModelConversionError: no way that was allowed worked; the message has every way's reason.
         UnprocessableError: the model is something else, or the path leads nowhere.
     """
+    if format not in FORMATS:
+        raise _invalid_format(f"format is one of {', '.join(FORMATS)}; got {format!r}")
     if isinstance(model, str | os.PathLike):
+        _check_unconverted(format, "a file")
         return Payload.of_file(existing_file(Path(model), "model")), []
     try:
         import torch
     except ModuleNotFoundError:
         torch = None  # type: ignore[assignment]
+    if torch is not None and isinstance(model, torch.export.ExportedProgram):
+        _check_unconverted(format, "an exported program")
+        return _keep(save_export(model, folder)), []
     if torch is None or not isinstance(model, torch.nn.Module):
         raise refusal(
             "invalid_model",
-            f"a model is a path, a ScriptModule or an nn.Module; got {_describe(model)}",
+            f"a model is a path, an ExportedProgram, a ScriptModule or an nn.Module; got {_describe(model)}",
             param="model",
-            remedy="without torch, pass the path of a TorchScript file" if torch is None else "pass the module itself",
+            remedy="without torch, pass the path of a model file" if torch is None else "pass the module itself",
         )
-    # A ScriptModule's mode is in the file; the worker puts it into eval mode and says so.
-    scripted, notes = (model, []) if isinstance(model, torch.jit.ScriptModule) else _from_module(model, batch, eval)
-    return _save(scripted, folder), notes
+    if isinstance(model, torch.jit.ScriptModule):
+        # Its mode is in the file; the worker puts it into eval mode and says so.
+        _check_unconverted(format, "a ScriptModule")
+        return _save(model, folder), []
+    return _from_module(model, batch, folder, eval, format)
 
 
-def _from_module(module: Any, batch: Batch, eval: bool) -> tuple[Any, list[str]]:
+def _check_unconverted(format: str, what: str) -> None:
+    if format != "auto":
+        raise _invalid_format(f"format={format!r} says how to convert an nn.Module; {what} goes as it is")
+
+
+def _invalid_format(message: str) -> Exception:
+    return refusal("invalid_option", message, param="format", remedy="leave format out, or pass the nn.Module itself")
+
+
+def _from_module(module: Any, batch: Batch, folder: Path, eval: bool, format: str) -> tuple[Payload, list[str]]:
     module, notes = _unwrap(module)
     try:
         duplicate = copy.deepcopy(module).cpu()
@@ -66,25 +86,27 @@ def _from_module(module: Any, batch: Batch, eval: bool) -> tuple[Any, list[str]]
     if eval and training:
         duplicate.eval()
         notes.append(EVAL_COPY)
-    try:
-        _refuse_parametrizations(duplicate)
-        return _script(duplicate), [*notes, "the model was scripted (torch.jit.script)"]
-    except Exception as error:  # noqa: BLE001 (the compiler's errors have many types)
-        script_error = error
-    try:
-        traced, tracer_notes = _trace(duplicate, batch.example_inputs())
-    except Exception as trace_error:
-        raise ModelConversionError(
-            f"{type(module).__name__} could be neither scripted ({_first_line(script_error)}) "
-            f"nor traced ({_first_line(trace_error)})",
-            code="model_conversion",
-            param="model",
-            remedy="pass a ScriptModule of your own, or check that the model accepts the batch's inputs",
-        ) from trace_error
-    notes.append(f"the model was traced (torch.jit.trace), as it could not be scripted: {_first_line(script_error)}")
-    if training and not eval:
-        notes.append(TRACED_TRAINING)
-    return traced, notes + tracer_notes
+    failures: dict[str, Exception] = {}
+    for way in FORMATS[1:] if format == "auto" else (format,):
+        try:
+            payload, more = _WAYS[way](duplicate, batch, folder)
+        except Exception as error:  # noqa: BLE001 (the compilers' errors have many types)
+            failures[way] = error
+            continue
+        if way == "trace":
+            reasons = "".join(f"; it could not be {_PARTICIPLES[w]} ({_first_line(e)})" for w, e in failures.items())
+            notes.append(f"the model was traced (torch.jit.trace): what its code decides is fixed as decided{reasons}")
+            if training and not eval:
+                notes.append(TRACED_TRAINING)
+        return payload, notes + more
+    reasons = " nor ".join(f"{_PARTICIPLES[way]} ({_first_line(error)})" for way, error in failures.items())
+    neither = "neither " if len(failures) > 1 else "not "
+    raise ModelConversionError(
+        f"{type(module).__name__} could be {neither}{reasons}".replace("be not", "not be"),
+        code="model_conversion",
+        param="model",
+        remedy="pass a model file of your own, or check that the model accepts the batch's inputs",
+    ) from next(reversed(failures.values()))
 
 
 def _unwrap(module: Any) -> tuple[Any, list[str]]:
@@ -108,31 +130,40 @@ def _refuse_parametrizations(module: Any) -> None:
             raise RuntimeError(f"{name or 'it'} has parametrizations, which torch.jit.script does not support")
 
 
-def _script(module: Any) -> Any:
+def _export(module: Any, batch: Batch, folder: Path) -> tuple[Payload, list[str]]:
+    return _keep(export(module, batch.example_inputs(), folder)), []
+
+
+def _script(module: Any, batch: Batch, folder: Path) -> tuple[Payload, list[str]]:
     import torch
 
-    with _quiet() as caught:
+    _refuse_parametrizations(module)
+    with quiet():
         scripted = torch.jit.script(module)
-    del caught
-    return scripted
+    return _save(scripted, folder), []
 
 
-def _trace(module: Any, inputs: tuple[Any, ...] | dict[str, Any]) -> tuple[Any, list[str]]:
+def _trace(module: Any, batch: Batch, folder: Path) -> tuple[Payload, list[str]]:
     import torch
 
+    inputs = batch.example_inputs()
     arguments = {"example_kwarg_inputs": inputs} if isinstance(inputs, dict) else {"example_inputs": inputs}
-    with _quiet() as caught, torch.random.fork_rng(devices=[]):
+    with quiet() as caught, torch.random.fork_rng(devices=[]):
         traced = torch.jit.trace(module, check_trace=False, **arguments)  # type: ignore[no-untyped-call]
     kind = torch.jit.TracerWarning  # type: ignore[attr-defined]
     tracer_warnings = {_first_line(w.message) for w in caught if issubclass(w.category, kind)}
-    return traced, [f"tracing warned: {text}" for text in sorted(tracer_warnings)]
+    return _save(traced, folder), [f"tracing warned: {text}" for text in sorted(tracer_warnings)]
+
+
+_WAYS = {"export": _export, "script": _script, "trace": _trace}
+_PARTICIPLES = {"export": "exported", "script": "scripted", "trace": "traced"}
 
 
 def _save(scripted: Any, folder: Path) -> Payload:
     # The file's own name stands inside it: always the same one, so that equal models have equal hashes.
     path = folder / "model.pt"
     try:
-        with _quiet():
+        with quiet():
             scripted.save(str(path))
     except RuntimeError as error:
         raise ModelConversionError(
@@ -141,17 +172,14 @@ def _save(scripted: Any, folder: Path) -> Payload:
             param="model",
             remedy="save it yourself with torch.jit.save to see why",
         ) from error
+    return _keep(path)
+
+
+def _keep(path: Path) -> Payload:
+    """The file, in memory where it is small."""
     if path.stat().st_size > IN_MEMORY_BYTES:
         return Payload.of_file(path)
     return Payload.of_bytes(path.read_bytes())
-
-
-@contextmanager
-def _quiet() -> Iterator[list[warnings.WarningMessage]]:
-    """Keep what torch.jit warns about, its own deprecation above all, from the user, and from `-W error`."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield caught
 
 
 def _first_line(error: object) -> str:

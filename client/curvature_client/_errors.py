@@ -165,7 +165,7 @@ class JobCancelled(JobError):
 
 
 class ModelConversionError(CurvatureError):
-    """The module could be turned into a TorchScript file neither by scripting nor by tracing."""
+    """The module could be neither exported nor scripted nor traced."""
 
 
 class WaitTimeout(CurvatureError, TimeoutError):

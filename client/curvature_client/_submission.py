@@ -49,6 +49,7 @@ class AnalysisRequest:
     verify: bool
     priority: int
     metadata: Mapping[str, str] | None
+    format: str = "auto"
 
     def body(self, function: LossFunction | None) -> dict[str, Any]:
         """What the server reads, but for model and batches; `function` is the loss, where it is one.
@@ -86,7 +87,7 @@ class Submission:
         self._folder = tempfile.TemporaryDirectory(prefix="curvature-")
         try:
             folder = Path(self._folder.name)
-            self._model, notes = convert(request.model, batch, folder, eval=request.eval)
+            self._model, notes = convert(request.model, batch, folder, eval=request.eval, format=request.format)
             self._batch = batch.payload(folder)
             self._parts: dict[str, tuple[ArtefactKind, Payload]] = {
                 "model": ("models", self._model),

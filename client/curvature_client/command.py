@@ -16,7 +16,7 @@ from curvature_protocol.jobs import JobStatus
 
 app = typer.Typer(
     name="curvature",
-    help="Individual gradients, GGN diagonals and Kronecker factors of any TorchScript model.",
+    help="Individual gradients, GGN diagonals and Kronecker factors of any TorchScript or exported model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -73,7 +73,7 @@ def _stand_in() -> None:
 
 @app.command()
 def analyze(
-    model: Annotated[Path, typer.Argument(help="TorchScript file")],
+    model: Annotated[Path, typer.Argument(help="TorchScript or torch.export file")],
     batch: Annotated[Path, typer.Argument(help="safetensors or .npz file with inputs and targets")],
     extensions: Annotated[list[str], typer.Option("--extension", "-e", help="what to compute; repeat for several")],
     output: Output,

@@ -64,6 +64,7 @@ class Manifest(Reply):
     attempt: int
     created_at: datetime
     engine_version: str
+    format: str = Field(default="torchscript", description='of the model: "torchscript" or "export"')
     loss: float | None = Field(description="L; null when it is not finite (see `warnings`)")
     loss_name: str
     loss_options: dict[str, Any] = Field(default_factory=dict, description="the loss's options, complete")

@@ -188,6 +188,7 @@ MANIFEST: dict[str, Any] = {
     "attempt": 1,
     "created_at": "2026-01-15T09:30:02.200000Z",
     "engine_version": "0.1.0",
+    "format": "torchscript",
     "loss": 0.3127,
     "loss_name": "cross_entropy",
     "loss_options": {"weight": None, "label_smoothing": 0.0, "ignore_index": -100, "class_axis": None},

@@ -41,6 +41,7 @@ def reply():
         ],
         "info": {
             "engine_version": "1",
+            "format": "export",
             "loss_name": "cross_entropy",
             "loss_options": {"ignore_index": -100},
             "loss_output": "logits",

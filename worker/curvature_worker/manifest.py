@@ -12,6 +12,7 @@ from curvature_worker.stored_file import StoredTensor, read_stored_file
 
 _INFO = (
     "engine_version",
+    "format",
     "loss_name",
     "loss_options",
     "loss_output",
