@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from tests.engine.models import CASES, build, targets_for, torchscript
+from tests.engine.models import CASES, build, exported, targets_for, torchscript
 from tests.integration.cases import small
 from torch import nn
 
@@ -28,17 +28,18 @@ REQUESTS = [
 BY_NAME = {case.name: case for case in CASES}
 
 
-@pytest.mark.parametrize("way", ["scripted", "traced"])
+@pytest.mark.parametrize("way", ["scripted", "traced", "exported"])
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
 @pytest.mark.parametrize("name", ["mlp", "cnn", "residual_batchnorm", "tied_embedding", "lstm", "two_inputs"])
 def test_tensors_equal_the_engines_bit_for_bit(client, one_thread, name, loss, way):
     module, inputs = build(BY_NAME[name])
     targets = targets_for(module(*inputs), loss)
-    script = torchscript(module, inputs, way)
+    script = exported(module, inputs) if way == "exported" else torchscript(module, inputs, way)
     batch = {"inputs": inputs if len(inputs) > 1 else inputs[0], "targets": targets}
     result = client.analyze(script, batch, REQUESTS, loss=loss, reduction="sum", seed=5)
     expected = engine.analyze(script, inputs, targets, REQUESTS, loss=loss, reduction="sum", seed=5)
 
+    assert result.manifest.format == ("export" if way == "exported" else "torchscript")
     assert result.loss == float(expected.loss)
     assert list(result) == list(expected.groups)
     for label, group in expected.groups.items():
@@ -198,8 +199,32 @@ def test_a_saved_file_a_script_and_a_trace(client, tmp_path):
     script, trace = torch.jit.script(model), torch.jit.trace(model, x)
     torch.jit.save(script, tmp_path / "model.pt")
     expected = result_of(client, model, (x, y))["2.weight"]
-    for form in (script, trace, tmp_path / "model.pt", str(tmp_path / "model.pt")):
+    program = exported(model, (x,))
+    torch.export.save(program, tmp_path / "model.pt2")
+    files = (tmp_path / "model.pt", str(tmp_path / "model.pt"), tmp_path / "model.pt2")
+    for form in (script, trace, program, *files):
         assert torch.equal(result_of(client, form, (x, y))["2.weight"], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_module_gives_the_same_in_every_format_and_precision(client, dtype):
+    model, (x, y) = small()
+    results = {
+        way: client.analyze(model.to(dtype), (x.to(dtype), y), ["batch_grad"], format=way)
+        for way in ("auto", "export", "script", "trace")
+    }
+    assert [r.manifest.format for r in results.values()] == ["export", "export", "torchscript", "torchscript"]
+    assert {r.manifest.dtype for r in results.values()} == {str(dtype).removeprefix("torch.")}
+    assert results["auto"].warnings == results["script"].warnings == []
+    for result in results.values():
+        assert torch.equal(result["batch_grad"]["0.weight"].clone(), results["auto"]["batch_grad"]["0.weight"].clone())
+
+
+def test_a_batch_size_that_is_baked_in_is_refused_at_another(client):
+    model, (x, y) = small()
+    program = torch.export.export(model, (x,))
+    with pytest.raises(UnprocessableError, match="its batch size is baked in"):
+        client.analyze(program, (x[:3], y[:3]), ["grad"])
 
 
 def test_losses_and_reductions(client):
