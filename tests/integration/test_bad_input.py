@@ -183,7 +183,7 @@ def test_what_can_be_seen_at_once_makes_no_job(client, changed, code, message):
 
 
 def test_a_module_that_cannot_be_converted(client):
-    with pytest.raises(ModelConversionError, match=r"neither scripted .* nor traced") as caught:
+    with pytest.raises(ModelConversionError, match=r"neither exported .* nor scripted .* nor traced") as caught:
         client.analyze(Callback(), (X, Y), ["grad"])
     assert caught.value.remedy
 
