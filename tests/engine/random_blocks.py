@@ -283,6 +283,118 @@ def normalised(w: Writer, v: Value) -> Value:
     return _same(v, w.let(f"self.{w.module(kind, _layout(v))}({v.name})"))
 
 
+MATRICES = [
+    "{p}.exp()",
+    "{p} @ {q}",
+    "{p} * {q}",
+    "{p} + {p}.t()",
+    "torch.softmax({p}, 0)",
+    "{p} / {p}.norm()",
+    "{p}.triu() + {q}.tril(-1)",
+    "{p} @ {p}.t()",
+    "torch.cat([{p}[:1], {q}[1:]])",
+    "torch.stack([{p}, {q}]).sum(0)",
+    "{p} * {r}",
+    "torch.outer({r}, {p}[0])",
+    "{p}.clone().mul_(2.0)",
+    "{p}[torch.arange({n}).flip(0)]",
+    "torch.diag({r}) + {p}[:, :1]",
+    "torch.where({p} > 0, {p}, {q})",
+    "{p}.t().contiguous()",
+    "{p}.clamp(min=-0.5).roll(1, 0) - {q}",
+    "{p} * {r}.exp()[:, None] + {p}",
+    "{p}",
+]
+"""What is made of parameters alone: a square matrix of p [n, n], q [n, n], r [n]."""
+
+USES = [
+    "F.linear({h}, {m})",
+    "{h} @ {m}",
+    "{h} + {m}.sum(0)",
+    "{h} * {m}[0]",
+    "F.linear({h}, {m}, {m}[0])",
+    "F.linear({h}, {q}, {m}[0])",
+    "torch.einsum('...f,gf->...g', {h}, {m})",
+    "torch.einsum('...f,fg,gh->...h', {h}, {m}, {q})",
+    "{h} @ {m} + F.linear({h}, {m}).tanh()",
+    "{h} + {m}.mean()",
+    "torch.tanh({h} @ {m}) @ {m}",
+    "({h}[..., None, :] * {m}).sum(-1)",
+    "torch.matmul({h}[..., None, :], {m}[None]).squeeze(-2)",
+    "{h} / (1.0 + {m}[0].abs())",
+    "{m}[0] / (2.0 + {h}.square())",
+    "{h} - {m}.amax(0)",
+    "F.layer_norm({h}, [{n}], {m}[0], {r}, 0.01)",
+    "{h} * {m}[0].expand_as({h})",
+    "{h} + {m}[:1].expand_as({h}.reshape(-1, {n})).view_as({h})",
+    "{h} @ {m} + {h} @ {p} * {r}",
+]
+"""How it is used on h [..., n]."""
+
+
+@block("vec", "seq", "tseq", "vec", "seq", "tseq")
+def derived(w: Writer, v: Value) -> Value:
+    """A tensor made of parameters alone, used in one way or two."""
+    n = v.shape[-1]
+    p, q, r = (f"self.{w.parameter(*shape)}" for shape in ((n, n), (n, n), (n,)))
+    m = w.let(w.rng.choice(MATRICES).format(p=p, q=q, r=r, n=n))
+    h = v.name
+    for _ in range(w.rng.choice([1, 1, 2])):
+        h = w.let(w.rng.choice(USES).format(h=h, m=m, p=p, q=q, r=r, n=n))
+    return _same(v, h)
+
+
+@block("vec", "seq", "tseq")
+def heads(w: Writer, v: Value) -> Value:
+    """A weight per head, and maybe one over heads."""
+    n = v.shape[-1]
+    layer, p = w.module(f"nn.Linear({n}, 4)", _layout(v)), w.parameter(2, 2, 3)
+    h = w.let(f"self.{layer}({v.name}).unflatten(-1, (2, 2))")
+    h = w.let(f"torch.einsum('...hd,hde->...he', {h}, self.{p})")
+    if w.rng.random() < 0.5:
+        return Value(v.kind, w.let(f"{h}.flatten(-2)"), (*v.shape[:-1], 6))
+    return Value(
+        v.kind, w.let(f"torch.einsum('...he,heo->...o', {h}, self.{w.parameter(2, 3, 2)})"), (*v.shape[:-1], 2)
+    )
+
+
+@block("vec", "seq")
+def bilinear(w: Writer, v: Value) -> Value:
+    n = v.shape[-1]
+    text = f"self.{w.module(f'nn.Bilinear({n}, {n}, 2)', 'n')}({v.name}, torch.tanh({v.name}))"
+    return Value(v.kind, w.let(text), (*v.shape[:-1], 2))
+
+
+@block("seq", "tseq")
+def many_headed_attention(w: Writer, v: Value) -> Value:
+    layer = w.module(f"nn.Linear({v.shape[2]}, 4)", _layout(v))
+    h = w.let(f"self.{layer}({v.name})")
+    first = ", batch_first=True" if v.kind == "seq" else ""
+    more = w.rng.choice(["", ", add_bias_kv=True"])
+    attention = w.module(f"nn.MultiheadAttention(4, 2{first}{more})", _layout(v))
+    weights = w.rng.choice(["False", "True"])
+    if weights == "False":
+        w.traits.add("fused attention")
+    return Value(v.kind, w.let(f"self.{attention}({h}, {h}, {h}, need_weights={weights})[0]"), (*v.shape[:2], 4))
+
+
+@block("seq")
+def cells(w: Writer, v: Value) -> Value:
+    """A recurrent cell, step by step."""
+    N, T, n = v.shape
+    kind = w.rng.choice(["GRUCell", "RNNCell", "LSTMCell"])
+    cell = w.module(f"nn.{kind}({n}, 2)", *["n"] * T)
+    state, states = w.let(f"torch.zeros({v.name}.size(0), 2, dtype={v.name}.dtype)"), w.fresh("v")
+    memory = w.let(state) if kind == "LSTMCell" else ""
+    w.say(f"{states} = []", f"for t in range({v.name}.size(1)):")
+    if memory:
+        w.say(f"    {state}, {memory} = self.{cell}({v.name}[:, t], ({state}, {memory}))")
+    else:
+        w.say(f"    {state} = self.{cell}({v.name}[:, t], {state})")
+    w.say(f"    {states}.append({state})")
+    return Value("seq", w.let(f"torch.stack({states}, 1)"), (N, T, 2))
+
+
 # On vectors
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from tests.engine.losses import LOSS_CASES, C, LossCase
+from tests.engine.models import exported
 from torch import Tensor, nn
 
 
@@ -111,10 +112,12 @@ class Net:
             f"parameters={self.parameters!r}, budget_bytes={self.budget_bytes}\n{self.source}"
         )
 
-    def readable(self) -> torch.jit.ScriptModule:
+    def readable(self) -> "torch.jit.ScriptModule | torch.export.ExportedProgram":
         """The module as the engine reads it."""
         if self.way == "scripted":
             return torch.jit.script(self.module)
+        if self.way == "exported":
+            return exported(self.module, self.inputs)
         return torch.jit.trace(self.module, self.inputs, check_trace=False)
 
 
@@ -127,7 +130,7 @@ def random_net(seed: int, blocks: dict[str, list[Callable[[Writer, Value], Value
         couplers: expressions that mix samples along the first axis; one net in eight has one.
     """
     rng = random.Random(seed)
-    w = Writer(rng, N=rng.choice([1, 2, 3, 3, 4]))
+    w = Writer(rng, N=rng.choice([1, 2, 3, 3, 4, 6]))
     generator = torch.Generator().manual_seed(seed)
     loss = rng.choice(LOSS_CASES)
     v = _input(w, generator)
@@ -162,7 +165,7 @@ def random_net(seed: int, blocks: dict[str, list[Callable[[Writer, Value], Value
         targets,
         loss,
         rng.choice(["mean", "sum"]),
-        "scripted" if "script only" in w.traits else rng.choice(["scripted", "traced"]),
+        _way(rng, w.traits, inputs),
         "trainable" if w.coupler else _wanted(rng, module),
         rng.choice([None, None, 1, 300, 4000]),
         w.layouts,
@@ -177,6 +180,13 @@ def _unambiguous(loss: LossCase, outputs: Tensor) -> LossCase:
     if loss.name in ("cross_entropy", "nll") and outputs.dim() > 2 and len(set(outputs.shape[1:])) == 1:
         return replace(loss, options={"class_axis": "second"} | loss.options)
     return loss
+
+
+def _way(rng: random.Random, traits: set[str], inputs: tuple[Tensor, ...]) -> str:
+    """How the module is written down; exporting takes longest."""
+    if "script only" in traits:
+        return "scripted"
+    return rng.choice(["traced"] * 5 + ["scripted"] * 5 + ["exported"] * (len(inputs[0]) > 1))
 
 
 def _wanted(rng: random.Random, module: nn.Module) -> str:

@@ -10,7 +10,7 @@ from tests.engine.property_check import Findings, check
 from tests.engine.random_blocks import BLOCKS, COUPLERS
 from tests.engine.random_nets import random_net
 
-NETS = 250
+NETS = 200
 
 
 @cache
@@ -24,13 +24,14 @@ def findings_of(seed: int) -> Findings:
 
 
 @pytest.mark.parametrize("seed", range(NETS))
+@pytest.mark.filterwarnings("ignore:The tensor attributes self:UserWarning")  # torch's own, of exported recurrence
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 def test_net(seed):
     findings_of(seed)
 
 
 def test_few_nets_are_refused():
-    refused = [findings_of(seed).refused for seed in range(60)]
+    refused = [findings_of(seed).refused for seed in range(50)]
     assert 0 < sum(refused) < 0.25 * len(refused)
 
 
