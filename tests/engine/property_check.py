@@ -352,7 +352,7 @@ class _Check:
         for name in ("batch_grad", "batch_l2", "batch_dot", "sum_grad_squared", "variance"):
             scale = peer.Z if name in result.groups and result.groups[name].options["scale"] == "sample" else 1.0
             scaled = {n: b * scale for n, b in batch_grad.items()}
-            # Differences δ of gradients g have an error of eps·g, and so δ² one of 2·eps·g·δ, even where all δ are zero.
+            # Differences δ of gradients g have an error of eps·g, so δ² has one of 2·eps·g·δ, whatever δ is.
             square = max(float(b.square().mean(0).max()) for b in scaled.values() if b.numel())
             floors = dict.fromkeys(scaled, 1e-10 * square if name == "variance" else 0.0)
             if name not in result.groups:
