@@ -28,7 +28,7 @@ def test_migrating_twice_is_no_error(database_url):
     migrate(database_url)
 
 
-def test_rows_of_the_version_before_have_been_handed_back_never(tmp_path):
+def test_rows_of_the_first_version_are_analyses_that_were_never_handed_back(tmp_path):
     url = f"sqlite:///{tmp_path / 'old.db'}"
     migrate(url, "0001")
     engine = make_engine(url)
@@ -40,7 +40,7 @@ def test_rows_of_the_version_before_have_been_handed_back_never(tmp_path):
         )
     migrate(url)
     with engine.connect() as connection:
-        assert connection.execute(text("SELECT attempt, handed_back FROM jobs")).one() == (2, 0)
+        assert connection.execute(text("SELECT attempt, handed_back, kind FROM jobs")).one() == (2, 0, "analysis")
     engine.dispose()
 
 

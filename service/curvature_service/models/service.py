@@ -17,6 +17,8 @@ from curvature_service.resources import Resources
 from curvature_state.jobs import NewJob, create_job, forget_key
 
 _PRIORITY = 9
+_LIMIT_SECONDS = 300.0
+"""Loading a model can run code of its own, and nobody waits to cancel it."""
 _OWN = "inspection\n"
 """Begins our idempotency keys: no header can hold a line's end, so no request's key is one of them."""
 
@@ -49,7 +51,7 @@ def _inspection_of(resources: Resources, catalogue: Catalogue, sha256: str) -> J
 def _new_job(catalogue: Catalogue, sha256: str) -> NewJob:
     # Other extensions, or another engine, may say something else of the same model.
     version = hashlib.sha256(catalogue.model_dump_json().encode()).hexdigest()
-    request = {"model": sha256}
+    request = {"model": sha256, "timeout_seconds": _LIMIT_SECONDS}
     return NewJob(request, version, f"{_OWN}{sha256} {version}", priority=_PRIORITY, kind=JobKind.INSPECTION)
 
 
