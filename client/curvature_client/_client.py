@@ -170,6 +170,7 @@ class Client:
         eval: bool = True,
         priority: int = 5,
         timeout: float | None = 600.0,
+        format: str = "auto",
     ) -> Plan:
         """What `analyze` would do with the same arguments: method, cost and memory of every parameter.
 
@@ -177,7 +178,7 @@ class Client:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         request = AnalysisRequest(
-            model, batch, extensions, loss, reduction, seed, parameters, eval, False, priority, None
+            model, batch, extensions, loss, reduction, seed, parameters, eval, False, priority, None, format
         )
         with Submission(self._transport, request, self._progress, plan=True) as submission:
             try:
@@ -193,13 +194,22 @@ class Client:
                 raise
         return Plan.model_validate(dict(view.plan or {}))
 
-    def inspect(self, model: Any, *, batch: Any = None, eval: bool = True, timeout: float | None = 600.0) -> Inspection:
+    def inspect(
+        self,
+        model: Any,
+        *,
+        batch: Any = None,
+        eval: bool = True,
+        timeout: float | None = 600.0,
+        format: str = "auto",
+    ) -> Inspection:
         """What a model is, without running it: inputs, operators, and what each parameter is expected to get.
 
         Args:
             model: as in `analyze`, or the SHA-256 of a model uploaded before.
-            batch: as in `analyze`; needed only for an nn.Module that takes inputs to be converted.
+            batch: as in `analyze`; without it, an nn.Module can only be scripted.
             eval: as in `analyze`.
+            format: as in `analyze`.
             timeout: seconds to wait.
 
         Raises:
@@ -207,7 +217,9 @@ class Client:
             NotFoundError: no model of that SHA-256 is stored.
             WaitTimeout: no worker has told yet.
         """
-        return inspect_model(self._transport, model, batch, eval=eval, timeout=timeout, progress=self._progress)
+        return inspect_model(
+            self._transport, model, batch, eval=eval, format=format, timeout=timeout, progress=self._progress
+        )
 
     def extensions(self) -> Catalogue:
         """What the server's workers can compute: names, options, shapes, formulas, sources."""

@@ -42,13 +42,20 @@ class Inspection(InspectionMessage):
 
 
 def inspect_model(
-    transport: Transport, model: Any, batch: Any, *, eval: bool, timeout: float | None, progress: bool | None
+    transport: Transport,
+    model: Any,
+    batch: Any,
+    *,
+    eval: bool,
+    format: str,
+    timeout: float | None,
+    progress: bool | None,
 ) -> Inspection:
     """Look at a model, uploading it if the server lacks it; arguments as of `Client.inspect`."""
     deadline = None if timeout is None else time.monotonic() + timeout
     with TemporaryDirectory(prefix="curvature-") as folder:
         given = isinstance(model, str) and re.fullmatch(SHA256_PATTERN, model) is not None and not Path(model).exists()
-        payload = None if given else convert(model, _batch(batch), Path(folder), eval=eval)[0]
+        payload = None if given else convert(model, _batch(batch), Path(folder), eval=eval, format=format)[0]
         sha256 = model if payload is None else payload.sha256
         found = _look(transport, sha256, payload, deadline, progress)
     if found.error is not None:

@@ -55,3 +55,12 @@ def test_an_inspection_says_what_no_parameter_of_a_norm_gets(client):
 def test_a_hash_that_nobody_uploaded_is_not_found(client):
     with pytest.raises(NotFoundError):
         client.inspect("0" * 64)
+
+
+def test_an_exported_module_is_planned_and_inspected_as_the_scripted_one(client):
+    net, batch = small()
+    plans = [client.plan(net, batch, ["kflr", "variance"], format=way) for way in ("export", "script")]
+    assert [[p.method for r in plan.requests for p in r.parameters] for plan in plans] == [["closed form"] * 8] * 2
+    looks = [client.inspect(net, batch=batch, format=way) for way in ("export", "script")]
+    assert [look.format for look in looks] == ["export", "torchscript"]
+    assert [p.closed_form for p in looks[0].parameters] == [p.closed_form for p in looks[1].parameters]
