@@ -58,13 +58,18 @@ def work(place):
     entry = FAMILIES[family][number]
     ways = ways_of(entry)
     if entry.refused:
-        return family, entry.name, ways, {way: refusal(entry, way) for way in ways}, None
+        return family, entry.name, ways, {way: code_of(refusal(entry, way)) for way in ways}, None
     try:
         truth = Truth(entry)
         judged = [judge(truth, way) for way in ways]
     except Exception as error:  # noqa: BLE001 (a model that fails in any way is reported, and fails the table)
         return family, entry.name, ways, {}, f"{type(error).__name__}: {error}"
     return family, entry.name, ways, {name: [cells[name] for cells in judged] for name in EXTENSIONS}, None
+
+
+def code_of(error):
+    """What of an error goes from one process to another."""
+    return None if error is None else error.code
 
 
 def shown(name, cells):
@@ -98,8 +103,7 @@ def main():
         if arguments.only in entry.name
     ]
     started, rows, problems = time.perf_counter(), [], []
-    # Children are replaced now and then: compilers keep what they made.
-    with ProcessPoolExecutor(arguments.processes, max_tasks_per_child=4) as pool:
+    with ProcessPoolExecutor(arguments.processes) as pool:
         for row in pool.map(work, places):
             rows.append(row)
             problems += problems_of(row)
@@ -118,8 +122,8 @@ def problems_of(row):
         return [f"{name}: {failure}"]
     entry = next(e for e in FAMILIES[family] if e.name == name)
     if entry.refused:
-        wrong = {way: error for way, error in found.items() if error is None or error.code != entry.refused}
-        return [f"{name}, {way}: expected {entry.refused}, got {error}" for way, error in wrong.items()]
+        wrong = {way: code for way, code in found.items() if code != entry.refused}
+        return [f"{name}, {way}: expected {entry.refused}, got {code}" for way, code in wrong.items()]
     problems = []
     for extension, cells in found.items():
         expected = extension == "kfra" or (not entry.hessian and extension.endswith("diag_hessian"))
@@ -153,7 +157,7 @@ def quantities(rows):
 def refusals(rows):
     lines = ["| model | formats | refused with |", "| --- | --- | --- |"]
     for _, name, ways, found, _ in rows:
-        reasons = dict.fromkeys(f"`{e.code}`" if e is not None else "**not refused**" for e in found.values())
+        reasons = dict.fromkeys(f"`{code}`" if code else "**not refused**" for code in found.values())
         lines.append(f"| {name} | {' '.join(w[0].upper() for w in ways)} | {', '.join(reasons)} |")
     return lines
 
