@@ -1,5 +1,9 @@
 """When memory runs out, the computation goes on in smaller pieces, says so, and gives the same numbers."""
 
+import subprocess
+import sys
+import weakref
+
 import pytest
 import torch
 from tests.engine.models import build, targets_for
@@ -53,6 +57,69 @@ def test_the_batch_is_halved_until_it_fits(monkeypatch, fitting):
     assert halved.plan.samples_per_chunk == (2 if fitting > 1 else 1)
     assert any("began again with" in warning for warning in halved.warnings)
     check_equal(whole, halved)
+
+
+def test_a_failed_attempt_keeps_no_graph(monkeypatch):
+    program, inputs, targets = setup()
+    alive, original = [], BackwardPasses._column
+
+    def fails_once(self, *arguments):
+        alive.append(weakref.ref(self))
+        if len(alive) == 1:
+            raise RuntimeError(NO_MEMORY)
+        assert alive[0]() is None or alive[0]() is self
+        original(self, *arguments)
+
+    monkeypatch.setattr(BackwardPasses, "_column", fails_once)
+    result = engine.analyze(program, inputs, targets, ["batch_grad"])
+    assert result.plan.chunks == 2
+
+
+WIDE = """
+import resource
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import curvature_engine as engine
+
+torch.set_num_threads(1)
+
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.out = nn.Parameter(torch.ones(50)), nn.Linear(50, 3)
+
+    def forward(self, x):
+        h = (x * self.scale).repeat(1, 3200)
+        for _ in range(24):  # 41 MB each for 64 samples
+            h = torch.relu(h + 0.01)
+        return self.out(h.view(x.shape[0], 3200, 50).mean(1))
+
+
+program = engine.load(torch.jit.script(Wide().eval()))
+x, targets = torch.rand(64, 50), torch.randint(0, 3, (64,))
+small = engine.analyze(program, x, targets, ["variance"], budget_bytes=2**28)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + 800 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+result = engine.analyze(program, x, targets, ["variance"], budget_bytes=2**50)  # which promises too much
+for name, value in small["variance"].items():
+    torch.testing.assert_close(result["variance"][name], value, rtol=1e-3, atol=1e-10)
+print(result.plan.chunks, *result.warnings)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not keep limits of address space")
+def test_a_process_without_memory_goes_on(tmp_path):
+    script = tmp_path / "wide.py"
+    script.write_text(WIDE)
+    run = subprocess.run([sys.executable, "-W", "ignore", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(("2 ", "4 ", "8 "))
+    assert "began again" in run.stdout
 
 
 def test_one_sample_that_does_not_fit_is_refused(monkeypatch):

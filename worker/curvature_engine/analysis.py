@@ -130,8 +130,7 @@ class _Analyzer:
         while attempt is not None:
             self._begin(attempt)
             try:
-                with self._prepared(inputs, targets, attempt.limits) as prepared:
-                    return self._analysis(prepared, results_dir)
+                return self._attempt(inputs, targets, attempt.limits, results_dir)
             except (EngineError, RuntimeError, MemoryError) as error:
                 if not lacks_memory(error):
                     raise
@@ -142,6 +141,11 @@ class _Analyzer:
             "memory ran out in the smallest pieces that the computation can be divided into",
             remedy="use a smaller batch, fewer extensions or parameters, or a machine with more memory",
         )
+
+    def _attempt(self, inputs: Inputs, targets: Tensor, limits: Limits, results_dir: Path | None) -> Analysis:
+        # A function of its own: when it fails, its variables go, and with them the graph.
+        with self._prepared(inputs, targets, limits) as prepared:
+            return self._analysis(prepared, results_dir)
 
     def plan(self, inputs: Inputs, targets: Tensor) -> Plan:
         with self._prepared(inputs, targets, Limits()) as prepared:
