@@ -170,7 +170,7 @@ def test_closed_forms_serve_all_but_the_named_parameters(name):
 def test_one_forward_pass_serves_all_extensions(monkeypatch):
     runs = []
     forward = engine.Program.run
-    monkeypatch.setattr(engine.Program, "run", lambda *arguments: runs.append(1) or forward(*arguments))
+    monkeypatch.setattr(engine.Program, "run", lambda *given, **options: runs.append(1) or forward(*given, **options))
     module, inputs = build(BY_NAME["cnn"])
     engine.analyze(torch.jit.script(module), inputs, targets_for(module(*inputs), "cross_entropy"), REQUESTS)
     assert len(runs) == 1

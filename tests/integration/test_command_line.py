@@ -73,7 +73,7 @@ def test_extensions_are_listed(run):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["analyze", "model.pt", "batch.safetensors", "-e", "kfca", "-o", "x"], "did you mean 'kfac'"),
+        (["analyze", "model.pt", "batch.safetensors", "-e", "kfacs", "-o", "x"], "did you mean 'kfac'"),
         (["analyze", "absent.pt", "batch.safetensors", "-e", "kfac", "-o", "x"], "absent.pt does not exist"),
         (["analyze", "batch.safetensors", "batch.safetensors", "-e", "kfac", "-o", "x"], "no TorchScript archive"),
         (
