@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from tests.worker.desk import wait_until
 
 from curvature_worker.confinement import confine
+from curvature_worker.inbox import batch_name
 from curvature_worker.launcher import launch
 
 TARGETS = Path(__file__).parent / "targets"
@@ -230,7 +231,8 @@ def test_a_confined_child_loads_computes_and_writes(folder, threads):
             torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 3)
         )
         torch.jit.save(torch.jit.script(net), str(process.inbox / "model"))
-        save_file({"inputs": torch.randn(64, 1, 8, 8), "targets": torch.arange(64) % 3}, process.inbox / "batch")
+        batch = {"inputs": torch.randn(64, 1, 8, 8), "targets": torch.arange(64) % 3}
+        save_file(batch, process.inbox / batch_name("batch"))
         request = {
             "loss": None,
             "reduction": "mean",
@@ -240,7 +242,8 @@ def test_a_confined_child_loads_computes_and_writes(folder, threads):
             "verify": False,
         }
         wanted = [{"name": "diag_ggn_exact", "label": "d", "options": {}}]
-        process.channel.send({"model": "model", "batch": "batch", "request": {**request, "extensions": wanted}})
+        order = {"kind": "analysis", "model": "model", "batch": "batch"}
+        process.channel.send({**order, "request": {**request, "extensions": wanted}})
         reply = wait_until(lambda: (m := process.channel.receive(10)) and m["event"] != "progress" and m)
         assert reply["event"] == "done", reply
         assert (process.outbox / "d.safetensors").stat().st_size > 0

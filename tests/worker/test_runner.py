@@ -125,9 +125,8 @@ class TestSuccess:
         desk.run(desk.submit(data, models.batch()))
         child = desk.child()
         assert desk.store("models", data) in [p.name for p in child.inbox.iterdir()]
-        assert desk.store("batches", save(dict(zip(("inputs", "targets"), models.batch(), strict=True)))) not in [
-            p.name for p in child.inbox.iterdir()
-        ]
+        batch = desk.store("batches", save(dict(zip(("inputs", "targets"), models.batch(), strict=True))))
+        assert not any(batch in p.name for p in child.inbox.iterdir())
         assert list(child.outbox.iterdir()) == []
 
 
@@ -153,7 +152,15 @@ class TestFurtherFiles:
         assert manifest.groups[0].options["against"] == extensions[0]["options"]["against"]
         assert manifest.groups[0].tensors[0].shape == (6, 4)
         assert [p.name for p in desk.child().inbox.iterdir() if "loss" in p.name] == []
-        assert extensions[0]["options"]["against"]["sha256"] not in [p.name for p in desk.child().inbox.iterdir()]
+        other = extensions[0]["options"]["against"]["sha256"]
+        assert not any(other in p.name for p in desk.child().inbox.iterdir())
+
+    def test_a_model_sent_as_a_batch_stays_as_a_model(self, desk):
+        data = script(models.small())
+        refused = desk.run(desk.submit(data, data))
+        assert refused.error.code == "invalid_batch"
+        later = desk.run(desk.submit(data, models.batch(), eval=False))  # which loads the model's file once more
+        assert later.status == JobStatus.SUCCEEDED, later.error
 
     def test_a_loss_that_is_no_longer_stored_is_named(self, desk):
         job_id = desk.submit(models.small(), models.batch(), loss={"sha256": "0" * 64, "output": None})

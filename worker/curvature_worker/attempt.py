@@ -23,6 +23,7 @@ from curvature_worker import admission
 from curvature_worker.cache import ArtefactCache, place
 from curvature_worker.channel import ChannelClosed
 from curvature_worker.errors import JobRefused, LeaseLost, WorkerStopping
+from curvature_worker.inbox import batch_name, loss_name
 from curvature_worker.launcher import Confined, launch
 from curvature_worker.lease import Lease
 from curvature_worker.manifest import build_manifest
@@ -93,9 +94,9 @@ class Attempt:
     def _fetch(self, request: dict[str, Any]) -> dict[str, Path]:
         """Name in the inbox → file, of what a request refers to beside the model."""
         cache = self._tools.cache
-        files = {sha256: cache.fetch_upload("batches", sha256, self._check) for sha256 in _batches(request)}
+        files = {batch_name(s): cache.fetch_upload("batches", s, self._check) for s in _batches(request)}
         if (loss := _loss_function(request)) is not None:
-            files[_loss_name(loss)] = self._small_enough(self._admitted("losses", loss))
+            files[loss_name(loss)] = self._small_enough(self._admitted("losses", loss))
         return files
 
     def _admitted(self, kind: ArtefactKind, sha256: str) -> Path:
@@ -369,11 +370,6 @@ def _loss_function(request: dict[str, Any]) -> str | None:
     return (request["loss"] or {}).get("sha256")
 
 
-def _loss_name(sha256: str) -> str:
-    """A loss function's name in the inbox: the same file may lie there as a model, and stay longer."""
-    return f"loss-{sha256}"
-
-
 def _file_name(label: str) -> str:
     return f"{label}.safetensors"
 
@@ -403,7 +399,7 @@ def _order(job: jobs.ClaimedJob) -> dict[str, Any]:
     ]
     wanted = {name: request[name] for name in ("loss", "reduction", "seed", "parameters", "eval")}
     if (loss := _loss_function(request)) is not None:
-        wanted["loss"] = {"file": _loss_name(loss), "output": request["loss"]["output"]}
+        wanted["loss"] = {"file": loss_name(loss), "output": request["loss"]["output"]}
     wanted["verify"] = request.get("verify", False)  # jobs queued before there was this field have none
     return {
         "kind": job.kind,

@@ -18,6 +18,7 @@ import curvature_engine as engine
 from curvature_protocol.names import INPUTS, TARGETS
 from curvature_protocol.requests import referenced_batch
 from curvature_worker.channel import MAX_FRAME_BYTES, Channel, ChannelClosed
+from curvature_worker.inbox import batch_name
 
 _PROGRESS_SECONDS = 0.1
 _NO_MEMORY = ("allocate memory", "out of memory", "bad_alloc")
@@ -126,7 +127,7 @@ class Child:
     def _plan(self, order: dict[str, Any]) -> dict[str, Any]:
         request = order["request"]
         program = self._program(order)
-        inputs, targets = read_batch(self._inbox / order["batch"])
+        inputs, targets = read_batch(self._inbox / batch_name(order["batch"]))
         plan = engine.plan(
             program,
             inputs,
@@ -150,7 +151,7 @@ class Child:
         request = order["request"]
         begun = time.perf_counter()
         program = self._program(order)
-        inputs, targets = read_batch(self._inbox / order["batch"])
+        inputs, targets = read_batch(self._inbox / batch_name(order["batch"]))
         extensions = self._with_batches(request["extensions"], {order["batch"]: (inputs, targets)})
         loaded = time.perf_counter()
         analysis = engine.analyze(
@@ -197,7 +198,7 @@ class Child:
                 if sha256 is None:
                     continue
                 if sha256 not in known:
-                    known[sha256] = read_batch(self._inbox / sha256, f"{extension['label']}'s {option}")
+                    known[sha256] = read_batch(self._inbox / batch_name(sha256), f"{extension['label']}'s {option}")
                 options[option] = known[sha256]
             found.append({**extension, "options": options})
         return found
