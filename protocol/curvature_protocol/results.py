@@ -27,7 +27,7 @@ class Provenance(Reply):
     verification: str | None = Field(
         default=None,
         description='when they were made: "kept verdict" (by an earlier job on this path; its rows confirmed on this '
-        'batch), "this job", or "this job, every column" (verify)',
+        'batch), "this job", or "this job, every column" (verify, of what is made of such columns alone)',
     )
 
 

@@ -53,8 +53,8 @@ def job():
     return run
 
 
-def said(result, parameter):
-    return result.groups["batch_grad"].provenance[parameter]["verification"]
+def said(result, parameter, label="batch_grad"):
+    return result.groups[label].provenance[parameter]["verification"]
 
 
 def test_the_provenance_says_when_the_path_was_judged():
@@ -69,6 +69,52 @@ def test_the_provenance_says_when_the_path_was_judged():
         "this job, every column",
         "kept verdict",
     ]
+
+
+def test_only_what_is_made_of_compared_columns_alone_says_so():
+    program, y = engine.load(torch.jit.script(nn.Linear(4, 3).double())), torch.tensor([0, 1, 2, 0, 1])
+    x = torch.randn(5, 4, dtype=torch.float64)
+    compared = ["variance", "diag_ggn_exact", "sqrt_ggn_mc", "kfac", "kflr"]
+    others = ["diag_hessian", "batch_diag_hessian", "kfra", "grad", "batch_loss", "outputs"]
+    result = engine.analyze(program, x, y, [*compared, *others], verify=True)
+    for label in compared + others:
+        found = {entry["verification"] for entry in result.groups[label].provenance.values()}
+        assert found == {"this job, every column" if label in compared else "this job"}, label
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        if x.shape[0] > 5:
+            return self.layer(x)
+        return torch.relu(self.layer(x))
+
+
+def test_another_batch_counts_by_when_it_was_judged():
+    program = engine.load(torch.jit.script(Branching()))
+    short, long = ((torch.randn(n, 4), torch.arange(n) % 3) for n in (5, 6))
+
+    def job(batch, other):
+        dot = {"name": "batch_dot", "options": {"against": other}}
+        return said(engine.analyze(program, *batch, [dot]), "layer.weight", "batch_dot")
+
+    assert job(short, short) == "this job"
+    assert job(long, short) == "kept verdict"
+    assert job(long, long) == "kept verdict"
+
+
+def test_chunks_judged_in_this_job_say_so():
+    program, y = engine.load(torch.jit.script(nn.Linear(4, 3))), torch.arange(8) % 3
+
+    def job():
+        return engine.analyze(program, torch.randn(8, 4), y, ["batch_grad"], budget_bytes=1)
+
+    first, second = job(), job()
+    assert first.plan.chunks > 1
+    assert (said(first, "weight"), said(second, "weight")) == ("this job", "kept verdict")
 
 
 def test_a_closed_form_that_went_wrong_since_fails_by_name(job, monkeypatch):

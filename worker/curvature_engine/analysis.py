@@ -72,7 +72,8 @@ def analyze(
             names.
         verify: judge the path anew, whatever verdict is kept of it, and hold the summed contributions of every
             parameter, by closed form or fallback, against the ordinary gradient, for every column that is propagated
-            back. A mismatch raises `verification_failed`.
+            back (not the Hessian's second derivatives of the model, nor KFRA's averaged matrices). A mismatch raises
+            `verification_failed`.
 
     Returns:
         Results by label; every tensor is at least float32.
@@ -303,7 +304,7 @@ class _Analyzer:
                     and work.verified
                     and work.verification is not None
                     and (against is None or against.work.verified),
-                    "verification": None if work is None else work.verification,
+                    "verification": None if work is None else work.verification_of(request),
                 }
 
 

@@ -35,7 +35,7 @@ from curvature_engine.residuals import Residuals, affine, find_strays
 from curvature_engine.results import Group
 from curvature_engine.stores import Layout, ResultStore
 from curvature_engine.tape import backward
-from curvature_engine.verification import Verification
+from curvature_engine.verification import EVERY_COLUMN, KEPT_VERDICT, THIS_JOB, Verification, least
 from curvature_engine.version import __version__
 from curvature_engine.watched import Derivation
 
@@ -56,6 +56,8 @@ class Order:
     against: dict[str, Against] = field(default_factory=dict)
     """By label: the other batches of requests that name one."""
     relief: Relief = field(default_factory=Relief)
+    judged: set[Hashable] = field(default_factory=set)
+    """Paths whose kept verdicts are this order's own, from an earlier part, another batch or a failed attempt."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,7 @@ class BackwardPasses:
         uses: of parameters with closed forms in the current part, by name.
         columns: how many columns of each kind are wanted.
         verified: whether the run-time checks held in every part.
-        verification: when they were made: "kept verdict" (by an earlier job on this path, its rows confirmed on this
-            batch), "this job", or "this job, every column" (as asked for by verify=True); None before.
+        verification: when they were made, for the parts so far the least; None before.
     """
 
     def __init__(self, order: Order, bound: BoundLoss, selected: dict[str, Parameter]) -> None:
@@ -246,6 +247,22 @@ class BackwardPasses:
         for methods in (self.methods, {} if against is None else against.work.methods):
             found.update([methods[key]] if key in methods else methods.values())
         return "fallback" if "fallback" in found else "closed form"
+
+    def verification_of(self, request: Request) -> str | None:
+        """When the checks of what a result is made of were made; None where there were none.
+
+        The columns' sums are what `verify` compares: not what comes of one backward pass as it is, not the matrices
+        averaged over samples, not the second derivatives of the model.
+        """
+        against = self._order.against.get(request.label)
+        found = least([self.verification, *([] if against is None else [against.work.verification])])
+        extension = request.extension
+        compared = (
+            extension.accumulator is not None
+            and extension.columns in ("gradient", "exact", "sampled")
+            and extension.residual is None
+        )
+        return THIS_JOB if found == EVERY_COLUMN and not compared else found
 
     def contribution(self, name: str) -> Contribution:
         """A parameter's contribution with the shapes that it will have in the current part, and no numbers."""
@@ -393,13 +410,14 @@ class BackwardPasses:
         verdicts, forward, outputs = self._order.program.verdicts, self._part.forward, self._part.outputs
         path = self._path()
         verdict = None if forward.routed_by_data or self._order.verify else verdicts.get(path)
-        found = "kept verdict"
+        found = THIS_JOB if path in self._order.judged else KEPT_VERDICT
         if verdict is None or not self._confirm(verdict):
             verdict = judge(outputs, forward.tape, self._selected)
-            found = "this job, every column" if self._order.verify else "this job"
+            found = EVERY_COLUMN if self._order.verify else THIS_JOB
             if verdict.finite and verdict.confirmable and not forward.routed_by_data:
                 verdicts.keep(path, verdict)
-        self.verification = self.verification or found
+                self._order.judged.add(path)
+        self.verification = found if self.verification is None else least([self.verification, found])
         self.verified = self.verified and verdict.finite and bool(torch.isfinite(outputs).all())
         if not verdict.finite:
             self._distrust()

@@ -8,7 +8,7 @@ whose terms cancel, and a fallback's terms are not at hand; so it is measured: g
 and three times the gradient under a third of it differs from the gradient itself by rounding alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 import torch
@@ -20,6 +20,10 @@ from curvature_engine.judgement import HALF_TOLERANCE, TOLERANCE
 from curvature_engine.parameters import Parameter
 from curvature_engine.precision import accumulation_dtype
 from curvature_engine.tape import backward
+
+KEPT_VERDICT, THIS_JOB, EVERY_COLUMN = "kept verdict", "this job", "this job, every column"
+"""When run-time checks were made: by an earlier job on this path, whose rows were confirmed on this batch; in this job;
+and in this job for each column."""
 
 _LEAST_ROUNDINGS = 64.0
 """A sum may differ by so many times the measured rounding, or by as many as its dtype's tolerance holds."""
@@ -79,3 +83,9 @@ class Verification:
                     total += gradient
             totals[name] = total
         return totals
+
+
+def least(found: Iterable[str | None]) -> str | None:
+    """What holds for all together of when checks were made; None where for one of them they were not."""
+    order = (None, KEPT_VERDICT, THIS_JOB, EVERY_COLUMN)
+    return min(found, key=order.index)

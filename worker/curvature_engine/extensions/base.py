@@ -41,6 +41,10 @@ class Judged(Protocol):
     def verified(self) -> bool:
         """Whether the run-time checks held."""
 
+    @property
+    def verification(self) -> str | None:
+        """When they were made."""
+
     def contribution(self, name: str) -> Contribution:
         """A parameter's contribution with the shapes that it will have, and no numbers."""
 
