@@ -23,6 +23,13 @@ class Provenance(Reply):
     dtype: str
     device: str
     engine_version: str
+    samples_per_chunk: int | None = Field(
+        default=None, description="the most samples that shared a forward pass; the batch's where all did"
+    )
+    halvings: int = Field(
+        default=0,
+        description="how often memory ran out and pieces (chunks, blocks written out at a time) were halved",
+    )
     verified: bool = Field(description="whether the run-time checks (probe, summed contributions) held")
     verification: str | None = Field(
         default=None,

@@ -229,6 +229,8 @@ MANIFEST: dict[str, Any] = {
                         "dtype": "float32",
                         "device": "cpu",
                         "engine_version": "0.1.0",
+                        "samples_per_chunk": 128,
+                        "halvings": 0,
                         "verified": True,
                         "verification": "this job",
                     },

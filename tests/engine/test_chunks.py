@@ -56,6 +56,9 @@ def test_chunks_give_the_whole_batch_s_results(name):
     whole, chunked = both(script, inputs, targets, requests, loss="cross_entropy")
     assert (whole.plan.chunks, chunked.plan.chunks) == (1, 2)
     assert chunked.plan.samples_per_chunk == 2
+    for result, samples in ((whole, len(targets)), (chunked, 2)):
+        entries = [entry for group in result.groups.values() for entry in group.provenance.values()]
+        assert {(entry["samples_per_chunk"], entry["halvings"]) for entry in entries} == {(samples, 0)}
     check_equal(whole, chunked)
 
 

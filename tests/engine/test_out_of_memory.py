@@ -25,6 +25,12 @@ def setup(name="mlp"):
     return engine.load(torch.jit.script(module)), inputs, targets_for(module(*inputs), "cross_entropy")
 
 
+def pieces(result):
+    """(samples per chunk, halvings) of all tensors."""
+    entries = [entry for group in result.groups.values() for entry in group.provenance.values()]
+    return {(entry["samples_per_chunk"], entry["halvings"]) for entry in entries}
+
+
 def failing(original, fails):
     """`original`, without memory as long as `fails` says so of its arguments."""
 
@@ -44,6 +50,11 @@ def test_a_block_is_written_out_in_halves(monkeypatch):
     halved = engine.analyze(program, inputs, targets, REQUESTS)
     assert any("halved" in warning for warning in halved.warnings)
     assert halved.plan == whole.plan
+    assert pieces(whole) == {(len(targets), 0)}
+    ((samples, halvings),) = pieces(halved)
+    assert samples == len(targets)
+    assert halvings > 0
+    assert any(f"halved {halvings} times" in warning for warning in halved.warnings)
     check_equal(whole, halved)
 
 
@@ -55,7 +66,9 @@ def test_the_batch_is_halved_until_it_fits(monkeypatch, fitting):
     monkeypatch.setattr(BackwardPasses, "_column", failing(column, lambda c, shares: len(c) > fitting))
     halved = engine.analyze(program, inputs, targets, REQUESTS)
     assert halved.plan.samples_per_chunk == (2 if fitting > 1 else 1)
-    assert any("began again with" in warning for warning in halved.warnings)
+    restarts = [warning for warning in halved.warnings if "began again with" in warning]
+    assert pieces(halved) == {(halved.plan.samples_per_chunk, len(restarts))}
+    assert len(restarts) == (1 if fitting > 1 else 2)
     check_equal(whole, halved)
 
 

@@ -388,6 +388,7 @@ def test_the_manifest_says_what_every_tensor_is(client):
     provenance = entry.provenance
     assert (provenance.method, provenance.reduction, provenance.Z, provenance.seed) == ("closed form", "mean", 6.0, 9)
     assert provenance.verified
+    assert (provenance.samples_per_chunk, provenance.halvings) == (6, 0)
     assert result["variance"].entry("0.weight").provenance.seed is None
     assert "Σ_n" in result["variance"].convention
     assert "landlock+seccomp" in result.manifest.isolation

@@ -50,6 +50,17 @@ def test_a_result_beyond_the_budget_is_written_as_it_is_made(desk_with):
     assert list(desk.child().outbox.iterdir()) == []
 
 
+def test_the_manifest_says_how_the_batch_was_divided(desk_with):
+    module, x = nn.Sequential(nn.Linear(200, 300), nn.Tanh(), nn.Linear(300, 5)), torch.randn(64, 200)
+    desk = desk_with(budget_bytes=2**17)
+    job = desk.run(desk.submit(module, (x, torch.arange(64) % 5), ["variance", "batch_loss"]))
+    assert job.status == JobStatus.SUCCEEDED, job.error
+    entries = [tensor.provenance for group in desk.manifest(job).groups for tensor in group.tensors]
+    assert len({entry.samples_per_chunk for entry in entries}) == 1
+    assert 1 < entries[0].samples_per_chunk < 64
+    assert {entry.halvings for entry in entries} == {0}
+
+
 def test_the_default_budget_is_half_of_what_the_child_may_take(tmp_path, redis_url):
     settings = make_settings(tmp_path, redis_url, memory_limit_bytes=8 * 2**30)
     assert analysis_budget(settings) == 4 * 2**30

@@ -124,6 +124,7 @@ class _Analyzer:
         self.program, self.requests, self.seed = order.program, order.requests, order.seed
         self.warnings = order.warnings
         self._plan: Plan | None = None
+        self._restarts = 0
 
     def run(self, inputs: Inputs, targets: Tensor, results_dir: Path | None) -> Analysis:
         """Compute, in smaller and smaller pieces where memory runs out."""
@@ -156,7 +157,7 @@ class _Analyzer:
         self.order = replace(
             self.order, budget=attempt.budget, warnings=list(attempt.notes), relief=Relief(), against={}
         )
-        self.warnings, self._plan = self.order.warnings, None
+        self.warnings, self._plan, self._restarts = self.order.warnings, None, len(attempt.notes)
 
     @contextmanager
     def _prepared(self, inputs: Inputs, targets: Tensor, limits: Limits) -> Iterator[Prepared]:
@@ -210,7 +211,7 @@ class _Analyzer:
                 f"memory ran out: individual gradients were written out in blocks halved "
                 f"{self.order.relief.halvings} times"
             )
-        self._finish(groups, bound, work)
+        self._finish(groups, prepared)
         info = {
             "loss_name": self.spec.name,
             "loss_options": dict(self.spec.options),
@@ -274,7 +275,8 @@ class _Analyzer:
 
     # Provenance
 
-    def _finish(self, groups: dict[str, Group], bound: BoundLoss, work: BackwardPasses | None) -> None:
+    def _finish(self, groups: dict[str, Group], prepared: Prepared) -> None:
+        bound, work = prepared.bound, prepared.work
         for request in self.requests:
             group = groups[request.label]
             sampled = request.extension.columns == "sampled"
@@ -300,6 +302,8 @@ class _Analyzer:
                     "dtype": _name(dtype),
                     "device": str(self.program.device),
                     "engine_version": __version__,
+                    "samples_per_chunk": prepared.plan.samples_per_chunk,
+                    "halvings": self._restarts + self.order.relief.halvings,
                     "verified": work is not None
                     and work.verified
                     and work.verification is not None
