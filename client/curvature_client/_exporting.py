@@ -15,7 +15,7 @@ Inputs = tuple[Any, ...] | dict[str, Any]
 
 _SAMPLES = 2
 """torch.export takes sizes 0 and 1 for fixed. As always the same number is exported with, equal models have equal
-files whatever the batch."""
+files whatever the batch, but for a batch of one sample: see `_general`."""
 
 _TOLERANCES = {"torch.float64": 1e-9, "torch.float32": 1e-4}
 _HALF_TOLERANCE = 5e-2
@@ -36,14 +36,32 @@ def export(module: Any, inputs: Inputs, folder: Path) -> Path:
     positional, keyword = ((), small) if isinstance(small, dict) else (small, {})
     batched = {0: torch.export.Dim.DYNAMIC}
     axes = _mapped(inputs, lambda t: batched if t.dim() and t.shape[0] == N else None)
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]), _general(N):
         program = torch.export.export(module, _cloned(positional), _cloned(keyword), dynamic_shapes=axes)
+        if any(bounds.lower > N for bounds in program.range_constraints.values()):
+            raise RuntimeError("for one sample the module takes another path than for several")
         program.example_inputs = None  # the user's data are no part of the model
         path = save_export(program, folder)
         exported = program.module()
         _check_outputs(module, exported, inputs)
         _check_gradients(module, exported, small)
     return path
+
+
+@contextmanager
+def _general(N: int) -> Iterator[None]:
+    """Export for sizes from 0 on where the batch has one sample.
+
+    By default torch derives what the program does from sizes of at least 2, writes that down as the range of the batch
+    axis, and one sample is refused. Told not to, it says "from 2 on" only where the module itself asks.
+    """
+    import torch.fx.experimental._config as config
+
+    if N > 1:
+        yield
+        return
+    with config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        yield
 
 
 def save_export(program: Any, folder: Path) -> Path:

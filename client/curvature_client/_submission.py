@@ -63,7 +63,7 @@ class AnalysisRequest:
             "loss": loss if function is None else function.request(),
             "reduction": reduction,
             "seed": self.seed,
-            "parameters": self.parameters if isinstance(self.parameters, str) else list(self.parameters),
+            "parameters": _checked_parameters(self.parameters),
             "eval": self.eval,
             "verify": self.verify,
             "priority": self.priority,
@@ -170,6 +170,20 @@ def _further_batch(key: tuple[int, str], given: Any) -> Batch:
         place, option = key
         error.param = f"extensions.{place}.options.{option}"
         raise
+
+
+def _checked_parameters(parameters: str | Sequence[str]) -> str | list[str]:
+    if isinstance(parameters, str):
+        return parameters
+    found = list(parameters)
+    if not found or not all(isinstance(pattern, str) for pattern in found):
+        raise refusal(
+            "invalid_request",
+            f'parameters is "trainable", "all", or one or several patterns of names; got {found!r:.200}',
+            param="parameters",
+            remedy='e.g. parameters=["*.bias", "head.weight"], or leave it out',
+        )
+    return found
 
 
 def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:

@@ -100,7 +100,37 @@ def test_a_module_is_exported_for_any_number_of_samples(tmp_path):
     assert notes == []
 
 
-@pytest.mark.parametrize("samples", [1, 2, 4])
+class Lonely(nn.Module):
+    """Treats one sample differently."""
+
+    def __init__(self):
+        super().__init__()
+        self.l = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.l(2.0 * x) if x.shape[0] == 1 else self.l(x)
+
+
+def test_one_sample_is_exported_for(tmp_path):
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU()).eval()
+    loaded, notes, payload = converted(net, tmp_path, batch=(X[:1], Y[:1]))
+    assert loaded.format == "export"
+    (bounds,) = torch.export.load(io.BytesIO(payload.read())).range_constraints.values()
+    assert bounds.lower <= 1
+    assert notes == []
+    for rows in (X, X[:1]):
+        assert torch.equal(loaded(rows), net(rows))
+
+
+def test_a_module_that_treats_one_sample_differently_is_not_exported_for_it(tmp_path):
+    net = Lonely().eval()
+    loaded, _, _ = converted(net, tmp_path, batch=(X[:1], Y[:1]))
+    assert loaded.format == "torchscript"
+    for rows in (X, X[:1]):
+        assert torch.equal(loaded(rows), net(rows))
+
+
+@pytest.mark.parametrize("samples", [2, 4])
 def test_an_export_is_the_same_file_whatever_the_batch(tmp_path, samples):
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU()).eval()
     _, _, expected = converted(net, tmp_path)

@@ -10,7 +10,7 @@ from tests.integration.cases import small
 from torch import nn
 
 import curvature_engine as engine
-from curvature_client import KFAC, Client, DiagGGNMC, KroneckerFactors, Result, UnprocessableError
+from curvature_client import KFAC, BatchDot, Client, DiagGGNMC, KroneckerFactors, Result, UnprocessableError
 
 REQUESTS = [
     *("batch_loss", "outputs", "grad", "batch_grad", "batch_l2", "sum_grad_squared", "variance", "diag_ggn_exact"),
@@ -393,3 +393,22 @@ def test_the_manifest_says_what_every_tensor_is(client):
     assert "Σ_n" in result["variance"].convention
     assert "landlock+seccomp" in result.manifest.isolation
     assert {"queue", "fetch", "load", "compute", "write", "store"} <= set(result.manifest.timings_ms)
+
+
+def test_one_sample_is_analyzed_as_a_plain_module(client):
+    net, (x, y) = small()
+    result = client.analyze(net, (x[:1], y[:1]), ["batch_grad", BatchDot(against=(x, y), over="model")])
+    assert result.manifest.format == "export"
+    rows = []
+    for n in range(6):
+        gradients = torch.autograd.grad(nn.functional.cross_entropy(net(x[n : n + 1]), y[n : n + 1]), net.parameters())
+        rows.append(torch.cat([g.flatten() for g in gradients]))
+    first = torch.cat([result["batch_grad"][name][:].flatten() for name, _ in net.named_parameters()])
+    torch.testing.assert_close(first, rows[0])
+    torch.testing.assert_close(result["batch_dot"][:], rows[0][None] @ torch.stack(rows).T / 6)
+
+
+def test_an_empty_choice_of_parameters_is_refused(client):
+    net, batch = small()
+    with pytest.raises(UnprocessableError, match="one or several patterns"):
+        client.analyze(net, batch, ["batch_grad"], parameters=[])

@@ -77,7 +77,9 @@ class InputShapes:
             least, largest = self._ranges.get(symbol, (None, None))
             if (least is not None and size < least) or (largest is not None and size > largest):
                 bounds = f"from {least} to {'any' if largest is None else largest}"
-                raise _broken(f"the exported program takes sizes {bounds} along an axis that is {size} here")
+                message = f"the exported program takes sizes {bounds} along an axis that is {size} here"
+                # torch.export takes 0 and 1 for sizes apart, so that no dynamic axis mends this.
+                raise _broken(message, "give more samples, or script the module" if least == 2 and size == 1 else None)
 
 
 def _check_form(name: str, sizes: Sequence[int | str], dtype: torch.dtype, value: Any) -> None:
@@ -101,8 +103,9 @@ def _fixed(name: str, axis: int, expected: int, size: int) -> EngineError:
     )
 
 
-def _broken(message: str) -> EngineError:
-    return EngineError("invalid_inputs", message, param="inputs", remedy=f"give other sizes, or {_DYNAMIC}")
+def _broken(message: str, remedy: str | None = None) -> EngineError:
+    remedy = remedy or f"give other sizes, or {_DYNAMIC}"
+    return EngineError("invalid_inputs", message, param="inputs", remedy=remedy)
 
 
 def _check_expression(name: str, axis: int, text: str, size: int, symbols: dict[str, int]) -> None:
