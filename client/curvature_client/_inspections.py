@@ -127,9 +127,9 @@ def _row(parameter: InspectedParameter) -> tuple[str, ...]:
         ", ".join(dict.fromkeys(use.operator for use in parameter.uses)) or "-",
         _listed(parameter.closed_form),
         _listed(parameter.fallback),
-        ", ".join(parameter.none) or "-",
+        _listed(tuple(parameter.none), most=4),
     )
 
 
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(names) or "-" if len(names) <= 2 else f"{len(names)} extensions"
+def _listed(names: tuple[str, ...], most: int = 2) -> str:
+    return ", ".join(names) or "-" if len(names) <= most else f"{len(names)} extensions"

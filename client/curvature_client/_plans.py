@@ -4,7 +4,7 @@ from curvature_client._tables import dimensions, size, table
 from curvature_protocol.plans import ParameterPlan, RequestPlan
 from curvature_protocol.plans import Plan as PlanMessage
 
-_HEAD = ("LABEL", "PARAMETER", "SHAPE", "METHOD", "FORM", "COST", "PEAK", "BLOCK", "RESULT")
+_HEAD = ("LABEL", "PARAMETER", "SHAPE", "METHOD", "FORM", "MULTIPLY-ADDS", "PEAK", "BLOCK", "RESULT")
 
 
 class Plan(PlanMessage):
@@ -18,6 +18,8 @@ class Plan(PlanMessage):
             f"peak {size(self.peak_bytes)} of {size(self.budget_bytes)} (forward {size(self.forward_bytes)}, "
             f"results {size(self.result_bytes)}); cost {self.gradients:.3g} gradients",
         ]
+        if self.peak_bytes > self.budget_bytes:
+            lines.append("the peak exceeds the budget: the job may run out of memory")
         if self.whole_reason is not None:
             lines.append(f"not divided: {self.whole_reason}")
         rows: list[tuple[str, ...]] = [_HEAD]

@@ -80,8 +80,8 @@ def analyze(
     loss: Annotated[str | None, typer.Option(help="a name, or the file of a TorchScript loss function")] = None,
     reduction: Annotated[str, typer.Option(help="mean or sum")] = "mean",
     seed: Annotated[int, typer.Option(help="of the Monte-Carlo draws")] = 0,
-    mc_samples: Annotated[int | None, typer.Option(help="draws per sample, for diag_ggn_mc and kfac")] = None,
-    approximation: Annotated[str | None, typer.Option(help="expand, reduce or backpack, for kfac and kflr")] = None,
+    mc_samples: Annotated[int | None, typer.Option(help="draws per sample, for kfac and the *_mc")] = None,
+    approximation: Annotated[str | None, typer.Option(help="expand, reduce or backpack, for kfac, kflr, kfra")] = None,
     parameters: Annotated[
         list[str] | None, typer.Option("--parameters", "-p", help='trainable, all, or a pattern such as "0.*"; repeat')
     ] = None,
@@ -113,13 +113,13 @@ def analyze(
 
 @app.command()
 def plan(
-    model: Annotated[Path, typer.Argument(help="TorchScript file")],
+    model: Annotated[Path, typer.Argument(help="TorchScript or torch.export file")],
     batch: Annotated[Path, typer.Argument(help="safetensors or .npz file with inputs and targets")],
     extensions: Annotated[list[str], typer.Option("--extension", "-e", help="what to plan; repeat for several")],
     loss: Annotated[str | None, typer.Option(help="a name, or the file of a TorchScript loss function")] = None,
     reduction: Annotated[str, typer.Option(help="mean or sum")] = "mean",
-    mc_samples: Annotated[int | None, typer.Option(help="draws per sample, for diag_ggn_mc and kfac")] = None,
-    approximation: Annotated[str | None, typer.Option(help="expand, reduce or backpack, for kfac and kflr")] = None,
+    mc_samples: Annotated[int | None, typer.Option(help="draws per sample, for kfac and the *_mc")] = None,
+    approximation: Annotated[str | None, typer.Option(help="expand, reduce or backpack, for kfac, kflr, kfra")] = None,
     parameters: Annotated[
         list[str] | None, typer.Option("--parameters", "-p", help='trainable, all, or a pattern such as "0.*"; repeat')
     ] = None,
@@ -145,7 +145,7 @@ def plan(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="TorchScript file, or the SHA-256 of an uploaded one")],
+    model: Annotated[str, typer.Argument(help="TorchScript or torch.export file, or the SHA-256 of an uploaded one")],
     timeout: Annotated[float, typer.Option(help="seconds to wait")] = 600.0,
     url: Url = None,
 ) -> None:

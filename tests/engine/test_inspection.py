@@ -150,3 +150,17 @@ def test_an_exported_program_says_the_same_as_its_torchscript():
         p.name: (p.closed_form, p.fallback, p.none) for p in traced.parameters
     }
     assert exported.unsupported == traced.unsupported == ()
+
+
+def test_a_complex_parameter_gets_nothing():
+    class Complex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 2, dtype=torch.complex64))
+
+        def forward(self, x):
+            return (x.to(torch.complex64) @ self.w).abs()
+
+    (parameter,) = engine.inspect(torch.jit.script(Complex())).parameters
+    assert parameter.closed_form == parameter.fallback == ()
+    assert set(parameter.none.values()) == {"curvature is defined for real parameters only"}

@@ -64,3 +64,9 @@ def test_an_exported_module_is_planned_and_inspected_as_the_scripted_one(client)
     looks = [client.inspect(net, batch=batch, format=way) for way in ("export", "script")]
     assert [look.format for look in looks] == ["export", "torchscript"]
     assert [p.closed_form for p in looks[0].parameters] == [p.closed_form for p in looks[1].parameters]
+
+
+def test_a_plan_says_where_its_peak_exceeds_the_budget(client):
+    plan = client.plan(nn.Linear(2, 300_000), (torch.randn(2, 2), torch.tensor([0, 1])), ["kfac"])
+    assert plan.peak_bytes > plan.budget_bytes
+    assert "exceeds the budget" in str(plan)

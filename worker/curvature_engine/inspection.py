@@ -18,6 +18,7 @@ from curvature_engine.plugins import load_plugins
 from curvature_engine.precision import dtype_name
 from curvature_engine.program import Program, load
 from curvature_engine.rules import RULES
+from curvature_engine.selection import COMPLEX
 from curvature_engine.tables import table
 from curvature_engine.version import __version__
 
@@ -161,7 +162,7 @@ def _parameter(parameter: Parameter, uses: Sequence[Use]) -> InspectedParameter:
     for extension in EXTENSIONS.values():
         if extension.columns == "outputs":
             continue
-        reason = _obstacle(extension, foreseen)
+        reason = COMPLEX if parameter.tensor.is_complex() else _obstacle(extension, foreseen)
         if reason is not None:
             none[extension.name] = reason
         elif closed or extension.accumulator is None:
@@ -217,9 +218,9 @@ def _row(parameter: InspectedParameter) -> tuple[str, ...]:
         ", ".join(dict.fromkeys(use.operator for use in parameter.uses)),
         _count(parameter.closed_form),
         _count(parameter.fallback),
-        ", ".join(parameter.none),
+        _count(tuple(parameter.none), most=4),
     )
 
 
-def _count(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) <= 2 else f"{len(names)} extensions"
+def _count(names: Sequence[str], most: int = 2) -> str:
+    return ", ".join(names) if len(names) <= most else f"{len(names)} extensions"

@@ -5,7 +5,7 @@ from typing import Any
 
 from curvature_engine.tables import table
 
-_HEADER = ("label", "parameter", "shape", "method", "form", "cost", "peak", "block", "result")
+_HEADER = ("label", "parameter", "shape", "method", "form", "multiply-adds", "peak", "block", "result")
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,12 @@ class Plan:
             f"peak {size(self.peak_bytes)} of {size(self.budget_bytes)} (forward {size(self.forward_bytes)}, "
             f"results {size(self.result_bytes)}); cost {self.gradients:.3g} gradients",
         ]
+        if self.peak_bytes > self.budget_bytes:
+            lines.append("the peak exceeds the budget: the job may run out of memory")
         if self.whole_reason is not None:
             lines.append(f"not divided: {self.whole_reason}")
         rows: list[tuple[str, ...]] = [
-            ("label", "parameter", "shape", "method", "form", "cost", "peak", "block", "result")
+            ("label", "parameter", "shape", "method", "form", "multiply-adds", "peak", "block", "result")
         ]
         for request in self.requests:
             if not request.parameters:

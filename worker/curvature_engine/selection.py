@@ -9,6 +9,8 @@ from curvature_engine.program import Parameter, Program
 
 _SHOWN_NAMES = 20
 
+COMPLEX = "curvature is defined for real parameters only"
+
 Wanted = str | Sequence[str]
 
 
@@ -33,7 +35,7 @@ def select(program: Program, wanted: Wanted) -> dict[str, Parameter]:
         if parameter.tensor.is_complex():
             raise EngineError(
                 "unsupported_model",
-                f"parameter {name} is complex: curvature is defined for real parameters only",
+                f"parameter {name} is complex: {COMPLEX}",
                 param=name,
                 remedy="keep its real and imaginary parts as two parameters",
             )
