@@ -158,7 +158,7 @@ def test_a_coupling_that_wakes_up_is_refused(extensions):
 def test_kept_verdicts_spare_the_second_judgement(monkeypatch):
     program = Program(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)))
     program.check(torch.randn(SAMPLES, 3, dtype=torch.float64))
-    monkeypatch.setattr("curvature_engine.passes.judge", lambda *_: pytest.fail("judged again"))
+    monkeypatch.setattr("curvature_engine.methods.judge", lambda *_: pytest.fail("judged again"))
     program.check(torch.randn(SAMPLES, 3, dtype=torch.float64))
 
 

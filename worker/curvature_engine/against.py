@@ -14,7 +14,7 @@ from curvature_engine.contributions import Contribution
 from curvature_engine.errors import EngineError
 from curvature_engine.extensions import Against
 from curvature_engine.losses import LossSpec
-from curvature_engine.passes import Order
+from curvature_engine.orders import Order
 from curvature_engine.preparation import Limits, Preparer
 from curvature_engine.program import Inputs, Parameter
 from curvature_engine.requests import Request

@@ -20,7 +20,8 @@ from curvature_engine.errors import EngineError, lacks_memory
 from curvature_engine.execution import map_tensors
 from curvature_engine.extensions import KroneckerFactors
 from curvature_engine.losses import BoundLoss, LossSpec
-from curvature_engine.passes import BackwardPasses, Order, Progress
+from curvature_engine.orders import Order, Progress
+from curvature_engine.passes import BackwardPasses
 from curvature_engine.plans import Plan, size
 from curvature_engine.preparation import Limits, Prepared, Preparer
 from curvature_engine.program import Inputs, Parameter, load

@@ -11,11 +11,13 @@ from curvature_engine.division import Divider, Division, same_rows
 from curvature_engine.errors import EngineError, TooLarge
 from curvature_engine.execution import tensors_in
 from curvature_engine.losses import BoundLoss, LossSpec
-from curvature_engine.passes import BackwardPasses, Order, Part
+from curvature_engine.orders import Order
+from curvature_engine.passes import BackwardPasses
 from curvature_engine.planner import Planner
 from curvature_engine.plans import Plan, size
 from curvature_engine.program import Forward, Inputs, Parameter
 from curvature_engine.tape import Tape
+from curvature_engine.tasks import Part
 
 _PROBED = 2
 """The fewest samples that the probe can tell apart."""

@@ -1,0 +1,94 @@
+"""What one column, propagated back through a part, contributes to every parameter."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from curvature_engine.contributions import Absent, ClosedForm, Contribution, Fallback, Materialised
+from curvature_engine.methods import Methods
+from curvature_engine.orders import Order
+from curvature_engine.precision import accumulation_dtype
+from curvature_engine.program import Parameter
+from curvature_engine.tape import backward
+from curvature_engine.tasks import Part
+from curvature_engine.verification import Verification
+
+
+class Columns:
+    """The columns of one part.
+
+    Args:
+        gradient: the part's rows of the loss's gradient, which may be at hand already.
+    """
+
+    def __init__(
+        self, order: Order, selected: dict[str, Parameter], methods: Methods, part: Part, gradient: Tensor
+    ) -> None:
+        self._order, self._selected, self._methods = order, selected, methods
+        self._part, self._gradient = part, gradient
+
+    def contributions(self, cotangent: Tensor) -> Iterator[tuple[str, Contribution]]:
+        """Every parameter's contribution under a cotangent."""
+        needed = sorted({u.tap_index for uses in self._methods.uses.values() for u in uses})
+        at_hand = self._methods.at_hand if cotangent is self._gradient else {}
+        gradients = at_hand if at_hand.keys() >= set(needed) else self._part.at_taps(needed, cotangent)
+        fallbacks = self._fallbacks(cotangent)
+        verification = Verification(self._part.outputs, self._selected, cotangent) if self._order.verify else None
+        for name, parameter in self._selected.items():
+            contribution = fallbacks.get(name) or self.closed(name, parameter, gradients)
+            if verification is not None:
+                verification.check(name, contribution)
+            yield name, contribution
+        if verification is not None and not verification.finite:
+            self._methods.distrust()
+
+    def pattern(self, name: str) -> Contribution:
+        """A parameter's contribution with the shapes that it will have, and no numbers."""
+        parameter, n = self._selected[name], self._part.n
+        if name not in self._methods.uses:
+            return Fallback(self._part.outputs, parameter.tensors, self._part.outputs.new_zeros(()).expand(n))
+        uses = []
+        for prepared in self._methods.uses[name]:
+            g = prepared.arranged_gradient(self._part.outputs.new_zeros(()).expand(prepared.tap.shapes[0]))
+            uses.append((prepared, g))
+        if not uses:
+            return Absent(parameter.tensor, n)
+        return ClosedForm(uses, parameter.tensor, n, self._order.budget.block_bytes)
+
+    def closed(self, name: str, parameter: Parameter, gradients: dict[int, Tensor | None]) -> Contribution:
+        """A parameter's closed form, from the gradients at its taps."""
+        uses = []
+        for prepared in self._methods.uses[name]:
+            g = gradients[prepared.tap_index]
+            if g is not None:
+                uses.append((prepared, prepared.arranged_gradient(g)))
+        if not uses:
+            return Absent(parameter.tensor, self._part.n)
+        return ClosedForm(uses, parameter.tensor, self._part.n, self._order.budget.block_bytes, self._order.relief)
+
+    def _fallbacks(self, cotangent: Tensor) -> dict[str, Contribution]:
+        """Per-sample gradients of the parameters without closed form: together where they fit the budget."""
+        names = [n for n, method in self._methods.by_parameter.items() if method == "fallback"]
+        if not names:
+            return {}
+        N, outputs = self._part.n, self._part.outputs
+        tensors = {n: self._selected[n].tensors for n in names}
+        size = sum(t[0].numel() * 8 * N for t in tensors.values())
+        if size > self._order.budget.block_bytes:
+            return {n: Fallback(outputs, tensors[n], cotangent) for n in names}
+        flat = [t for n in names for t in tensors[n]]
+        stacks = [torch.zeros((N, *t.shape), dtype=accumulation_dtype(t.dtype), device=t.device) for t in flat]
+        restricted = torch.zeros_like(cotangent)
+        for n in range(N):
+            restricted[n] = cotangent[n]
+            found = backward(outputs, flat, restricted)
+            for stack, gradient in zip(stacks, found, strict=True):
+                if gradient is not None:
+                    stack[n] = gradient
+            restricted[n] = 0  # only now: what was added to the outputs has the cotangent itself as its gradient
+        result: dict[str, Contribution] = {}
+        for name in names:
+            parts = [stacks.pop(0) for _ in tensors[name]]
+            result[name] = Materialised(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0))
+        return result
