@@ -36,10 +36,13 @@ def export(module: Any, inputs: Inputs, folder: Path) -> Path:
     positional, keyword = ((), small) if isinstance(small, dict) else (small, {})
     batched = {0: torch.export.Dim.DYNAMIC}
     axes = _mapped(inputs, lambda t: batched if t.dim() and t.shape[0] == N else None)
-    with quiet(), torch.random.fork_rng(devices=[]), _general(N):
-        program = torch.export.export(module, _cloned(positional), _cloned(keyword), dynamic_shapes=axes)
-        if any(bounds.lower > N for bounds in program.range_constraints.values()):
-            raise RuntimeError("for one sample the module takes another path than for several")
+    with quiet(), torch.random.fork_rng(devices=[]):
+        with _general(N):
+            program = torch.export.export(module, _cloned(positional), _cloned(keyword), dynamic_shapes=axes)
+        if N == 1 and _takes_several(program):
+            small = inputs
+            positional, keyword = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+            program = torch.export.export(module, _cloned(positional), _cloned(keyword))
         program.example_inputs = None  # the user's data are no part of the model
         path = save_export(program, folder)
         exported = program.module()
@@ -62,6 +65,11 @@ def _general(N: int) -> Iterator[None]:
         return
     with config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         yield
+
+
+def _takes_several(program: Any) -> bool:
+    """Whether the program's ranges or guards leave one sample out: the module, or a layer, treats it differently."""
+    return bool(program._guards_code) or any(bounds.lower > 1 for bounds in program.range_constraints.values())
 
 
 def save_export(program: Any, folder: Path) -> Path:

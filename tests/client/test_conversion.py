@@ -111,6 +111,17 @@ class Lonely(nn.Module):
         return self.l(2.0 * x) if x.shape[0] == 1 else self.l(x)
 
 
+class Recurrent(nn.Module):
+    """A layer that treats one sample differently."""
+
+    def __init__(self):
+        super().__init__()
+        self.l = nn.LSTM(3, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.l(x)[0][:, -1]
+
+
 def test_one_sample_is_exported_for(tmp_path):
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU()).eval()
     loaded, notes, payload = converted(net, tmp_path, batch=(X[:1], Y[:1]))
@@ -122,12 +133,13 @@ def test_one_sample_is_exported_for(tmp_path):
         assert torch.equal(loaded(rows), net(rows))
 
 
-def test_a_module_that_treats_one_sample_differently_is_not_exported_for_it(tmp_path):
-    net = Lonely().eval()
-    loaded, _, _ = converted(net, tmp_path, batch=(X[:1], Y[:1]))
-    assert loaded.format == "torchscript"
-    for rows in (X, X[:1]):
-        assert torch.equal(loaded(rows), net(rows))
+@pytest.mark.parametrize("net", [Lonely(), Recurrent()], ids=["branch", "lstm"])
+def test_a_module_that_treats_one_sample_differently_is_exported_for_one_alone(tmp_path, net):
+    loaded, _, payload = converted(net.eval(), tmp_path, batch=(X[:1, None].expand(1, 4, 3), Y[:1]))
+    assert loaded.format == "export"
+    assert not torch.export.load(io.BytesIO(payload.read())).range_constraints
+    one = torch.randn(1, 4, 3)
+    assert torch.equal(loaded(one), net(one))
 
 
 @pytest.mark.parametrize("samples", [2, 4])
