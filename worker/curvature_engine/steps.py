@@ -1,6 +1,6 @@
 """Steps of a compiled program: what every front end makes of its nodes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -36,5 +36,24 @@ def refusing(kind: str, place: str, reason: str = "", remedy: str = "") -> Step:
 
     def step(run: Run) -> None:
         raise EngineError("unsupported_operator", message, param=kind, remedy=remedy)
+
+    return step
+
+
+def unpacking(source: int, outs: Sequence[int], place: str) -> Step:
+    """A step that puts the values of a list or tuple into slots of their own."""
+
+    def step(run: Run) -> None:
+        values = run.values[source]
+        if len(values) != len(outs):
+            raise EngineError(
+                "invalid_inputs",
+                f"the model expected {len(outs)} values to unpack, got {len(values)} ({place})",
+                param="inputs",
+                remedy="give inputs of the shapes that the model was written for",
+            )
+        for out, value in zip(outs, values, strict=True):
+            run.values[out] = value
+            run.tainted[out] = run.tainted[source]
 
     return step

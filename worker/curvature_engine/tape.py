@@ -122,11 +122,13 @@ class Tape:
     def _record(self, call: OperatorCall, arguments: Sequence[Any], result: Any, static: bool) -> None:
         edited = arguments[0] if 0 in call.writes else None
         # An operator that returned a parameter itself (dropout in eval mode) consumed nothing.
-        outputs = [r for r in _flat([result]) if r.requires_grad and (r is edited or id(r) not in self.watched)]
+        outputs = [
+            r for r in shallow_tensors([result]) if r.requires_grad and (r is edited or id(r) not in self.watched)
+        ]
         if not outputs:
             return
         plain = call.name.removesuffix("_")
-        found = [w for a in _flat(arguments) for w in self.watched.get(id(a), ())]
+        found = [w for a in shallow_tensors(arguments) for w in self.watched.get(id(a), ())]
         # Without a rule: an edited gather is one no more, and under autocast the operator saw rounded copies.
         known = id(edited) not in self.watched and all(w.intact for w in found) and not _autocasting(outputs[0])
         alone = known and static and not call.writes
@@ -185,12 +187,12 @@ class Tape:
         (watched, *more) = self.watched.get(id(arguments[0]), (None,))
         if watched is None or more or isinstance(watched.index, Derivation):
             return False
-        if any(id(a) in self.watched for a in _flat(arguments[1:])):
+        if any(id(a) in self.watched for a in shallow_tensors(arguments[1:])):
             return False
-        for place, tensor in enumerate(_flat([result])):
+        for place, tensor in enumerate(shallow_tensors([result])):
 
             def move(index: Tensor, place: int = place) -> Tensor:
-                return _flat([call.invoke([index, *arguments[1:]])])[place]
+                return shallow_tensors([call.invoke([index, *arguments[1:]])])[place]
 
             if id(tensor) not in self.watched:
                 self.watched[id(tensor)] = (watched.moved(tensor, move),)
@@ -284,7 +286,7 @@ def _autocasting(tensor: Tensor) -> bool:
     return torch.is_autocast_enabled(tensor.device.type)
 
 
-def _flat(values: Sequence[Any]) -> list[Tensor]:
+def shallow_tensors(values: Sequence[Any]) -> list[Tensor]:
     """The tensors in `values`, one level of lists and tuples deep."""
     found = []
     for value in values:

@@ -17,7 +17,7 @@ from curvature_engine.contexts import make_context
 from curvature_engine.errors import EngineError
 from curvature_engine.execution import Run, map_tensors
 from curvature_engine.places import place_of
-from curvature_engine.steps import Step, explained, refusing
+from curvature_engine.steps import Step, explained, refusing, unpacking
 from curvature_engine.tensor_methods import DTYPE_OF, METHODS, NUMBER_OF, TENSOR_QUESTIONS, read_dtype
 
 _FOREIGN_ACCELERATED = ("mkldnn", "quantized", "prepacked", "cudnn", "tensorexpr", "mps", "xnnpack")
@@ -162,23 +162,7 @@ class Compiled:
         return self._construct(node, lambda values: dict(zip(values[::2], values[1::2], strict=True)))
 
     def _unpack(self, node: Any) -> Step:
-        source, outs = self._slot(node.input()), [self._slot(v) for v in node.outputs()]
-        place = place_of(node)
-
-        def step(run: Run) -> None:
-            values = run.values[source]
-            if len(values) != len(outs):
-                raise EngineError(
-                    "invalid_inputs",
-                    f"the model expected {len(outs)} values to unpack, got {len(values)} ({place})",
-                    param="inputs",
-                    remedy="give inputs of the shapes that the model was written for",
-                )
-            for out, value in zip(outs, values, strict=True):
-                run.values[out] = value
-                run.tainted[out] = run.tainted[source]
-
-        return step
+        return unpacking(self._slot(node.input()), [self._slot(v) for v in node.outputs()], place_of(node))
 
     def _tuple_slice(self, node: Any) -> Step:
         begin, end = node.i("beg"), node.i("end")

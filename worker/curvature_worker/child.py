@@ -15,13 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import curvature_engine as engine
+from curvature_engine.errors import memory_ran_out
 from curvature_protocol.names import INPUTS, TARGETS
 from curvature_protocol.requests import referenced_batch
 from curvature_worker.channel import MAX_FRAME_BYTES, Channel, ChannelClosed
 from curvature_worker.inbox import batch_name
 
 _PROGRESS_SECONDS = 0.1
-_NO_MEMORY = ("allocate memory", "out of memory", "bad_alloc")
 _NO_ROOM = ("No space left", "File too large", "quota exceeded")
 
 
@@ -249,9 +249,7 @@ def _report(found: dict[str, Any]) -> dict[str, Any]:
 def _lacked_memory(error: BaseException | None) -> bool:
     """Whether an error, or one that it came from, says that memory ran out."""
     while error is not None:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            return True
-        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY):
+        if memory_ran_out(error):
             return True
         error = error.__cause__
     return False

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from curvature_engine.calls import OperatorCall
-from curvature_engine.tape import Tape
+from curvature_engine.tape import Tape, shallow_tensors
 
 aten = torch.ops.aten
 
@@ -48,12 +48,12 @@ class Elementary:
         )
         given = [*arguments, *options.values()]
         result = call.invoke(given)
-        static = not any(id(t) in self._batch for t in _tensors(given))
+        static = not any(id(t) in self._batch for t in shallow_tensors(given))
         if self._count is not None:
             self._count(result, given)
         self._tape.observe(call, given, result, static=static)
         if not static:
-            self._batch.update((id(t), t) for t in _tensors([result]))
+            self._batch.update((id(t), t) for t in shallow_tensors([result]))
         return result
 
     # The operators that openings are written in
@@ -127,13 +127,3 @@ class Elementary:
 
 Opening = Callable[[Elementary, Sequence[Any]], Any]
 """(operators, the fused operator's arguments) → its result; None where this form stays closed."""
-
-
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found.extend(v for v in value if isinstance(v, Tensor))
-    return found

@@ -18,7 +18,7 @@ from curvature_engine.execution import Run, map_tensors
 from curvature_engine.formats.export.composites import recompose
 from curvature_engine.formats.export.scalars import ASSERTIONS, QUESTIONS, READINGS, SCALARS, unmet
 from curvature_engine.formats.export.schema import Graph, Node, Ref, Unreadable
-from curvature_engine.steps import Step, explained, refusing
+from curvature_engine.steps import Step, explained, refusing, unpacking
 from curvature_engine.tensor_methods import NUMBER_OF
 
 _ATEN = "torch.ops.aten."
@@ -198,7 +198,7 @@ class Compiled:
         call = OperatorCall(name, overload, positional, keywords, writes, tuple(ins), tuple(outs), node.place)
         steps.append(lambda run: run.call(call))
         if listed is not None:
-            steps.append(_unlisting(outs[0], self._results(listed, scope), node.place))
+            steps.append(unpacking(outs[0], self._results(listed, scope), node.place))
 
     def _scalar(
         self, node: Node, function: Callable[..., Any], scope: Scope, steps: list[Step], *, takes_tensors: bool = False
@@ -360,23 +360,6 @@ def _listing(ins: Sequence[int], out: int) -> Step:
     def step(run: Run) -> None:
         run.values[out] = [run.values[i] for i in ins]
         run.tainted[out] = any(run.tainted[i] for i in ins)
-
-    return step
-
-
-def _unlisting(source: int, outs: Sequence[int], place: str) -> Step:
-    def step(run: Run) -> None:
-        values = run.values[source]
-        if len(values) != len(outs):
-            raise EngineError(
-                "invalid_inputs",
-                f"the model expected {len(outs)} tensors, got {len(values)} ({place})",
-                param="inputs",
-                remedy="give inputs of the shapes that the model was exported for",
-            )
-        for out, value in zip(outs, values, strict=True):
-            run.values[out] = value
-            run.tainted[out] = run.tainted[source]
 
     return step
 
