@@ -3,7 +3,7 @@
 import base64
 import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -175,7 +175,7 @@ def _further_batch(key: tuple[int, str], given: Any) -> Batch:
 def _checked_parameters(parameters: str | Sequence[str]) -> str | list[str]:
     if isinstance(parameters, str):
         return parameters
-    found = list(parameters)
+    found = list(parameters) if isinstance(parameters, Iterable) else [parameters]
     if not found or not all(isinstance(pattern, str) for pattern in found):
         raise refusal(
             "invalid_request",

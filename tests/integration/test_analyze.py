@@ -408,7 +408,8 @@ def test_one_sample_is_analyzed_as_a_plain_module(client):
     torch.testing.assert_close(result["batch_dot"][:], rows[0][None] @ torch.stack(rows).T / 6)
 
 
-def test_an_empty_choice_of_parameters_is_refused(client):
+@pytest.mark.parametrize("parameters", [[], 3, [3]])
+def test_a_choice_of_parameters_that_names_none_is_refused(client, parameters):
     net, batch = small()
     with pytest.raises(UnprocessableError, match="one or several patterns"):
-        client.analyze(net, batch, ["batch_grad"], parameters=[])
+        client.analyze(net, batch, ["batch_grad"], parameters=parameters)
