@@ -40,7 +40,7 @@ class Sums:
         for piece in _pieces(x):
             part = piece.double()
             total += float(part.sum())
-            magnitude += float(part.abs_().sum() if part is not piece else part.abs().sum())
+            magnitude += float(part.abs().sum())
             square += float(torch.dot(part.reshape(-1), part.reshape(-1)))
         return cls(place, x.dtype, (total, magnitude, square))
 
