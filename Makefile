@@ -37,7 +37,15 @@ demo: env ## Start an embedded server, run the main job on real digits, show the
 	$(BIN)/python examples/demo.py
 
 test: env ## Run all tests
+# The engine's tests start no processes, so that its files share the cores; the others start servers, one after another.
+ifeq ($(PYTEST_ARGS),)
+	@failed=0; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile tests/engine || failed=1; \
+	$(BIN)/python -m pytest -q --ignore tests/engine || failed=1; \
+	exit $$failed
+else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+endif
 
 property: env ## Hold NETS random nets against brute force
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/property.py --nets $(NETS)
