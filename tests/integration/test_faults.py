@@ -104,7 +104,7 @@ def test_running_out_of_memory_fails_the_job_alone(tmp_path, monkeypatch):
     server = Server(tmp_path / "data")
     wide = nn.Sequential(nn.Linear(1, 40_000), nn.Linear(40_000, 1)).eval()
     with Client(server.url) as client:
-        with pytest.raises(JobFailed, match="memory ran out in the smallest pieces .*; use a smaller batch") as caught:
+        with pytest.raises(JobFailed, match="memory ran out in the smallest pieces") as caught:
             client.analyze(wide, (torch.randn(8, 1), torch.randn(8, 1)), ["kflr"], loss="mse")
         assert caught.value.code == "out_of_memory"
         model, batch = small()
