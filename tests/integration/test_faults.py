@@ -103,10 +103,13 @@ def test_running_out_of_memory_fails_the_job_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("CURVATURE_MEMORY_LIMIT_BYTES", str(4 * 2**30))
     server = Server(tmp_path / "data")
     wide = nn.Sequential(nn.Linear(1, 40_000), nn.Linear(40_000, 1)).eval()
-    with Client(server.url) as client:
-        with pytest.raises(JobFailed, match="memory ran out in the smallest pieces") as caught:
-            client.analyze(wide, (torch.randn(8, 1), torch.randn(8, 1)), ["kflr"], loss="mse")
-        assert caught.value.code == "out_of_memory"
-        model, batch = small()
-        assert client.analyze(model, batch, ["grad"]).loss > 0
-    assert server.stop() == 0
+    try:
+        with Client(server.url) as client:
+            with pytest.raises(JobFailed, match="memory ran out in the smallest pieces") as caught:
+                client.analyze(wide, (torch.randn(8, 1), torch.randn(8, 1)), ["kflr"], loss="mse")
+            assert caught.value.code == "out_of_memory"
+            model, batch = small()
+            assert client.analyze(model, batch, ["grad"]).loss > 0
+    finally:
+        ended = server.stop()
+    assert ended == 0
