@@ -10,13 +10,18 @@ from curvature_protocol.jobs import FINAL, Job, JobKind, JobPage, JobStatus, Pro
 from curvature_protocol.plans import Plan, PlanJob
 from curvature_protocol.requests import (
     BatchReference,
+    DataSet,
+    DataSetPart,
     ExtensionRequest,
     InlineBatch,
     JobRequest,
     LossReference,
     LossRequest,
+    Requirements,
+    Webhook,
 )
-from curvature_protocol.results import Manifest, Provenance, ResultGroup, TensorEntry
+from curvature_protocol.results import Manifest, Provenance, ResultGroup, Source, StoredPart, TensorEntry
+from curvature_protocol.sweeps import Sweep, SweepPage, SweepRequest, SweepRows, SweepRowView, SweepStates
 
 __all__ = [
     "FAMILIES",
@@ -25,6 +30,8 @@ __all__ = [
     "ArtefactKind",
     "BatchReference",
     "Catalogue",
+    "DataSet",
+    "DataSetPart",
     "ErrorFamily",
     "ExtensionEntry",
     "ExtensionRequest",
@@ -48,8 +55,18 @@ __all__ = [
     "Progress",
     "Provenance",
     "Readiness",
+    "Requirements",
     "ResultGroup",
+    "Source",
+    "StoredPart",
+    "Sweep",
+    "SweepPage",
+    "SweepRequest",
+    "SweepRowView",
+    "SweepRows",
+    "SweepStates",
     "TensorEntry",
+    "Webhook",
     "WorkerView",
     "family_of",
 ]

@@ -1,11 +1,13 @@
 """The list of extensions, as workers publish it."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from curvature_protocol.base import Reply
 from curvature_protocol.results import GroupKind
+
+Merging = Literal["sum", "append", "welford", "whole batch"]
 
 _PACKAGE = "the installed package that brings it, with its version; null for the engine's own"
 
@@ -21,6 +23,11 @@ class ExtensionEntry(Reply):
     source: str = Field(description="paper and equation, or the definition's place")
     options: dict[str, Any] = Field(description="JSON schema of the options (an object)")
     package: str | None = Field(default=None, description=_PACKAGE)
+    merging: Merging = Field(default="whole batch", description="how results of a data set's parts become one")
+    draws_when: dict[str, tuple[Any, ...]] | None = Field(
+        default=None,
+        description="option → values under which the seed enters ({}: always); null: it never does",
+    )
 
 
 class LossEntry(Reply):

@@ -59,14 +59,20 @@ FAMILIES: dict[str, ErrorFamily] = {
     "unauthenticated": ErrorFamily.AUTHENTICATION,
     "forbidden": ErrorFamily.PERMISSION,
     "rate_limited": ErrorFamily.RATE_LIMIT,
+    "queue_full": ErrorFamily.RATE_LIMIT,  # the tenant has as many queued jobs as it may
     "not_found": _N,  # no such path
     "job_not_found": _N,
     "model_not_found": _N,  # the hash was never uploaded
     "batch_not_found": _N,
     "loss_not_found": _N,
     "result_not_found": _N,  # no such label in this job's result
+    "sweep_not_found": _N,
+    "upload_not_found": _N,  # finished, given up, or never begun
     "result_not_ready": _C,  # the job has not succeeded (yet)
     "job_finished": _C,  # too late to cancel
+    "job_not_finished": _C,  # it is to be retried or deleted while it runs
+    "in_use": _C,  # a job needs what is to be deleted
+    "upload_incomplete": _C,  # parts are missing
     "idempotency_conflict": _C,  # the key was used with another body
     # The model
     "invalid_model": _U,  # no model file, truncated, of an unknown format
@@ -81,12 +87,14 @@ FAMILIES: dict[str, ErrorFamily] = {
     "invalid_inputs": _U,  # the model rejects them (shape, dtype, number)
     "invalid_targets": _U,  # they do not fit the loss, or are out of range
     "unsupported_outputs": _U,  # not one tensor with samples along the first axis
+    "whole_batch_required": _U,  # the quantity cannot be merged from parts of a data set
     "unsupported_loss": _U,  # it cannot give what was asked for, or its function cannot be run
     "loss_required": _U,  # no default applies
     # The run
     "verification_failed": _I,  # the engine's own checks disagree: never a wrong number
     "out_of_memory": _I,
     "worker_crashed": _I,  # the child process died
+    "no_fitting_worker": _I,  # no worker has the memory that the job needs
     "attempts_exhausted": _I,  # the worker died too often while running this job
     "job_timeout": _I,
     "cancelled": _C,

@@ -16,6 +16,11 @@ class WorkerView(Reply):
     engine_version: str
     isolation: str
     seen_at: datetime
+    name: str = Field(default="", description="the operator's name for it")
+    memory_bytes: int = Field(default=0, description="what one analysis may take; 0: not known")
+    tags: tuple[str, ...] = ()
+    job: str | None = Field(default=None, description="id of the job that it is busy with")
+    draining: bool = Field(default=False, description="whether it takes no more jobs")
 
 
 class Health(Reply):

@@ -1,10 +1,13 @@
 """The life of a job.
 
-queued ──► running ──► succeeded
-  │           │  └───► failed
-  │           ▼
-  │       cancelling ─► cancelled     (or succeeded / failed, if that came first)
-  └──────────────────► cancelled
+(waiting ─►) queued ──► running ──► succeeded
+                │  ▲       │ │ └───► failed ─► (retry) queued
+                │  └───────┘ ▼
+                │       cancelling ─► cancelled     (or succeeded / failed, if that came first)
+                └──────────────────► cancelled
+
+A running job goes back to the queue when its worker stops, falls silent, or fails for a passing reason. Only a job over
+a data set waits: for its shards, one job per part; then it is queued to merge what they made.
 """
 
 from datetime import datetime
@@ -21,6 +24,7 @@ from curvature_protocol.results import Manifest
 class JobStatus(StrEnum):
     """Where a job stands."""
 
+    WAITING = "waiting"  # its shards are being computed
     QUEUED = "queued"  # waits for a worker
     RUNNING = "running"  # a worker holds its lease
     CANCELLING = "cancelling"  # asked to stop; the worker has not confirmed yet
@@ -33,6 +37,7 @@ class JobKind(StrEnum):
     """What a job makes."""
 
     ANALYSIS = "analysis"  # tensors: POST /v1/jobs
+    SHARD = "shard"  # what one part of a data set adds to an analysis
     PLAN = "plan"  # what an analysis would do: POST /v1/plans
     INSPECTION = "inspection"  # what a model is: GET /v1/models/{sha256}
 
@@ -43,7 +48,7 @@ FINAL = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED})
 class Progress(Reply):
     """How far a running job is."""
 
-    phase: str = Field(description="fetching, admitting, loading, computing, storing")
+    phase: str = Field(description="fetching, admitting, loading, computing, merging, storing; shards (of a data set)")
     done: int = 0
     total: int = 0
 
@@ -71,6 +76,11 @@ class Job(Reply):
     warnings: tuple[str, ...] = ()
     metadata: dict[str, str] = Field(default_factory=dict)
     request: dict[str, Any] = Field(description="the request, an inline batch replaced by its hash")
+    sweep: str | None = Field(default=None, description="id of the sweep that it belongs to")
+    coordinates: dict[str, Any] | None = Field(default=None, description="what tells it from the sweep's other rows")
+    parent: str | None = Field(default=None, description="of a shard: the job over the data set")
+    parts: int | None = Field(default=None, description="of a job over a data set: how many shards it has")
+    pinned: bool = Field(default=False, description="whether age and size limits leave it alone")
     result: InlineResult | None = Field(default=None, description="only in the reply to a waiting POST, when small")
 
 

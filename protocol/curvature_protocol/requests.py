@@ -13,6 +13,8 @@ from curvature_protocol.base import Message
 LABEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 RESERVED_LABELS = frozenset({"loss", "manifest"})
 PRIORITIES = range(10)
+MOST_PARTS = 100_000
+TAG_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 
 Label = Annotated[str, Field(pattern=LABEL_PATTERN)]
 Pattern = Annotated[str, Field(min_length=1, max_length=512)]
@@ -87,6 +89,41 @@ class InlineBatch(Message):
     data: Annotated[bytes, EncodedBytes(encoder=_StrictBase64)]
 
 
+class DataSetPart(Message):
+    """One batch of a data set, uploaded before."""
+
+    sha256: Sha256
+    samples: int = Field(ge=1, description="how many samples it holds: rows of its targets")
+
+
+class DataSet(Message):
+    """Several batches as one, in their order: a sample's index counts through all of them."""
+
+    parts: tuple[DataSetPart, ...] = Field(min_length=1, max_length=MOST_PARTS)
+
+    @property
+    def samples(self) -> int:
+        """N of the whole data set."""
+        return sum(part.samples for part in self.parts)
+
+
+class Requirements(Message):
+    """What a worker must have to take the job up."""
+
+    gpu: bool = False
+    tag: str | None = Field(default=None, pattern=TAG_PATTERN, description="one of the worker's tags")
+    memory_bytes: int = Field(default=0, ge=0, description="beside model and batch")
+
+
+class Webhook(Message):
+    """Where to send a message when the job or sweep is over (docs/webhooks.md)."""
+
+    url: str = Field(max_length=2048, pattern=r"^https?://[^\s]+$")
+    secret: str | None = Field(
+        default=None, min_length=16, max_length=512, description="signs the message; never shown again"
+    )
+
+
 class JobRequest(Message):
     """The body of `POST /v1/jobs`.
 
@@ -94,7 +131,7 @@ class JobRequest(Message):
     """
 
     model: Sha256
-    batch: BatchReference | InlineBatch
+    batch: BatchReference | InlineBatch | DataSet
     extensions: tuple[ExtensionRequest, ...] = Field(min_length=1, max_length=64)
     loss: LossRequest | LossReference | None = None
     reduction: Literal["mean", "sum"] = "mean"
@@ -113,6 +150,9 @@ class JobRequest(Message):
     timeout_seconds: float | None = Field(
         default=None, gt=0, allow_inf_nan=False, description="limit on the computation itself"
     )
+    requires: Requirements = Requirements()
+    cache: bool = Field(default=True, description="take what was computed before, and keep this result for others")
+    webhook: Webhook | None = None
     metadata: dict[str, str] = Field(default_factory=dict, max_length=32)
     warnings: tuple[str, ...] = Field(
         default=(), max_length=32, description="what the client already noticed; repeated with the result"

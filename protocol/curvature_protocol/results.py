@@ -30,6 +30,9 @@ class Provenance(Reply):
         default=0,
         description="how often memory ran out and pieces (chunks, blocks written out at a time) were halved",
     )
+    cached_from: str | None = Field(
+        default=None, description="the job that computed it, where it was taken from the cache"
+    )
     verified: bool = Field(description="whether the run-time checks (probe, summed contributions) held")
     verification: str | None = Field(
         default=None,
@@ -38,8 +41,31 @@ class Provenance(Reply):
     )
 
 
+class StoredPart(Reply):
+    """A shard's rows of a tensor: bytes of the file `/v1/jobs/{job_id}/result/{label}.safetensors`."""
+
+    job_id: str
+    attempt: int
+    label: str
+    shape: tuple[int, ...]
+    byte_start: int
+    byte_end: int
+
+
+class Source(Reply):
+    """The job, label and attempt whose file a result taken from the cache is."""
+
+    job_id: str
+    attempt: int
+    label: str
+
+
 class TensorEntry(Reply):
-    """One tensor inside `{label}.safetensors`. `byte_start`/`byte_end` count from the file's first byte."""
+    """One tensor inside `{label}.safetensors`. `byte_start`/`byte_end` count from the file's first byte.
+
+    Where there are `parts`, the tensor is what they hold one after another along `axis`, times `factor`, and the bytes
+    are theirs.
+    """
 
     name: str = Field(description="key in the file: {parameter}, {parameter}/{factor}, or the label")
     parameter: str | None = None
@@ -49,6 +75,11 @@ class TensorEntry(Reply):
     byte_start: int
     byte_end: int
     provenance: Provenance
+    parts: tuple[StoredPart, ...] = Field(default=(), description="where a data set's shards keep their rows")
+    axis: int = Field(default=0, description="the samples' axis, along which the parts follow each other")
+    factor: float = Field(
+        default=1.0, description="the numbers of the parts times this: their shards did not know the data set's Z"
+    )
 
 
 class ResultGroup(Reply):
@@ -59,7 +90,8 @@ class ResultGroup(Reply):
     options: dict[str, Any] = Field(default_factory=dict)
     kind: GroupKind
     convention: str = Field(description="what the numbers mean, to the factor 1/N")
-    file_bytes: int
+    file_bytes: int = Field(description="of `{label}.safetensors`; 0 where every tensor is kept in parts")
+    source: Source | None = Field(default=None, description="where the file lies, if another job made it")
     missing: dict[str, str] = Field(default_factory=dict, description="parameter → why it has no entry")
     tensors: tuple[TensorEntry, ...]
 
@@ -84,6 +116,8 @@ class Manifest(Reply):
     dtype: str
     device: str
     isolation: str = Field(description="which confinement was in force while the model ran")
+    samples: int | None = Field(default=None, description="N, of the whole data set")
+    parts: int | None = Field(default=None, description="how many shards a data set was computed in")
     aliases: dict[str, str] = Field(default_factory=dict, description="shared parameter's other name → its name")
     groups: tuple[ResultGroup, ...]
     warnings: tuple[str, ...] = ()
