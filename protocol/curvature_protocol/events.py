@@ -18,3 +18,4 @@ class JobEvent(Reply):
     attempt: int = 0
     progress: Progress | None = None
     error: Problem | None = None
+    sweep: str | None = None

@@ -1,7 +1,7 @@
 """Names that two parts must agree on: tasks, queues, streams, stored keys, tensors in a batch file."""
 
 RUN_JOB_TASK = "curvature.run_job"
-"""Celery task; its only argument is the job's id."""
+"""Celery task; its only argument is a job's id. It wakes a worker, which takes up whatever job's turn it is."""
 
 QUEUE = "curvature"
 
@@ -12,8 +12,20 @@ name), and `targets`."""
 TARGETS = "targets"
 
 
+def bell_queue(*, gpu: bool = False, tag: str | None = None) -> str:
+    """The Celery queue whose workers can do jobs with these requirements."""
+    if tag is not None:
+        return f"{QUEUE}.tag.{tag}"
+    return f"{QUEUE}.gpu" if gpu else QUEUE
+
+
+def worker_queue(worker_id: str) -> str:
+    """The Celery queue of one worker alone."""
+    return f"{QUEUE}.worker.{worker_id}"
+
+
 def event_stream(job_id: str) -> str:
-    """Redis stream of a job's events; each entry has one field `event`, a `JobEvent` as JSON."""
+    """Redis stream of a job's or a sweep's events; each entry has one field `event`, a `JobEvent` as JSON."""
     return f"curvature:events:{job_id}"
 
 

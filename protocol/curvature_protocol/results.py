@@ -63,7 +63,7 @@ class Source(Reply):
 class TensorEntry(Reply):
     """One tensor inside `{label}.safetensors`. `byte_start`/`byte_end` count from the file's first byte.
 
-    Where there are `parts`, the tensor is what they hold one after another along `axis`, times `factor`, and the bytes
+    Where there are `parts`, the tensor is what they hold one after another along `axis`, times `multiplier`; the bytes
     are theirs.
     """
 
@@ -77,7 +77,7 @@ class TensorEntry(Reply):
     provenance: Provenance
     parts: tuple[StoredPart, ...] = Field(default=(), description="where a data set's shards keep their rows")
     axis: int = Field(default=0, description="the samples' axis, along which the parts follow each other")
-    factor: float = Field(
+    multiplier: float = Field(
         default=1.0, description="the numbers of the parts times this: their shards did not know the data set's Z"
     )
 

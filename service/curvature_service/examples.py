@@ -322,6 +322,18 @@ PROBLEMS: dict[str, dict[str, Any]] = {
         _problem(
             "unauthenticated", "this server needs an API key; none or a wrong one came", None, "set CURVATURE_API_KEY"
         ),
+        _problem(
+            "job_not_finished",
+            "job 8f14e45fceea4b0e9c1d2a3b4c5d6e7f is running; only a failed or cancelled job is retried",
+            "job_id",
+            "wait for its end, or cancel it",
+        ),
+        _problem(
+            "queue_full",
+            "tenant default may have 1000 queued jobs; 1000 are queued and 1 came",
+            None,
+            "wait until some are done, or ask the operator for a higher limit",
+        ),
         _problem("invalid_request", "seed: Input should be a valid integer; got 'x'", "seed", "see /docs"),
         _problem(
             "internal_error",

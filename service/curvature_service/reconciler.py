@@ -5,17 +5,17 @@ Less often, it removes what was stored and is named by nothing.
 
 import asyncio
 import logging
-import sys
 import time
 
 from fastapi.concurrency import run_in_threadpool
 from redis import RedisError
 
+from curvature_protocol.names import bell_queue
 from curvature_service.artefacts.service import UPLOADS
 from curvature_service.resources import Resources
 from curvature_state import broker, events
-from curvature_state.jobs import reconcile
 from curvature_state.leftovers import remove_leftovers
+from curvature_state.reconciling import find_waiting, take_back_expired
 
 logger = logging.getLogger("curvature.service")
 
@@ -23,7 +23,6 @@ _ABANDONED_SECONDS = 24 * 3600
 _SWEEP_EVERY = 300
 _LONG_SWEEP_EVERY = 20 * _SWEEP_EVERY
 """The results are many, and all are looked at."""
-_DEAF = sys.maxsize
 
 
 async def run_reconciler(resources: Resources) -> None:
@@ -44,17 +43,18 @@ async def run_reconciler(resources: Resources) -> None:
 
 def reconcile_once(resources: Resources) -> None:
     """One round."""
-    try:
-        bells = broker.count_bells(resources.redis)
-    except RedisError:
-        bells = _DEAF  # a broker that does not answer hears no bell either
-    done = reconcile(resources.database, bells=bells)
-    for job in done.changed:
+    for ending in take_back_expired(resources.database, resources.settings.max_attempts):
+        job = ending.job
         logger.warning("job %s: its worker fell silent in attempt %d; now %s", job.id, job.attempt, job.status)
-        events.publish(resources.redis, events.state_event(job))
-    for job_id, priority in done.ring.items():
-        if not broker.ring(resources.celery, job_id, priority):
-            break
+        events.publish_all(resources.redis, (job, *ending.others))
+    for waiting in find_waiting(resources.database):
+        queue = bell_queue(gpu=waiting.gpu, tag=waiting.tag)
+        try:
+            # While one waits to be heard, workers are busy, or about to hear it.
+            if broker.count_bells(resources.redis, queue) == 0:
+                broker.ring(resources.celery, waiting.job_id, queue)
+        except RedisError:  # a broker that does not answer hears no bell either
+            return
 
 
 def remove_abandoned_uploads(resources: Resources) -> None:

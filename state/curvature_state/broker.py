@@ -1,4 +1,4 @@
-"""The bell: a Celery task that carries a job's id and nothing else.
+"""The bell: a Celery task that carries a job's id and nothing else. Whoever hears it works until the queue is empty.
 
 No result backend, JSON only, early acknowledgement (our own leases say who runs what: with late acknowledgement the
 Redis transport redelivers a running task after its visibility timeout), prefetch one.
@@ -13,9 +13,8 @@ from kombu.exceptions import OperationalError
 from curvature_protocol.names import QUEUE, RUN_JOB_TASK
 from curvature_state.settings import StateSettings
 
-_STEPS = range(10)
-_SEPARATOR = ":"
-DEFAULT_PRIORITY = 5
+ENOUGH_BELLS = 64
+"""With so many waiting in a queue, no worker sleeps that could hear another."""
 
 
 def celery_app(settings: StateSettings, name: str = "curvature") -> Celery:
@@ -38,9 +37,6 @@ def celery_app(settings: StateSettings, name: str = "curvature") -> Celery:
             "interval_start": 0,
             "interval_step": 0.1,
             "interval_max": 0.1,
-            # One list per priority, read in this order.
-            "priority_steps": list(_STEPS),
-            "sep": _SEPARATOR,
         },
         task_publish_retry=False,
         worker_hijack_root_logger=False,
@@ -51,30 +47,36 @@ def celery_app(settings: StateSettings, name: str = "curvature") -> Celery:
     return app
 
 
-def ring(app: Celery, job_id: str, priority: int = DEFAULT_PRIORITY) -> bool:
+def ring(app: Celery, job_id: str, queue: str = QUEUE) -> bool:
     """Tell the workers of a job; False if the broker does not answer (the reconciler rings again).
 
     Args:
         app: from `celery_app`.
         job_id: the job.
-        priority: 0 (heard last) to 9 (heard first).
+        queue: whose workers can do it, from `bell_queue`.
     """
     arguments: list[Any] = [job_id]
-    step = _STEPS[-1] - priority  # on Redis, the lowest step is heard first
     try:
-        app.send_task(RUN_JOB_TASK, arguments, queue=QUEUE, priority=step)  # type: ignore[no-untyped-call]
+        app.send_task(RUN_JOB_TASK, arguments, queue=queue)  # type: ignore[no-untyped-call]
     except (OperationalError, redis.RedisError, OSError):
         return False
     return True
 
 
-def count_bells(connection: "redis.Redis") -> int:
+def count_bells(connection: "redis.Redis", queue: str = QUEUE) -> int:
     """How many bells wait to be heard.
 
     Raises:
         redis.RedisError: if the broker does not answer.
     """
-    with connection.pipeline(transaction=False) as pipe:
-        for step in _STEPS:
-            pipe.llen(QUEUE if step == 0 else f"{QUEUE}{_SEPARATOR}{step}")
-        return sum(int(length) for length in pipe.execute())
+    return int(connection.llen(queue))
+
+
+def ring_unless_enough(app: Celery, connection: "redis.Redis", job_id: str, queue: str = QUEUE) -> bool:
+    """`ring`, unless so many bells wait that one more would wake nobody."""
+    try:
+        if count_bells(connection, queue) >= ENOUGH_BELLS:
+            return True
+    except redis.RedisError:
+        return False
+    return ring(app, job_id, queue)

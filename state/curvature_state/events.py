@@ -1,6 +1,6 @@
 """A job's events: a short Redis stream per job. Losing it loses no job, only the bar's movement."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,19 +25,29 @@ def state_event(job: Job) -> JobEvent:
         attempt=job.attempt,
         progress=job.progress,
         error=job.error,
+        sweep=job.sweep,
     )
 
 
 def publish(connection: "redis.Redis", event: JobEvent) -> None:
-    """Append to the job's stream; a Redis that does not answer is no reason to fail."""
-    key = event_stream(event.job_id)
+    """Append to the job's stream, and states to its sweep's; a Redis that does not answer is no reason to fail."""
+    keys = [event_stream(event.job_id)]
+    if event.sweep is not None and event.event == "state":
+        keys.append(event_stream(event.sweep))
     try:
         with connection.pipeline(transaction=False) as pipe:
-            pipe.xadd(key, {"event": event.model_dump_json()}, maxlen=_KEEP_EVENTS, approximate=True)
-            pipe.expire(key, _KEEP_SECONDS)
+            for key in keys:
+                pipe.xadd(key, {"event": event.model_dump_json()}, maxlen=_KEEP_EVENTS, approximate=True)
+                pipe.expire(key, _KEEP_SECONDS)
             pipe.execute()
     except redis.RedisError:
         return
+
+
+def publish_all(connection: "redis.Redis", jobs: Iterable[Job]) -> None:
+    """Tell where jobs stand."""
+    for job in jobs:
+        publish(connection, state_event(job))
 
 
 async def follow(

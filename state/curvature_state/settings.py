@@ -5,6 +5,8 @@ from urllib.parse import parse_qs, urlsplit
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from curvature_state.endings import MAX_ATTEMPTS
+
 
 class StateSettings(BaseSettings):
     """Settings of everything that touches shared state; each is read from `CURVATURE_<NAME>`."""
@@ -19,6 +21,9 @@ class StateSettings(BaseSettings):
     """`redis://[:password@]host:port/db` or `unix:///path?db=0`."""
     lease_seconds: float = Field(default=15.0, gt=0)
     """How long a worker may be silent before its job is taken from it."""
+
+    max_attempts: int = Field(default=MAX_ATTEMPTS, ge=1)
+    """How often a job is tried whose worker or process dies, or for which a part of the service is away."""
 
     @property
     def broker_url(self) -> str:

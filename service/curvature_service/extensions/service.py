@@ -11,8 +11,8 @@ from typing import Any
 import jsonschema
 from jsonschema.exceptions import best_match
 
-from curvature_protocol.catalogue import Catalogue
-from curvature_protocol.requests import JobRequest, LossRequest
+from curvature_protocol.catalogue import Catalogue, ExtensionEntry
+from curvature_protocol.requests import DataSet, ExtensionRequest, JobRequest, LossRequest
 from curvature_service.errors import ApiError
 from curvature_service.resources import Resources
 from curvature_state.workers import published_catalogue
@@ -73,6 +73,8 @@ def check_request(catalogue: Catalogue, request: JobRequest) -> None:
         if entry is None:
             raise _unknown(extension.name, place, list(entries))
         _check_options(extension.name, extension.options, f"extensions.{place}.options", entry.options)
+        if isinstance(request.batch, DataSet):
+            _check_merges(entry, extension, f"extensions.{place}")
     if not isinstance(request.loss, LossRequest):  # what a function needs, only the engine can say
         return
     losses = {loss.name: loss for loss in catalogue.losses}
@@ -84,6 +86,23 @@ def check_request(catalogue: Catalogue, request: JobRequest) -> None:
             remedy=f"known losses: {', '.join(losses)}",
         )
     _check_options(request.loss.name, request.loss.options, "loss.options", losses[request.loss.name].options)
+
+
+def _check_merges(entry: ExtensionEntry, extension: ExtensionRequest, where: str) -> None:
+    """Check that a quantity of a data set can be had from its parts."""
+    if entry.merging == "whole batch":
+        reason, param = "it takes all samples together", f"{where}.name"
+    elif extension.batches or extension.options.get("subsampling") is not None:
+        option = "against" if extension.batches else "subsampling"
+        reason, param = f"{option} speaks of the samples of one batch", f"{where}.options.{option}"
+    else:
+        return
+    raise ApiError(
+        "whole_batch_required",
+        f"{extension.key} cannot be merged from the parts of a data set: {reason}",
+        param=param,
+        remedy="give the data as one batch, or leave this out",
+    )
 
 
 def _unknown(name: str, place: int, known: list[str]) -> ApiError:

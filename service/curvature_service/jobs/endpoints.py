@@ -6,14 +6,17 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from curvature_protocol.jobs import FINAL, Job, JobKind, JobPage, JobStatus
-from curvature_protocol.requests import JobRequest
+from curvature_protocol.requests import MOST_PARTS, JobRequest
 from curvature_service import examples
 from curvature_service.bodies import read_json
 from curvature_service.jobs import service
+from curvature_service.jobs.submission import MAX_REQUEST_BYTES, submit
 from curvature_service.openapi import JobIdPath, answer, json_body, problems
 from curvature_service.resources import ResourcesDependency
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+_DATA_SET_BYTES = MAX_REQUEST_BYTES + 128 * MOST_PARTS
 
 Wait = Annotated[float, Query(ge=0, description="seconds to wait for the job's end, at most")]
 
@@ -21,7 +24,7 @@ Wait = Annotated[float, Query(ge=0, description="seconds to wait for the job's e
 async def read_job_request(request: Request, resources: ResourcesDependency) -> JobRequest:
     """The body, as large as a batch inside it may be (base64 makes four bytes of three)."""
     inline = resources.settings.inline_batch_bytes
-    limit = 4 * (inline // 3 + 1) + service.MAX_REQUEST_BYTES
+    limit = max(4 * (inline // 3 + 1) + MAX_REQUEST_BYTES, _DATA_SET_BYTES)
     remedy = f"a batch of more than {inline} bytes goes to PUT /v1/batches/{{sha256}}; refer to it by its hash"
     return await read_json(request, JobRequest, limit, remedy)
 
@@ -50,7 +53,7 @@ async def submit_job(
 ) -> Job:
     """Validate, write a row, ring the bell."""
     catalogue = request.app.state.catalogue
-    job, new = await run_in_threadpool(service.submit, resources, catalogue, body, idempotency_key)
+    job, new = await run_in_threadpool(submit, resources, catalogue, body, idempotency_key)
     response.status_code = 201 if new else 200
     if wait > 0:
         job = await service.wait_for(resources, job, min(wait, resources.settings.max_wait_seconds))
@@ -98,3 +101,17 @@ async def get_job(job_id: JobIdPath, resources: ResourcesDependency, wait: Wait 
 async def cancel_job(job_id: JobIdPath, resources: ResourcesDependency) -> Job:
     """A queued job is cancelled at once; a running one within two seconds."""
     return await service.cancel(resources, job_id)
+
+
+@router.post(
+    "/{job_id}/retry",
+    summary="Queue a failed or cancelled job once more",
+    description="Of a job over a data set, only the shards that have not succeeded are computed again.",
+    responses={
+        **answer(200, "The job, queued or waiting", examples.JOB),
+        **problems("job_not_found", "job_not_finished", "queue_full"),
+    },
+)
+async def retry_job(job_id: JobIdPath, resources: ResourcesDependency) -> Job:
+    """With all its attempts again."""
+    return await service.take_up_again(resources, job_id)

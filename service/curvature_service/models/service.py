@@ -12,7 +12,8 @@ from curvature_protocol.jobs import FINAL, Job, JobKind, JobStatus
 from curvature_protocol.names import result_key
 from curvature_service.artefacts.service import get_artefact
 from curvature_service.extensions.service import CatalogueCache
-from curvature_service.jobs.service import announce, wait_for
+from curvature_service.jobs.service import wait_for
+from curvature_service.jobs.submission import announce
 from curvature_service.resources import Resources
 from curvature_state.jobs import NewJob, create_job, forget_key
 

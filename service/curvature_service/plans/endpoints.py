@@ -11,6 +11,7 @@ from curvature_protocol.requests import JobRequest
 from curvature_service import examples
 from curvature_service.jobs import service as jobs_service
 from curvature_service.jobs.endpoints import Wait, read_job_request
+from curvature_service.jobs.submission import submit
 from curvature_service.openapi import JobIdPath, answer, json_body, problems
 from curvature_service.plans.service import find_plan, with_plan
 from curvature_service.resources import ResourcesDependency
@@ -46,7 +47,7 @@ async def make_plan(
 ) -> PlanJob:
     """Validate, write a row, ring the bell, wait."""
     catalogue = request.app.state.catalogue
-    job, new = await run_in_threadpool(jobs_service.submit, resources, catalogue, body, idempotency_key, JobKind.PLAN)
+    job, new = await run_in_threadpool(submit, resources, catalogue, body, idempotency_key, JobKind.PLAN)
     response.status_code = 201 if new else 200
     if wait > 0:
         job = await jobs_service.wait_for(resources, job, min(wait, resources.settings.max_wait_seconds))

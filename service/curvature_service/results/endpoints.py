@@ -3,7 +3,6 @@
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-from curvature_protocol.names import result_key
 from curvature_protocol.results import Manifest
 from curvature_service import examples
 from curvature_service.jobs.service import find_job
@@ -51,6 +50,5 @@ async def get_result(job_id: JobIdPath, resources: ResourcesDependency) -> Manif
 async def get_file(job_id: JobIdPath, label: str, request: Request, resources: ResourcesDependency) -> Response:
     """Stream the file, or a part of it."""
     job = await find_job(resources, job_id)
-    size = await run_in_threadpool(find_file, resources, job, label)
-    key = result_key(job.id, job.attempt, f"{label}.safetensors")
+    key, size = await run_in_threadpool(find_file, resources, job, label)
     return stream_object(request, resources.objects, key, size, etag=f"{job.id}-{job.attempt}-{label}")

@@ -2,9 +2,10 @@
 
 from curvature_protocol.jobs import FINAL, Job, JobKind, JobStatus
 from curvature_protocol.names import result_key
-from curvature_protocol.results import Manifest
+from curvature_protocol.results import Manifest, ResultGroup
 from curvature_service.errors import ApiError
 from curvature_service.resources import Resources
+from curvature_state import manifests
 
 
 def read_manifest(resources: Resources, job: Job) -> Manifest:
@@ -13,7 +14,7 @@ def read_manifest(resources: Resources, job: Job) -> Manifest:
     Raises:
         ApiError: `result_not_ready`, with what became of the job; `result_not_found` if it was removed.
     """
-    if job.kind != JobKind.ANALYSIS:
+    if job.kind not in (JobKind.ANALYSIS, JobKind.SHARD):
         raise ApiError(
             "result_not_found",
             f"job {job.id} is of kind {job.kind}: it has no tensors",
@@ -23,20 +24,26 @@ def read_manifest(resources: Resources, job: Job) -> Manifest:
     if job.status != JobStatus.SUCCEEDED:
         raise _not_ready(job)
     try:
-        data = resources.objects.get_bytes(result_key(job.id, job.attempt, "manifest.json"))
+        return manifests.read_manifest(resources.objects, job.id, job.attempt)
     except FileNotFoundError as error:
         raise _removed(job) from error
-    return Manifest.model_validate_json(data)
 
 
-def find_file(resources: Resources, job: Job, label: str) -> int:
-    """The size in bytes of a label's file.
+def find_file(resources: Resources, job: Job, label: str) -> tuple[str, int]:
+    """(key, size in bytes) of a label's file.
 
     Raises:
         ApiError: `result_not_found`, naming the labels there are; and as `read_manifest`.
     """
     manifest = read_manifest(resources, job)
     sizes = {group.label: group.file_bytes for group in manifest.groups}
+    if sizes.get(label) == 0:
+        raise ApiError(
+            "result_not_found",
+            f"{label} of job {job.id} is kept in parts, by the shards of its data set",
+            param="label",
+            remedy=f"GET /v1/jobs/{job.id}/result names every tensor's parts",
+        )
     if label not in sizes:
         raise ApiError(
             "result_not_found",
@@ -44,9 +51,18 @@ def find_file(resources: Resources, job: Job, label: str) -> int:
             param="label",
             remedy=f"its labels: {', '.join(sizes)}",
         )
-    if resources.objects.head(result_key(job.id, job.attempt, f"{label}.safetensors")) != sizes[label]:
+    key = file_key(job, next(group for group in manifest.groups if group.label == label))
+    if resources.objects.head(key) != sizes[label]:
         raise _removed(job)
-    return sizes[label]
+    return key, sizes[label]
+
+
+def file_key(job: Job, group: ResultGroup) -> str:
+    """Where a group's file is stored: with this job's result, or with that of the job that computed it."""
+    if group.source is None:
+        return result_key(job.id, job.attempt, f"{group.label}.safetensors")
+    source = group.source
+    return result_key(source.job_id, source.attempt, f"{source.label}.safetensors")
 
 
 def _not_ready(job: Job) -> ApiError:

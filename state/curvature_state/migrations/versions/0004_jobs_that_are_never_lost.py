@@ -160,7 +160,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    for table in (
+    for name in (
         "api_keys",
         "tenants",
         "webhooks",
@@ -172,7 +172,7 @@ def downgrade() -> None:
         "result_uses",
         "job_artefacts",
     ):
-        op.drop_table(table)
+        op.drop_table(name)
     for index in ("jobs_by_turn", "jobs_by_sweep", "jobs_by_parent"):
         op.drop_index(index, "jobs")
     dropped = {

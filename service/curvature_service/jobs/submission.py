@@ -1,0 +1,251 @@
+"""From a request to rows: checked, completed, answered from the cache where it can be."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+
+from curvature_protocol.artefacts import SINGULAR
+from curvature_protocol.catalogue import Catalogue
+from curvature_protocol.jobs import Job, JobKind
+from curvature_protocol.names import bell_queue
+from curvature_protocol.requests import (
+    BatchReference,
+    DataSet,
+    ExtensionRequest,
+    InlineBatch,
+    JobRequest,
+    LossReference,
+)
+from curvature_service.artefacts.service import get_artefact, store_small
+from curvature_service.errors import ApiError
+from curvature_service.extensions.service import CatalogueCache, check_request
+from curvature_service.resources import Resources
+from curvature_state import broker, events
+from curvature_state.artefacts import ArtefactMissing, Reference
+from curvature_state.cache import cache_keys, find_cached, find_digest
+from curvature_state.jobs import Created, NewJob, ReadyResult, create_job, find_by_key
+from curvature_state.manifests import from_cache, read_manifest, sources_of, store_manifest
+from curvature_state.tenants import QueueFull
+from curvature_state.workers import list_workers
+
+MAX_REQUEST_BYTES = 256 * 2**10
+"""Limit on a request without its batch: names, options, metadata. Every list of jobs shows it again."""
+
+_FULL_AGAIN_SECONDS = 10
+
+
+def submit(
+    resources: Resources,
+    catalogue: CatalogueCache,
+    request: JobRequest,
+    idempotency_key: str | None,
+    kind: JobKind = JobKind.ANALYSIS,
+    tenant: str = "default",
+) -> tuple[Job, bool]:
+    """Write the job and ring the bell; returns the job and whether it is new.
+
+    Raises:
+        ApiError: whatever the request lacks.
+    """
+    reference, inline = _batch_of(resources, request)
+    stored = request.model_copy(update={"batch": reference})
+    new = new_job(stored, kind=kind, tenant=tenant, idempotency_key=idempotency_key)
+    # Before any check: what was accepted once stays accepted, whatever became of model, batch and catalogue since.
+    found = find_by_key(resources.database, new)
+    if found is None:
+        known = catalogue.current()
+        check_request(known, request)
+        if inline is not None and isinstance(reference, BatchReference):
+            store_small(resources, "batches", reference.sha256, inline)
+        for (artefact_kind, sha256), param in _references(stored):
+            get_artefact(resources, artefact_kind, sha256, param=param)
+        if kind == JobKind.ANALYSIS:
+            new = with_cached_result(resources, known, new)
+        found = create(resources, new, stored)
+    if found.repeated:
+        return _same(found, new), False
+    announce(resources, found.job)
+    return found.job, True
+
+
+def new_job(
+    request: JobRequest, *, kind: JobKind = JobKind.ANALYSIS, tenant: str, idempotency_key: str | None = None
+) -> NewJob:
+    """A request, whose batch is stored, as a job and its shards.
+
+    Raises:
+        ApiError: `payload_too_large`.
+    """
+    body = request.model_dump(mode="json", exclude={"webhook"})
+    parts = request.batch.parts if isinstance(request.batch, DataSet) else ()
+    size = len(json.dumps({**body, "batch": None}))
+    if size > MAX_REQUEST_BYTES:
+        raise ApiError(
+            "payload_too_large",
+            f"a request may have {MAX_REQUEST_BYTES} bytes without its batch; it has {size}",
+            param="metadata",
+            remedy="shorten metadata, options and warnings",
+        )
+    text = request.model_dump_json()
+    told = text if kind == JobKind.ANALYSIS else f"{kind} {text}"  # one key serves one kind
+    job = NewJob(
+        body,
+        hashlib.sha256(told.encode()).hexdigest(),
+        idempotency_key,
+        tenant=tenant,
+        priority=request.priority,
+        metadata=request.metadata,
+        kind=kind,
+        requires=request.requires,
+        artefacts=frozenset(reference for reference, _ in _references(request)),
+    )
+    return replace(job, parts=tuple(_shards(job, request))) if parts else job
+
+
+def _shards(job: NewJob, request: JobRequest) -> Iterator[NewJob]:
+    """One job per part of a data set; each knows where its samples stand in the whole."""
+    assert isinstance(request.batch, DataSet)
+    common = {**job.request, "metadata": {}, "warnings": []}
+    others = frozenset(r for r in job.artefacts if r[0] != "batches")
+    first = 0
+    for place, part in enumerate(request.batch.parts):
+        where = {"index": place, "first_sample": first, "samples": part.samples}
+        yield NewJob(
+            {**common, "batch": {"sha256": part.sha256}, "part": where},
+            job.body_digest,
+            tenant=job.tenant,
+            priority=job.priority,
+            kind=JobKind.SHARD,
+            requires=job.requires,
+            artefacts=others | {("batches", part.sha256)},
+        )
+        first += part.samples
+
+
+def with_cached_result(resources: Resources, catalogue: Catalogue, new: NewJob) -> NewJob:
+    """The job with its result, if everything that it asks for was computed before."""
+    request = new.request
+    if not request["cache"] or request["verify"]:
+        return new
+    digest = find_digest(resources.database, request["model"], catalogue.engine_version)
+    if digest is None:
+        return new
+    for device in _devices(resources, gpu=request["requires"]["gpu"]):
+        keys = cache_keys(request, catalogue, digest, device)
+        cached = find_cached(resources.database, new.tenant, keys.values())
+        if len(keys) < len(request["extensions"]) or set(keys.values()) - cached.keys():
+            continue
+        try:
+            manifests = {c.job_id: read_manifest(resources.objects, c.job_id, c.attempt) for c in cached.values()}
+        except FileNotFoundError:  # removed at this moment
+            continue
+        found = {label: (cached[key], manifests[cached[key].job_id]) for label, key in keys.items()}
+        manifest = from_cache(found, job_id=new.id, attempt=1, seed=request["seed"], warnings=request["warnings"])
+        size = store_manifest(resources.objects, manifest)
+        sources = sources_of(manifest.groups) | set(manifests)
+        return replace(new, parts=(), result=ReadyResult(manifest.warnings, tuple(sorted(sources)), size))
+    return new
+
+
+def _devices(resources: Resources, *, gpu: bool) -> list[str]:
+    """Kinds of device that might compute the job."""
+    if gpu:
+        return ["cuda"]
+    kinds = {worker.device.partition(":")[0] for worker in list_workers(resources.database)}
+    return sorted(kinds) or ["cpu"]
+
+
+def create(resources: Resources, new: NewJob, request: JobRequest) -> Created:
+    """Write the rows.
+
+    Raises:
+        ApiError: `queue_full`, or an upload was removed at this moment.
+    """
+    try:
+        return create_job(resources.database, new)
+    except ArtefactMissing as error:
+        param = dict(_references(request)).get((error.kind, error.sha256))
+        raise missing(error, param) from error
+    except QueueFull as error:
+        raise full(error) from error
+
+
+def missing(error: ArtefactMissing, param: str | None = None) -> ApiError:
+    """The refusal of a job whose upload is not there."""
+    what = SINGULAR[error.kind]
+    return ApiError(
+        f"{what}_not_found",
+        f"no {what} with the SHA-256 {error.sha256} is stored",
+        param=param or what,
+        remedy=f"PUT its bytes to /v1/{error.kind}/{error.sha256}",
+    )
+
+
+def full(error: QueueFull) -> ApiError:
+    """The refusal of jobs that a tenant has no room for."""
+    return ApiError(
+        "queue_full",
+        f"tenant {error.tenant} may have {error.limit} queued jobs; {error.queued} are queued and {error.wanted} came",
+        remedy="wait until some are done, or ask the operator for a higher limit",
+        headers={"Retry-After": str(_FULL_AGAIN_SECONDS)},
+    )
+
+
+def announce(resources: Resources, job: Job, *, gpu: bool | None = None, tag: str | None = None) -> None:
+    """Tell followers and workers of a new job."""
+    events.publish(resources.redis, events.state_event(job))
+    requires = job.request.get("requires") or {}
+    queue = bell_queue(gpu=requires.get("gpu", False) if gpu is None else gpu, tag=tag or requires.get("tag"))
+    broker.ring_unless_enough(resources.celery, resources.redis, job.id, queue)
+
+
+def _batch_of(resources: Resources, request: JobRequest) -> tuple[BatchReference | DataSet, bytes | None]:
+    """The batch by hash, and its bytes if they ride inside the request."""
+    if not isinstance(request.batch, InlineBatch):
+        return request.batch, None
+    data = request.batch.data
+    limit = resources.settings.inline_batch_bytes
+    if len(data) > limit:
+        raise inline_too_large(limit, f"{len(data)} bytes")
+    return BatchReference(sha256=hashlib.sha256(data).hexdigest()), data
+
+
+def inline_too_large(limit: int, came: str) -> ApiError:
+    """The refusal of a batch too large to ride inside a request."""
+    return ApiError(
+        "payload_too_large",
+        f"a batch inside the request may have {limit} bytes; {came} came",
+        param="batch.data",
+        remedy="PUT it to /v1/batches/{sha256} and refer to it by its hash",
+    )
+
+
+def _references(request: JobRequest) -> Iterator[tuple[Reference, str]]:
+    """Every upload that a request refers to, and the field that names it."""
+    yield ("models", request.model), "model"
+    if isinstance(request.batch, BatchReference):
+        yield ("batches", request.batch.sha256), "batch"
+    elif isinstance(request.batch, DataSet):
+        for place, part in enumerate(request.batch.parts):
+            yield ("batches", part.sha256), f"batch.parts.{place}"
+    if isinstance(request.loss, LossReference):
+        yield ("losses", request.loss.sha256), "loss"
+    for place, extension in enumerate(request.extensions):
+        yield from _options_of(extension, place)
+
+
+def _options_of(extension: ExtensionRequest, place: int) -> Iterator[tuple[Reference, str]]:
+    for option, sha256 in extension.batches.items():
+        yield ("batches", sha256), f"extensions.{place}.options.{option}"
+
+
+def _same(found: Created, new: NewJob) -> Job:
+    if found.body_digest != new.body_digest:
+        raise ApiError(
+            "idempotency_conflict",
+            f"the idempotency key {new.idempotency_key!r} was used with another body, for job {found.job.id}",
+            param="Idempotency-Key",
+            remedy="use a new key for a new request",
+        )
+    return found.job

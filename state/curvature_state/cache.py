@@ -1,0 +1,118 @@
+"""What was computed before: found by what it depends on, within one tenant.
+
+A quantity depends on the model (its program and parameters, not its file's bytes: two traces of one module differ in
+these), the batch, the loss, the extension with its options, the parameters asked for, the seed where it draws, the
+kind of device, and the engine's version. Numbers' formats are those of model and batch.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import select
+
+from curvature_protocol.catalogue import Catalogue, ExtensionEntry
+from curvature_protocol.jobs import JobStatus
+from curvature_state.database import Database, insert_new
+from curvature_state.tables import CachedResultRow, JobRow, ModelDigestRow
+
+
+@dataclass(frozen=True)
+class Cached:
+    """A label of a job's stored result."""
+
+    job_id: str
+    attempt: int
+    label: str
+
+
+def find_digest(database: Database, sha256: str, engine_version: str) -> str | None:
+    """The canonical digest of a model file, if a worker has computed it."""
+    with database.read() as session:
+        row = session.get(ModelDigestRow, (sha256, engine_version))
+        return None if row is None else row.digest
+
+
+def record_digest(database: Database, sha256: str, engine_version: str, digest: str) -> None:
+    """Note the canonical digest of a model file."""
+    with database.write() as session:
+        insert_new(session, ModelDigestRow, [{"sha256": sha256, "engine_version": engine_version, "digest": digest}])
+
+
+def cache_keys(request: Mapping[str, Any], catalogue: Catalogue, digest: str, device: str) -> dict[str, str]:
+    """Label → key of what a stored request asks for.
+
+    Args:
+        request: as it stands in a job's row.
+        catalogue: of the workers.
+        digest: the model's.
+        device: the kind that computes: "cpu" or "cuda".
+    """
+    entries = {entry.name: entry for entry in catalogue.extensions}
+    common = {
+        "model": digest,
+        "batch": request["batch"],
+        "loss": _complete_loss(request["loss"], catalogue),
+        "reduction": request["reduction"],
+        "parameters": request["parameters"],
+        "eval": request["eval"],
+        "device": device,
+        "engine": catalogue.engine_version,
+    }
+    keys = {}
+    for extension in request["extensions"]:
+        entry = entries.get(extension["name"])
+        if entry is None:
+            continue
+        options = _complete(extension["options"], entry.options)
+        # A random dropout mask is drawn from the seed, too.
+        draws = not request["eval"] or _draws(entry, options)
+        depends = {
+            **common,
+            "extension": [entry.name, entry.package],
+            "options": options,
+            "seed": request["seed"] if draws else None,
+        }
+        text = json.dumps(depends, sort_keys=True, separators=(",", ":"))
+        keys[extension["label"] or extension["name"]] = hashlib.sha256(text.encode()).hexdigest()
+    return keys
+
+
+def _draws(entry: ExtensionEntry, options: Mapping[str, Any]) -> bool:
+    if entry.draws_when is None:
+        return False
+    return all(options.get(option) in values for option, values in entry.draws_when.items())
+
+
+def _complete(options: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with the defaults of those that were left out."""
+    properties: Mapping[str, Any] = schema.get("properties", {})
+    defaults = {name: of_option["default"] for name, of_option in properties.items() if "default" in of_option}
+    return {**defaults, **options}
+
+
+def _complete_loss(loss: Mapping[str, Any] | None, catalogue: Catalogue) -> Any:
+    if loss is None or "name" not in loss:
+        return loss
+    entry = next((entry for entry in catalogue.losses if entry.name == loss["name"]), None)
+    if entry is None:
+        return loss
+    return [entry.name, entry.package, _complete(loss.get("options") or {}, entry.options)]
+
+
+def find_cached(database: Database, tenant: str, keys: Iterable[str]) -> dict[str, Cached]:
+    """Key → where it is stored, for those that are."""
+    query = (
+        select(CachedResultRow)
+        .join(JobRow, JobRow.id == CachedResultRow.job_id)
+        .where(
+            CachedResultRow.tenant == tenant,
+            CachedResultRow.key.in_(list(keys)),
+            JobRow.status == JobStatus.SUCCEEDED,
+            JobRow.result_bytes.is_not(None),
+        )
+    )
+    with database.read() as session:
+        return {row.key: Cached(row.job_id, row.attempt, row.label) for row in session.scalars(query)}

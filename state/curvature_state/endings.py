@@ -1,0 +1,264 @@
+"""How a job comes to its end, or to another attempt; and what that means for the job over the data set it is part of.
+
+Whoever ends a shard locks the job over the data set first: two locks taken in two orders would wait for each other.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from curvature_protocol.errors import Problem
+from curvature_protocol.jobs import Job, JobStatus
+from curvature_state.database import Database, insert_new
+from curvature_state.jobs import problem, view
+from curvature_state.tables import CachedResultRow, JobRow, ResultUseRow
+from curvature_state.tenants import charge, enter_queue
+from curvature_state.turns import HELD
+
+MAX_ATTEMPTS = 5
+"""After so many that failed for a passing reason, a job fails."""
+PASSING = frozenset({"worker_crashed", "unavailable"})
+"""Errors that another attempt may not meet."""
+_FIRST_PAUSE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A job as it is after an attempt, and the other jobs that changed with it."""
+
+    job: Job
+    others: tuple[Job, ...] = ()
+
+
+@dataclass(frozen=True)
+class Success:
+    """What a worker made.
+
+    Attributes:
+        result_bytes: of the files that this attempt stored.
+        sources: jobs whose files the result refers to.
+        cached: cache key → label, of what others may take.
+    """
+
+    warnings: Sequence[str] = ()
+    result_bytes: int = 0
+    sources: frozenset[str] = frozenset()
+    cached: Mapping[str, str] = field(default_factory=dict)
+
+
+def succeed(database: Database, job_id: str, attempt: int, success: Success = Success()) -> Ending | None:
+    """Running → succeeded; None if the lease was lost. A result that is there beats a cancellation."""
+    with database.write() as session:
+        row, parent = _locked(session, job_id)
+        if row is None or row.attempt != attempt:
+            return None
+        if row.status == JobStatus.SUCCEEDED:
+            return Ending(view(row))
+        if row.status not in HELD:
+            return None
+        _end(session, row, JobStatus.SUCCEEDED)
+        row.warnings, row.result_bytes = list(success.warnings), success.result_bytes
+        row.used_at = row.finished_at
+        session.flush()
+        uses = [{"job_id": job_id, "source_id": source} for source in success.sources]
+        insert_new(session, ResultUseRow, uses)
+        cached = [
+            {"tenant": row.tenant, "key": key, "job_id": job_id, "attempt": attempt, "label": label}
+            for key, label in success.cached.items()
+        ]
+        insert_new(session, CachedResultRow, [{**entry, "created_at": row.finished_at} for entry in cached])
+        others = () if parent is None else _count_down(parent)
+        return Ending(view(row), others)
+
+
+def fail(
+    database: Database, job_id: str, attempt: int, reason: Problem, max_attempts: int = MAX_ATTEMPTS
+) -> Ending | None:
+    """Running → failed, or queued once more where the reason may pass; None if the lease was lost."""
+    with database.write() as session:
+        row, parent = _locked(session, job_id)
+        if row is None or row.attempt != attempt:
+            return None
+        if row.status in (JobStatus.FAILED, JobStatus.QUEUED):
+            return Ending(view(row))
+        if row.status not in HELD:
+            return None
+        return _fail(session, row, parent, reason, max_attempts)
+
+
+def confirm_cancel(database: Database, job_id: str, attempt: int) -> Ending | None:
+    """Cancelling → cancelled; None if the lease was lost."""
+    with database.write() as session:
+        row, parent = _locked(session, job_id)
+        if row is None or row.attempt != attempt:
+            return None
+        if row.status in HELD:
+            _cancel_held(session, row, parent)
+        return Ending(view(row)) if row.status in (JobStatus.CANCELLED, JobStatus.QUEUED) else None
+
+
+def take_back(database: Database, job_id: str, max_attempts: int = MAX_ATTEMPTS) -> Ending | None:
+    """Take a job from a worker whose lease ran out; None if that did not."""
+    with database.write() as session:
+        row, parent = _locked(session, job_id)
+        now = datetime.now(UTC)
+        if row is None or row.status not in HELD or row.lease_expires_at is None or row.lease_expires_at >= now:
+            return None
+        deaths = row.attempt - row.handed_back
+        reason = problem(
+            "attempts_exhausted",
+            f"the worker died {deaths} times while running this job",
+            remedy="look for what kills the worker (memory, driver) in its log, then submit the job again",
+        )
+        return _fail(session, row, parent, reason, max_attempts, passing=True)
+
+
+def request_cancel(database: Database, job_id: str) -> Ending | None:
+    """Queued → cancelled, running → cancelling, and a data set's shards alike; otherwise nothing. None: no such job."""
+    with database.write() as session:
+        row, _ = _locked(session, job_id)
+        if row is None:
+            return None
+        others: tuple[Job, ...] = ()
+        if row.status in (JobStatus.QUEUED, JobStatus.WAITING):
+            others = _cancel_parts(session, row)
+            _end(session, row, JobStatus.CANCELLED)
+        elif row.status == JobStatus.RUNNING:
+            row.status = JobStatus.CANCELLING
+        session.flush()
+        return Ending(view(row), others)
+
+
+def retry(database: Database, job_id: str) -> Ending | None:
+    """Failed or cancelled → queued, with all its attempts again; of a data set, only what has not succeeded.
+
+    A job in any other state stays as it is. None: no such job.
+
+    Raises:
+        QueueFull: the tenant has as many queued jobs as it may.
+    """
+    with database.write() as session:
+        row, _ = _locked(session, job_id)
+        if row is None:
+            return None
+        if row.status not in (JobStatus.FAILED, JobStatus.CANCELLED):
+            return Ending(view(row))
+        shards = _parts_of(session, row, [JobStatus.FAILED, JobStatus.CANCELLED])
+        enter_queue(session, row.tenant, len(shards) or 1)
+        for shard in shards:
+            _requeue(shard)
+        _requeue(row)
+        if row.parts is not None:
+            session.flush()
+            row.parts_left = _count_left(session, row)
+            row.status = JobStatus.WAITING if row.parts_left else JobStatus.QUEUED
+        session.flush()
+        return Ending(view(row), tuple(view(shard) for shard in shards))
+
+
+def _locked(session: Session, job_id: str) -> tuple[JobRow | None, JobRow | None]:
+    """(the job's row, that of the job over the data set it is a shard of), locked in the order that all keep to."""
+    parent_id = session.scalar(select(JobRow.parent_id).where(JobRow.id == job_id))
+    parent = None if parent_id is None else session.get(JobRow, parent_id, with_for_update=True)
+    return session.get(JobRow, job_id, with_for_update=True), parent
+
+
+def _end(session: Session, row: JobRow, status: JobStatus) -> None:
+    """Write down an end, and whose time it took."""
+    row.status, row.finished_at = status, datetime.now(UTC)
+    _let_go(session, row)
+
+
+def _let_go(session: Session, row: JobRow) -> None:
+    """The attempt is over: its lease, and the time it took."""
+    if row.lease_owner is not None and row.started_at is not None:
+        seconds = max(0.0, (datetime.now(UTC) - row.started_at).total_seconds())
+        row.worker_seconds += seconds
+        charge(session, row.tenant, seconds)
+    row.lease_owner = row.lease_expires_at = row.progress = None
+
+
+def _fail(
+    session: Session, row: JobRow, parent: JobRow | None, reason: Problem, max_attempts: int, *, passing: bool = False
+) -> Ending:
+    """What becomes of a job whose attempt failed."""
+    if row.status == JobStatus.CANCELLING:
+        _cancel_held(session, row, parent)
+        return Ending(view(row))
+    deaths = row.attempt - row.handed_back
+    if (passing or reason.code in PASSING) and deaths < max_attempts:
+        _let_go(session, row)
+        row.status = JobStatus.QUEUED
+        row.not_before = datetime.now(UTC) + timedelta(seconds=_FIRST_PAUSE_SECONDS * 2.0 ** (deaths - 1))
+        return Ending(view(row))
+    _end(session, row, JobStatus.FAILED)
+    row.error = reason.model_dump()
+    others: tuple[Job, ...] = ()
+    if parent is not None and parent.status == JobStatus.WAITING:
+        siblings = _cancel_parts(session, parent)
+        _end(session, parent, JobStatus.FAILED)
+        where = f"part {row.part} of {parent.parts}: {reason.detail}"
+        parent.error = reason.model_copy(update={"detail": where}).model_dump()
+        others = (view(parent), *siblings)
+    session.flush()
+    return Ending(view(row), others)
+
+
+def _cancel_held(session: Session, row: JobRow, parent: JobRow | None) -> None:
+    """A running job stops; a shard whose data set was taken up again meanwhile goes back to the queue."""
+    if parent is not None and parent.status == JobStatus.WAITING:
+        _let_go(session, row)
+        _requeue(row)
+    else:
+        _end(session, row, JobStatus.CANCELLED)
+
+
+def _requeue(row: JobRow) -> None:
+    """Queue a job anew, as if it had not been tried."""
+    row.status, row.handed_back = JobStatus.QUEUED, row.attempt
+    row.error = row.finished_at = row.not_before = None
+
+
+def _count_down(parent: JobRow) -> tuple[Job, ...]:
+    """One more shard has succeeded; after the last, what they made is to be merged."""
+    parent.parts_left = max(0, (parent.parts_left or 0) - 1)
+    if parent.status != JobStatus.WAITING:
+        return ()
+    if parent.parts_left == 0:
+        parent.status = JobStatus.QUEUED
+    return (view(parent),)
+
+
+def _count_left(session: Session, parent: JobRow) -> int:
+    left = select(func.count()).where(JobRow.parent_id == parent.id, JobRow.status != JobStatus.SUCCEEDED)
+    return session.scalar(left) or 0
+
+
+def _parts_of(session: Session, parent: JobRow, statuses: Sequence[JobStatus]) -> Sequence[JobRow]:
+    if parent.parts is None:
+        return ()
+    query = select(JobRow).where(JobRow.parent_id == parent.id, JobRow.status.in_(statuses)).order_by(JobRow.part)
+    return session.scalars(query.with_for_update()).all()
+
+
+def _cancel_parts(session: Session, parent: JobRow) -> tuple[Job, ...]:
+    """Stop the shards that are not over."""
+    if parent.parts is None:
+        return ()
+    now = datetime.now(UTC)
+    mine = [JobRow.parent_id == parent.id]
+    quiet: dict[str, Any] = {"synchronize_session": False}
+    session.flush()
+    running = update(JobRow).where(*mine, JobRow.status == JobStatus.RUNNING)
+    stopped = session.scalars(
+        running.values(status=JobStatus.CANCELLING).returning(JobRow.id).execution_options(**quiet)
+    )
+    stopping = list(stopped)
+    queued = update(JobRow).where(*mine, JobRow.status == JobStatus.QUEUED)
+    session.execute(queued.values(status=JobStatus.CANCELLED, finished_at=now).execution_options(**quiet))
+    # Those who follow a shard that runs are told; of the others, nobody has heard.
+    return tuple(view(shard) for shard in session.scalars(select(JobRow).where(JobRow.id.in_(stopping))))
