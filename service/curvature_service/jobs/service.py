@@ -32,6 +32,7 @@ _LONGEST_CURSOR = 200
 
 def submit(
     resources: Resources,
+    tenant: str,
     catalogue: CatalogueCache,
     request: JobRequest,
     idempotency_key: str | None,
@@ -43,7 +44,7 @@ def submit(
         ApiError: whatever the request lacks.
     """
     reference, inline = _batch_of(resources, request)
-    new = _new_job(request.model_copy(update={"batch": reference}), idempotency_key, kind)
+    new = _new_job(tenant, request.model_copy(update={"batch": reference}), idempotency_key, kind)
     # Before any check: what was accepted once stays accepted, whatever became of model, batch and catalogue since.
     found = find_by_key(resources.database, new)
     if found is None:
@@ -80,7 +81,7 @@ def announce(resources: Resources, job: Job) -> None:
     broker.ring(resources.celery, job.id, job.priority)
 
 
-def _new_job(request: JobRequest, idempotency_key: str | None, kind: JobKind) -> NewJob:
+def _new_job(tenant: str, request: JobRequest, idempotency_key: str | None, kind: JobKind) -> NewJob:
     text = request.model_dump_json()
     if len(text) > MAX_REQUEST_BYTES:
         raise ApiError(
@@ -92,7 +93,15 @@ def _new_job(request: JobRequest, idempotency_key: str | None, kind: JobKind) ->
     told = text if kind == JobKind.ANALYSIS else f"{kind} {text}"  # one key serves one kind
     digest = hashlib.sha256(told.encode()).hexdigest()
     stored = request.model_dump(mode="json")
-    return NewJob(stored, digest, idempotency_key, priority=request.priority, metadata=request.metadata, kind=kind)
+    return NewJob(
+        stored,
+        digest,
+        idempotency_key,
+        tenant=tenant,
+        priority=request.priority,
+        metadata=request.metadata,
+        kind=kind,
+    )
 
 
 def _batch_of(resources: Resources, request: JobRequest) -> tuple[BatchReference, bytes | None]:
@@ -127,15 +136,15 @@ def _same(found: Created, new: NewJob) -> Job:
     return found.job
 
 
-async def find_job(resources: Resources, job_id: str) -> Job:
-    """The job.
+async def find_job(resources: Resources, tenant: str | None, job_id: str) -> Job:
+    """The tenant's job (None: anybody's).
 
     Raises:
-        ApiError: `job_not_found`.
+        ApiError: `job_not_found`, also for a job of another tenant.
     """
     # Only an id of ours is looked up: PostgreSQL refuses some strings outright.
     known = _JOB_ID.fullmatch(job_id) is not None
-    job = await run_in_threadpool(get_job, resources.database, job_id) if known else None
+    job = await run_in_threadpool(get_job, resources.database, job_id, tenant) if known else None
     if job is None:
         raise ApiError(
             "job_not_found", f"there is no job {job_id[:50]!r}", param="job_id", remedy="GET /v1/jobs lists the jobs"
@@ -158,7 +167,7 @@ async def wait_for(resources: Resources, job: Job, seconds: float) -> Job:
                     break
         except RedisError:
             await asyncio.sleep(min(left, POLL_SECONDS / 4))
-        job = await find_job(resources, job.id)
+        job = await find_job(resources, None, job.id)
     return job
 
 
@@ -181,13 +190,13 @@ def _read_small(resources: Resources, job: Job) -> InlineResult | None:
     return InlineResult(manifest=manifest, files=files)
 
 
-async def cancel(resources: Resources, job_id: str) -> Job:
+async def cancel(resources: Resources, tenant: str, job_id: str) -> Job:
     """Ask a job to stop.
 
     Raises:
         ApiError: `job_not_found`, `job_finished`.
     """
-    before = await find_job(resources, job_id)
+    before = await find_job(resources, tenant, job_id)
     job = await run_in_threadpool(request_cancel, resources.database, job_id)
     assert job is not None
     if job.status in (JobStatus.SUCCEEDED, JobStatus.FAILED):
@@ -203,12 +212,12 @@ async def cancel(resources: Resources, job_id: str) -> Job:
 
 
 async def page(
-    resources: Resources, kind: JobKind, status: JobStatus | None, limit: int, cursor: str | None
+    resources: Resources, tenant: str, kind: JobKind, status: JobStatus | None, limit: int, cursor: str | None
 ) -> JobPage:
-    """One page of jobs of a kind, newest first."""
+    """One page of a tenant's jobs of a kind, newest first."""
     before = None if cursor is None else _read_cursor(cursor)
     jobs = await run_in_threadpool(
-        list_jobs, resources.database, kind=kind, status=status, limit=limit + 1, before=before
+        list_jobs, resources.database, tenant=tenant, kind=kind, status=status, limit=limit + 1, before=before
     )
     shown = jobs[:limit]
     return JobPage(items=tuple(shown), next_cursor=_write_cursor(shown[-1]) if len(jobs) > limit else None)
