@@ -14,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from curvature_service.artefacts.endpoints import artefact_router
-from curvature_service.authentication import require_key
+from curvature_service.authentication import authenticate
 from curvature_service.errors import install_handlers
 from curvature_service.events.endpoints import router as events_router
 from curvature_service.extensions.endpoints import router as extensions_router
@@ -61,7 +61,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     )
     install_handlers(app)
     app.add_middleware(_RequestIds)
-    protected = APIRouter(dependencies=[Depends(require_key)])
+    protected = APIRouter(dependencies=[Depends(authenticate)])
     # Results and events come first: `/jobs/{job_id}` must not swallow their paths.
     for router in (
         artefact_router("models"),

@@ -193,23 +193,29 @@ def forget_key(database: Database, job_id: str) -> None:
         session.execute(query.execution_options(synchronize_session=False))
 
 
-def get_job(database: Database, job_id: str) -> Job | None:
-    """The job, or None."""
+def get_job(database: Database, job_id: str, tenant: str | None = None) -> Job | None:
+    """The job, or None: also for one that is not the tenant's, if a tenant is named."""
     with database.read() as session:
         row = session.get(JobRow, job_id)
-        return None if row is None else view(row)
+    return None if row is None or tenant not in (None, row.tenant) else view(row)
 
 
 def list_jobs(
     database: Database,
     *,
+    tenant: str | None = None,
     kind: JobKind | None = JobKind.ANALYSIS,
     status: JobStatus | None,
     limit: int,
     before: tuple[datetime, str] | None,
 ) -> list[Job]:
-    """Those of a kind (None: all), newest first; `before` is the (created_at, id) of the previous page's last job."""
+    """Those of a tenant and a kind (None: all), newest first.
+
+    `before` is the (created_at, id) of the previous page's last job.
+    """
     query = select(JobRow).order_by(JobRow.created_at.desc(), JobRow.id.desc()).limit(limit)
+    if tenant is not None:
+        query = query.where(JobRow.tenant == tenant)
     if kind is not None:
         query = query.where(JobRow.kind == kind)
     if status is not None:

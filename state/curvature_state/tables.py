@@ -52,7 +52,7 @@ class JobRow(Base):
         UniqueConstraint("tenant", "idempotency_key"),
         Index("jobs_by_age", "created_at", "id"),
         Index("jobs_by_status", "status", "created_at"),
-        Index("jobs_by_kind", "kind", "created_at", "id"),
+        Index("jobs_by_tenant", "tenant", "kind", "created_at", "id"),
         # Whose turn it is, found without reading the queue. The condition is spelled out in the query, too.
         Index(
             "jobs_by_turn",

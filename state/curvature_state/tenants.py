@@ -14,6 +14,8 @@ from sqlalchemy.orm import Session, aliased
 from curvature_protocol.jobs import JobStatus
 from curvature_state.tables import JobRow, TenantRow
 
+DEFAULT_TENANT = "default"
+"""Whom a request without a key comes from."""
 QUEUED = JobRow.status == literal_column(f"'{JobStatus.QUEUED}'")
 """As the index of the queue spells it: with a parameter in its place, no database would use that index."""
 

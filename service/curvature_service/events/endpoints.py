@@ -8,6 +8,7 @@ from fastapi import APIRouter, Header, Query
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from curvature_service import examples
+from curvature_service.authentication import TenantDependency
 from curvature_service.errors import ApiError
 from curvature_service.events.service import follow_job
 from curvature_service.jobs.service import find_job
@@ -33,6 +34,7 @@ _STREAM_ID = re.compile(r"[0-9]{1,18}(-[0-9]{1,18})?")
 async def job_events(
     job_id: JobIdPath,
     resources: ResourcesDependency,
+    tenant: TenantDependency,
     last_event_id: Annotated[str | None, Header(description="`id` of the last event seen")] = None,
     wait: Annotated[float | None, Query(ge=0, description="seconds after which the stream ends in any case")] = None,
 ) -> EventSourceResponse:
@@ -45,7 +47,7 @@ async def job_events(
             param="Last-Event-ID",
             remedy="pass the id of an event of this job, or none",
         )
-    await find_job(resources, job_id)
+    await find_job(resources, tenant, job_id)
 
     async def stream() -> AsyncIterator[ServerSentEvent]:
         async for event_id, event in follow_job(resources, job_id, after, wait):

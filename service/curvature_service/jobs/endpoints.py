@@ -8,6 +8,7 @@ from fastapi.concurrency import run_in_threadpool
 from curvature_protocol.jobs import FINAL, Job, JobKind, JobPage, JobStatus
 from curvature_protocol.requests import MOST_PARTS, JobRequest
 from curvature_service import examples
+from curvature_service.authentication import TenantDependency
 from curvature_service.bodies import read_json
 from curvature_service.jobs import service
 from curvature_service.jobs.submission import MAX_REQUEST_BYTES, submit
@@ -45,6 +46,7 @@ async def submit_job(
     request: Request,
     response: Response,
     resources: ResourcesDependency,
+    tenant: TenantDependency,
     body: Annotated[JobRequest, Depends(read_job_request)],
     wait: Wait = 0.0,
     idempotency_key: Annotated[
@@ -53,7 +55,7 @@ async def submit_job(
 ) -> Job:
     """Validate, write a row, ring the bell."""
     catalogue = request.app.state.catalogue
-    job, new = await run_in_threadpool(submit, resources, catalogue, body, idempotency_key)
+    job, new = await run_in_threadpool(submit, resources, tenant, catalogue, body, idempotency_key)
     response.status_code = 201 if new else 200
     if wait > 0:
         job = await service.wait_for(resources, job, min(wait, resources.settings.max_wait_seconds))
@@ -68,13 +70,14 @@ async def submit_job(
 )
 async def list_jobs(
     resources: ResourcesDependency,
+    tenant: TenantDependency,
     kind: Annotated[JobKind, Query(description="only jobs of this kind")] = JobKind.ANALYSIS,
     status: Annotated[JobStatus | None, Query(description="only jobs in this state")] = None,
     limit: Annotated[int, Query(ge=1, le=200, description="jobs in a page")] = 50,
     cursor: Annotated[str | None, Query(description="`next_cursor` of the previous page")] = None,
 ) -> JobPage:
     """One page; `next_cursor` leads to the next, and is null in the last."""
-    return await service.page(resources, kind, status, limit, cursor)
+    return await service.page(resources, tenant, kind, status, limit, cursor)
 
 
 @router.get(
@@ -82,9 +85,9 @@ async def list_jobs(
     summary="One job",
     responses={**answer(200, "The job", examples.JOB), **problems("job_not_found")},
 )
-async def get_job(job_id: JobIdPath, resources: ResourcesDependency, wait: Wait = 0.0) -> Job:
+async def get_job(job_id: JobIdPath, resources: ResourcesDependency, tenant: TenantDependency, wait: Wait = 0.0) -> Job:
     """State, progress, error, request."""
-    job = await service.find_job(resources, job_id)
+    job = await service.find_job(resources, tenant, job_id)
     if wait > 0 and job.status not in FINAL:
         job = await service.wait_for(resources, job, min(wait, resources.settings.max_wait_seconds))
     return job
@@ -98,9 +101,9 @@ async def get_job(job_id: JobIdPath, resources: ResourcesDependency, wait: Wait 
         **problems("job_not_found", "job_finished"),
     },
 )
-async def cancel_job(job_id: JobIdPath, resources: ResourcesDependency) -> Job:
+async def cancel_job(job_id: JobIdPath, resources: ResourcesDependency, tenant: TenantDependency) -> Job:
     """A queued job is cancelled at once; a running one within two seconds."""
-    return await service.cancel(resources, job_id)
+    return await service.cancel(resources, tenant, job_id)
 
 
 @router.post(
@@ -112,6 +115,6 @@ async def cancel_job(job_id: JobIdPath, resources: ResourcesDependency) -> Job:
         **problems("job_not_found", "job_not_finished", "queue_full"),
     },
 )
-async def retry_job(job_id: JobIdPath, resources: ResourcesDependency) -> Job:
+async def retry_job(job_id: JobIdPath, resources: ResourcesDependency, tenant: TenantDependency) -> Job:
     """With all its attempts again."""
-    return await service.take_up_again(resources, job_id)
+    return await service.take_up_again(resources, tenant, job_id)

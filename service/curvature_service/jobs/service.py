@@ -26,15 +26,15 @@ _JOB_ID = re.compile(r"[0-9a-f]{32}")
 _LONGEST_CURSOR = 200
 
 
-async def find_job(resources: Resources, job_id: str) -> Job:
-    """The job.
+async def find_job(resources: Resources, tenant: str | None, job_id: str) -> Job:
+    """The tenant's job (None: anybody's).
 
     Raises:
-        ApiError: `job_not_found`.
+        ApiError: `job_not_found`, also for a job of another tenant.
     """
     # Only an id of ours is looked up: PostgreSQL refuses some strings outright.
     known = _JOB_ID.fullmatch(job_id) is not None
-    job = await run_in_threadpool(get_job, resources.database, job_id) if known else None
+    job = await run_in_threadpool(get_job, resources.database, job_id, tenant) if known else None
     if job is None:
         raise unknown(job_id)
     return job
@@ -62,7 +62,7 @@ async def wait_for(resources: Resources, job: Job, seconds: float) -> Job:
                     break
         except RedisError:
             await asyncio.sleep(min(left, POLL_SECONDS / 4))
-        job = await find_job(resources, job.id)
+        job = await find_job(resources, None, job.id)
     return job
 
 
@@ -87,13 +87,13 @@ def _read_small(resources: Resources, job: Job) -> InlineResult | None:
     return InlineResult(manifest=manifest, files=files)
 
 
-async def cancel(resources: Resources, job_id: str) -> Job:
+async def cancel(resources: Resources, tenant: str, job_id: str) -> Job:
     """Ask a job to stop.
 
     Raises:
         ApiError: `job_not_found`, `job_finished`.
     """
-    before = await find_job(resources, job_id)
+    before = await find_job(resources, tenant, job_id)
     ending = await run_in_threadpool(request_cancel, resources.database, job_id)
     if ending is None:
         raise unknown(job_id)
@@ -110,13 +110,13 @@ async def cancel(resources: Resources, job_id: str) -> Job:
     return job
 
 
-async def take_up_again(resources: Resources, job_id: str) -> Job:
+async def take_up_again(resources: Resources, tenant: str, job_id: str) -> Job:
     """Queue a failed or cancelled job once more; of one over a data set, what has not succeeded.
 
     Raises:
         ApiError: `job_not_found`, `job_finished` if it has succeeded, `job_not_finished`, `queue_full`.
     """
-    before = await find_job(resources, job_id)
+    before = await find_job(resources, tenant, job_id)
     if before.status not in (JobStatus.FAILED, JobStatus.CANCELLED):
         over = before.status in FINAL
         raise ApiError(
@@ -137,12 +137,12 @@ async def take_up_again(resources: Resources, job_id: str) -> Job:
 
 
 async def page(
-    resources: Resources, kind: JobKind, status: JobStatus | None, limit: int, cursor: str | None
+    resources: Resources, tenant: str, kind: JobKind, status: JobStatus | None, limit: int, cursor: str | None
 ) -> JobPage:
-    """One page of jobs of a kind, newest first."""
+    """One page of a tenant's jobs of a kind, newest first."""
     before = None if cursor is None else _read_cursor(cursor)
     jobs = await run_in_threadpool(
-        list_jobs, resources.database, kind=kind, status=status, limit=limit + 1, before=before
+        list_jobs, resources.database, tenant=tenant, kind=kind, status=status, limit=limit + 1, before=before
     )
     shown = jobs[:limit]
     return JobPage(items=tuple(shown), next_cursor=_write_cursor(shown[-1]) if len(jobs) > limit else None)

@@ -37,11 +37,11 @@ _FULL_AGAIN_SECONDS = 10
 
 def submit(
     resources: Resources,
+    tenant: str,
     catalogue: CatalogueCache,
     request: JobRequest,
     idempotency_key: str | None,
     kind: JobKind = JobKind.ANALYSIS,
-    tenant: str = "default",
 ) -> tuple[Job, bool]:
     """Write the job and ring the bell; returns the job and whether it is new.
 

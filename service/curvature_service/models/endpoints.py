@@ -9,6 +9,7 @@ from curvature_protocol.inspections import InspectedModel
 from curvature_service import examples
 from curvature_service.artefacts.paths import Sha256Path
 from curvature_service.artefacts.service import get_artefact
+from curvature_service.authentication import TenantDependency
 from curvature_service.models.service import inspect_model
 from curvature_service.openapi import answer, problems
 from curvature_service.resources import ResourcesDependency
@@ -44,7 +45,11 @@ def add_inspected_model(router: APIRouter) -> None:
         responses={**answer(200, "Its record and inspection", examples.INSPECTED_MODEL), **problems("model_not_found")},
     )
     async def get(
-        sha256: Sha256Path, request: Request, resources: ResourcesDependency, wait: Wait = _WAIT_SECONDS
+        sha256: Sha256Path,
+        request: Request,
+        resources: ResourcesDependency,
+        tenant: TenantDependency,
+        wait: Wait = _WAIT_SECONDS,
     ) -> InspectedModel:
         seconds = min(wait, resources.settings.max_wait_seconds)
-        return await inspect_model(resources, request.app.state.catalogue, sha256, seconds)
+        return await inspect_model(resources, tenant, request.app.state.catalogue, sha256, seconds)

@@ -24,22 +24,24 @@ _OWN = "inspection\n"
 """Begins our idempotency keys: no header can hold a line's end, so no request's key is one of them."""
 
 
-async def inspect_model(resources: Resources, catalogue: CatalogueCache, sha256: str, seconds: float) -> InspectedModel:
+async def inspect_model(
+    resources: Resources, tenant: str, catalogue: CatalogueCache, sha256: str, seconds: float
+) -> InspectedModel:
     """The model's record and its inspection, waited for at most so long.
 
     Raises:
         ApiError: `model_not_found`.
     """
     artefact = await run_in_threadpool(get_artefact, resources, "models", sha256)
-    job = await run_in_threadpool(_inspection_of, resources, catalogue.current(), sha256)
+    job = await run_in_threadpool(_inspection_of, resources, tenant, catalogue.current(), sha256)
     if job.status not in FINAL and seconds > 0:
         job = await wait_for(resources, job, seconds)
     return await run_in_threadpool(_view, resources, artefact, job)
 
 
-def _inspection_of(resources: Resources, catalogue: Catalogue, sha256: str) -> Job:
+def _inspection_of(resources: Resources, tenant: str, catalogue: Catalogue, sha256: str) -> Job:
     """The job that inspected the model, inspects it, or is made now."""
-    new = _new_job(catalogue, sha256)
+    new = _new_job(tenant, catalogue, sha256)
     found = create_job(resources.database, new)
     if found.repeated and not _still_holds(resources, found.job):
         forget_key(resources.database, found.job.id)
@@ -49,11 +51,12 @@ def _inspection_of(resources: Resources, catalogue: Catalogue, sha256: str) -> J
     return found.job
 
 
-def _new_job(catalogue: Catalogue, sha256: str) -> NewJob:
+def _new_job(tenant: str, catalogue: Catalogue, sha256: str) -> NewJob:
     # Other extensions, or another engine, may say something else of the same model.
     version = hashlib.sha256(catalogue.model_dump_json().encode()).hexdigest()
     request = {"model": sha256, "timeout_seconds": _LIMIT_SECONDS}
-    return NewJob(request, version, f"{_OWN}{sha256} {version}", priority=_PRIORITY, kind=JobKind.INSPECTION)
+    key = f"{_OWN}{sha256} {version}"
+    return NewJob(request, version, key, tenant=tenant, priority=_PRIORITY, kind=JobKind.INSPECTION)
 
 
 def _still_holds(resources: Resources, job: Job) -> bool:

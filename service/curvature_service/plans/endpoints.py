@@ -9,6 +9,7 @@ from curvature_protocol.jobs import FINAL, JobKind
 from curvature_protocol.plans import PlanJob
 from curvature_protocol.requests import JobRequest
 from curvature_service import examples
+from curvature_service.authentication import TenantDependency
 from curvature_service.jobs import service as jobs_service
 from curvature_service.jobs.endpoints import Wait, read_job_request
 from curvature_service.jobs.submission import submit
@@ -39,6 +40,7 @@ async def make_plan(
     request: Request,
     response: Response,
     resources: ResourcesDependency,
+    tenant: TenantDependency,
     body: Annotated[JobRequest, Depends(read_job_request)],
     wait: Wait = 0.0,
     idempotency_key: Annotated[
@@ -47,7 +49,7 @@ async def make_plan(
 ) -> PlanJob:
     """Validate, write a row, ring the bell, wait."""
     catalogue = request.app.state.catalogue
-    job, new = await run_in_threadpool(submit, resources, catalogue, body, idempotency_key, JobKind.PLAN)
+    job, new = await run_in_threadpool(submit, resources, tenant, catalogue, body, idempotency_key, JobKind.PLAN)
     response.status_code = 201 if new else 200
     if wait > 0:
         job = await jobs_service.wait_for(resources, job, min(wait, resources.settings.max_wait_seconds))
@@ -59,9 +61,11 @@ async def make_plan(
     summary="One plan",
     responses={**answer(200, "The plan", examples.PLAN_JOB), **problems("job_not_found")},
 )
-async def get_plan(job_id: JobIdPath, resources: ResourcesDependency, wait: Wait = 0.0) -> PlanJob:
+async def get_plan(
+    job_id: JobIdPath, resources: ResourcesDependency, tenant: TenantDependency, wait: Wait = 0.0
+) -> PlanJob:
     """State, error, and the plan once it has succeeded."""
-    job = await find_plan(resources, job_id)
+    job = await find_plan(resources, tenant, job_id)
     if wait > 0 and job.status not in FINAL:
         job = await jobs_service.wait_for(resources, job, min(wait, resources.settings.max_wait_seconds))
     return await run_in_threadpool(with_plan, resources, job)

@@ -8,13 +8,13 @@ from curvature_service.jobs.service import find_job
 from curvature_service.resources import Resources
 
 
-async def find_plan(resources: Resources, job_id: str) -> Job:
-    """The job that plans.
+async def find_plan(resources: Resources, tenant: str, job_id: str) -> Job:
+    """The tenant's job that plans.
 
     Raises:
         ApiError: `job_not_found`, also for a job of another kind.
     """
-    job = await find_job(resources, job_id)
+    job = await find_job(resources, tenant, job_id)
     if job.kind != JobKind.PLAN:
         raise ApiError(
             "job_not_found",

@@ -5,6 +5,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from curvature_protocol.results import Manifest
 from curvature_service import examples
+from curvature_service.authentication import TenantDependency
 from curvature_service.jobs.service import find_job
 from curvature_service.openapi import BYTES, RANGE_HEADER, JobIdPath, answer, problems
 from curvature_service.ranges import stream_object
@@ -19,9 +20,9 @@ router = APIRouter(prefix="/jobs/{job_id}/result", tags=["results"])
     summary="The manifest of a result",
     responses={**answer(200, "The manifest", examples.MANIFEST), **problems("job_not_found", "result_not_ready")},
 )
-async def get_result(job_id: JobIdPath, resources: ResourcesDependency) -> Manifest:
+async def get_result(job_id: JobIdPath, resources: ResourcesDependency, tenant: TenantDependency) -> Manifest:
     """Every tensor's name, shape, dtype, byte range, convention and provenance."""
-    job = await find_job(resources, job_id)
+    job = await find_job(resources, tenant, job_id)
     return await run_in_threadpool(read_manifest, resources, job)
 
 
@@ -47,8 +48,10 @@ async def get_result(job_id: JobIdPath, resources: ResourcesDependency) -> Manif
     },
     openapi_extra=RANGE_HEADER,
 )
-async def get_file(job_id: JobIdPath, label: str, request: Request, resources: ResourcesDependency) -> Response:
+async def get_file(
+    job_id: JobIdPath, label: str, request: Request, resources: ResourcesDependency, tenant: TenantDependency
+) -> Response:
     """Stream the file, or a part of it."""
-    job = await find_job(resources, job_id)
+    job = await find_job(resources, tenant, job_id)
     key, size = await run_in_threadpool(find_file, resources, job, label)
     return stream_object(request, resources.objects, key, size, etag=f"{job.id}-{job.attempt}-{label}")

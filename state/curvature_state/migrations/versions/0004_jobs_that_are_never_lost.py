@@ -41,6 +41,8 @@ def upgrade() -> None:
         sqlite_where=queued,
         postgresql_where=queued,
     )
+    op.drop_index("jobs_by_kind", "jobs")
+    op.create_index("jobs_by_tenant", "jobs", ["tenant", "kind", "created_at", "id"])
     op.create_index("jobs_by_sweep", "jobs", ["sweep_id", "sweep_row"])
     op.create_index("jobs_by_parent", "jobs", ["parent_id", "part"])
     for column in (
@@ -173,8 +175,9 @@ def downgrade() -> None:
         "job_artefacts",
     ):
         op.drop_table(name)
-    for index in ("jobs_by_turn", "jobs_by_sweep", "jobs_by_parent"):
+    for index in ("jobs_by_turn", "jobs_by_sweep", "jobs_by_parent", "jobs_by_tenant"):
         op.drop_index(index, "jobs")
+    op.create_index("jobs_by_kind", "jobs", ["kind", "created_at", "id"])
     dropped = {
         "jobs": (
             *("turn", "not_before", "requires_gpu", "requires_tag", "requires_bytes", "worker_seconds", "sweep_id"),
