@@ -96,6 +96,16 @@ class ResultGroup(Reply):
     tensors: tuple[TensorEntry, ...]
 
 
+class ShardPart(Reply):
+    """What a shard says of its part of the data set, for merging."""
+
+    first_sample: int
+    samples: int
+    mean_Z: float = Field(description="what the loss would have divided by, under mean")
+    path: str = Field(description="digest of the decisions that the model took, and of the numbers that it read")
+    probed: bool = Field(description="whether its samples were shown not to be coupled")
+
+
 class Manifest(Reply):
     """The description of a result."""
 
@@ -118,6 +128,7 @@ class Manifest(Reply):
     isolation: str = Field(description="which confinement was in force while the model ran")
     samples: int | None = Field(default=None, description="N, of the whole data set")
     parts: int | None = Field(default=None, description="how many shards a data set was computed in")
+    part: ShardPart | None = Field(default=None, description="of a shard: its tensors are to be merged, not read")
     aliases: dict[str, str] = Field(default_factory=dict, description="shared parameter's other name → its name")
     groups: tuple[ResultGroup, ...]
     warnings: tuple[str, ...] = ()

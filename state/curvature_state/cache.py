@@ -69,15 +69,22 @@ def cache_keys(request: Mapping[str, Any], catalogue: Catalogue, digest: str, de
         options = _complete(extension["options"], entry.options)
         # A random dropout mask is drawn from the seed, too.
         draws = not request["eval"] or _draws(entry, options)
+        label = extension["label"] or extension["name"]
         depends = {
             **common,
             "extension": [entry.name, entry.package],
             "options": options,
             "seed": request["seed"] if draws else None,
+            "part": _part(request.get("part"), label, draws=draws),
         }
         text = json.dumps(depends, sort_keys=True, separators=(",", ":"))
-        keys[extension["label"] or extension["name"]] = hashlib.sha256(text.encode()).hexdigest()
+        keys[label] = hashlib.sha256(text.encode()).hexdigest()
     return keys
+
+
+def _part(part: Mapping[str, Any] | None, label: str, *, draws: bool) -> Any:
+    """What tells a shard's state, which is merged under its label, from a result; draws depend on its place."""
+    return None if part is None else [label, part["first_sample"] if draws else None]
 
 
 def _draws(entry: ExtensionEntry, options: Mapping[str, Any]) -> bool:

@@ -83,7 +83,8 @@ def fail(
         row, parent = _locked(session, job_id)
         if row is None or row.attempt != attempt:
             return None
-        if row.status in (JobStatus.FAILED, JobStatus.QUEUED):
+        tried_again = row.status == JobStatus.QUEUED and row.not_before is not None
+        if row.status == JobStatus.FAILED or tried_again:
             return Ending(view(row))
         if row.status not in HELD:
             return None
@@ -98,7 +99,8 @@ def confirm_cancel(database: Database, job_id: str, attempt: int) -> Ending | No
             return None
         if row.status in HELD:
             _cancel_held(session, row, parent)
-        return Ending(view(row)) if row.status in (JobStatus.CANCELLED, JobStatus.QUEUED) else None
+        taken_up_again = row.status == JobStatus.QUEUED and row.parent_id is not None
+        return Ending(view(row)) if row.status == JobStatus.CANCELLED or taken_up_again else None
 
 
 def take_back(database: Database, job_id: str, max_attempts: int = MAX_ATTEMPTS) -> Ending | None:

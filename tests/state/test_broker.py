@@ -8,6 +8,7 @@ import pytest
 import redis
 from tests.state.servers import RedisServer
 
+from curvature_protocol.names import bell_queue
 from curvature_state import StateSettings, broker
 
 pytestmark = pytest.mark.integration
@@ -38,18 +39,19 @@ def test_a_bell_carries_the_jobs_id_and_nothing_else(app):
     assert json.loads(message.body)[:2] == [["job-1"], {}]
 
 
-def test_urgent_jobs_are_heard_first(app):
-    for job_id, priority in (("calm", 0), ("usual", 5), ("urgent", 9), ("usual too", 5)):
-        broker.ring(app, job_id, priority)
-    assert [json.loads(m.body)[0][0] for m in heard(app)] == ["urgent", "usual", "usual too", "calm"]
-
-
-def test_waiting_bells_are_counted_over_all_priorities(app, redis_connection):
-    for priority in range(10):
-        broker.ring(app, "job", priority)
-    assert broker.count_bells(redis_connection) == 10
+def test_bells_for_different_workers_wait_apart(app, redis_connection):
+    for queue in (bell_queue(), bell_queue(gpu=True), bell_queue(tag="a100"), bell_queue(gpu=True, tag="a100")):
+        broker.ring(app, "job", queue)
+    counts = [broker.count_bells(redis_connection, q) for q in ("curvature", "curvature.gpu", "curvature.tag.a100")]
+    assert counts == [1, 1, 2]
     heard(app)
     assert broker.count_bells(redis_connection) == 0
+
+
+def test_no_more_bells_pile_up_than_can_wake_anybody(app, redis_connection):
+    for _ in range(broker.ENOUGH_BELLS + 5):
+        assert broker.ring_unless_enough(app, redis_connection, "job")
+    assert broker.count_bells(redis_connection) == broker.ENOUGH_BELLS
 
 
 def test_an_absent_broker_is_told_soon(tmp_path):

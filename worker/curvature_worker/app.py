@@ -1,16 +1,14 @@
-"""The worker process: a Celery application whose one task runs one job."""
+"""The worker process: a Celery application whose one task works until the queue is empty."""
 
 import logging
 import os
 import signal
 import socket
 import sys
-import threading
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +16,21 @@ from celery import Celery
 from celery.platforms import EX_OK
 from celery.signals import setup_logging, worker_ready
 from celery.worker import state
+from kombu.entity import Queue
 from kombu.connection import Connection
 from obstore.exceptions import BaseError as StoreError
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError
 
-from curvature_protocol.catalogue import Catalogue
-from curvature_protocol.health import WorkerView
-from curvature_protocol.names import QUEUE, RUN_JOB_TASK
-from curvature_state import Database
+from curvature_protocol.names import RUN_JOB_TASK, bell_queue, worker_queue
 from curvature_state.broker import celery_app, ring
-from curvature_state.jobs import oldest_queued
-from curvature_state.workers import publish_worker, remove_worker
 from curvature_worker.errors import WorkerUnfit
-from curvature_worker.lease import brief
 from curvature_worker.pool import ChildPool
+from curvature_worker.publisher import Publisher
 from curvature_worker.runner import JobRunner
 from curvature_worker.scratch import scratch_folder
 from curvature_worker.settings import WorkerSettings
 
 logger = logging.getLogger("curvature.worker")
-
-_PUBLISH_SECONDS = 5.0
 
 
 def run_worker(settings: WorkerSettings) -> None:
@@ -52,11 +44,11 @@ def run_worker(settings: WorkerSettings) -> None:
         runner = _make_runner(settings, worker_id, pool, scratch)
         with closing(runner):
             pool.open()
-            publisher = Publisher(settings, worker_id, pool.greeting)
+            publisher = Publisher(settings, worker_id, pool.greeting, runner)
             publisher.start()
             try:
                 logger.info("worker %s on %s, isolation %s", worker_id, settings.device, pool.greeting["isolation"])
-                _serve(settings, runner)
+                _serve(settings, worker_id, runner, publisher)
             finally:
                 publisher.stop()
 
@@ -71,12 +63,13 @@ def _make_runner(settings: WorkerSettings, worker_id: str, pool: ChildPool, scra
         ) from error
 
 
-def make_app(settings: WorkerSettings, run: Callable[[str], None], stop: Callable[[], None]) -> Celery:
+def make_app(settings: WorkerSettings, worker_id: str, work: Callable[[], None], stop: Callable[[], None]) -> Celery:
     """The Celery application with the one task.
 
     Args:
         settings: where the broker is.
-        run: runs the job of an id.
+        worker_id: this worker's; bells in the queue of that name are for it alone.
+        work: runs jobs until there are none.
         stop: called as soon as the worker is told to stop.
     """
     app = celery_app(settings, "curvature-worker")
@@ -85,16 +78,18 @@ def make_app(settings: WorkerSettings, run: Callable[[str], None], stop: Callabl
         broker_connection_max_retries=None,  # a broker may be away for as long as it likes
         worker_redirect_stdouts=False,
         worker_cancel_long_running_tasks_on_connection_loss=False,
+        task_queues=[*(Queue(name) for name in _queues(settings)), Queue(worker_queue(worker_id), auto_delete=True)],
     )
 
     @app.task(name=RUN_JOB_TASK)  # type: ignore[untyped-decorator, no-untyped-call]
     def run_job(job_id: str) -> None:
-        run(job_id)
+        work()
 
     @worker_ready.connect(weak=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def wake(**_: Any) -> None:
         _answer_signals(stop)
-        _ring_for_the_oldest(app, settings)
+        # A bell rung while no worker listened, and then lost with the broker, is rung again.
+        ring(app, "", worker_queue(worker_id))
 
     @setup_logging.connect(weak=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def keep_logging(**_: Any) -> None:
@@ -120,22 +115,13 @@ def _answer_signals(stop: Callable[[], None]) -> None:
         signal.signal(number, answer)
 
 
-def _ring_for_the_oldest(app: Celery, settings: WorkerSettings) -> None:
-    """A bell rung while no worker listened, and then lost with the broker, is rung again.
-
-    The reconciler rings for the others; this one keeps an idle worker from waiting for it.
-    """
-    database = Database(settings.database_url)
-    try:
-        if (job_id := oldest_queued(database)) is not None:
-            ring(app, job_id)
-    except SQLAlchemyError as error:
-        logger.warning("the database does not answer: %s", brief(error))
-    finally:
-        database.close()
+def _queues(settings: WorkerSettings) -> list[str]:
+    """The queues of the bells for jobs that this worker can do."""
+    found = [bell_queue(), *(bell_queue(tag=tag) for tag in settings.tags)]
+    return found if settings.device == "cpu" else [*found, bell_queue(gpu=True)]
 
 
-def _serve(settings: WorkerSettings, runner: JobRunner) -> None:
+def _serve(settings: WorkerSettings, worker_id: str, runner: JobRunner, publisher: Publisher) -> None:
     """Answer bells until told to stop.
 
     Raises:
@@ -143,19 +129,20 @@ def _serve(settings: WorkerSettings, runner: JobRunner) -> None:
     """
     unfit: list[WorkerUnfit] = []
 
-    def run(job_id: str) -> None:
+    def work() -> None:
         try:
-            runner.run(job_id)
+            runner.work()
         except WorkerUnfit as error:
             unfit.append(error)
             runner.stopping.set()
             state.should_stop = EX_OK  # type: ignore[assignment]
 
-    app = make_app(settings, run, runner.stopping.set)
+    app = make_app(settings, worker_id, work, runner.stopping.set)
+    publisher.wake_with(app)
     worker = app.Worker(
         hostname=f"curvature@{socket.gethostname()}",
         pool_cls="solo",
-        queues=[QUEUE],
+        queues=[*_queues(settings), worker_queue(worker_id)],
         loglevel=settings.log_level,
         quiet=True,
         without_gossip=True,
@@ -174,48 +161,6 @@ class PersistentConnection(Connection):
         """Connect, with pauses of one to five seconds."""
         pauses = {"interval_start": 1, "interval_step": 1, "interval_max": 5}
         return super().ensure_connection(*args, **{**pauses, **kwargs})  # type: ignore[no-untyped-call]
-
-
-class Publisher(threading.Thread):
-    """Publishes the worker to the database every few seconds."""
-
-    def __init__(self, settings: WorkerSettings, worker_id: str, greeting: Mapping[str, object]) -> None:
-        super().__init__(daemon=True, name="publisher")
-        self._settings, self._worker_id = settings, worker_id
-        self._catalogue = Catalogue.model_validate(greeting["catalogue"])
-        self._isolation = str(greeting["isolation"])
-        self._stopped = threading.Event()
-
-    def run(self) -> None:
-        """Publish until stopped, then withdraw; a database that is away is tried again."""
-        database = Database(self._settings.database_url)
-        try:
-            while not self._stopped.is_set():
-                self._attempt(lambda: publish_worker(database, self._view(), self._catalogue))
-                self._stopped.wait(_PUBLISH_SECONDS)
-            self._attempt(lambda: remove_worker(database, self._worker_id))
-        finally:
-            database.close()
-
-    def stop(self) -> None:
-        """Withdraw the worker's row."""
-        self._stopped.set()
-        self.join(5)
-
-    def _attempt(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except SQLAlchemyError as error:
-            logger.warning("the worker's record could not be written: %s", brief(error))
-
-    def _view(self) -> WorkerView:
-        return WorkerView(
-            id=self._worker_id,
-            device=self._settings.device,
-            engine_version=self._catalogue.engine_version,
-            isolation=self._isolation,
-            seen_at=datetime.now(UTC),
-        )
 
 
 def main(settings: WorkerSettings) -> int:

@@ -19,7 +19,7 @@ from curvature_engine.errors import memory_ran_out
 from curvature_protocol.names import INPUTS, TARGETS
 from curvature_protocol.requests import referenced_batch
 from curvature_worker.channel import MAX_FRAME_BYTES, Channel, ChannelClosed
-from curvature_worker.inbox import batch_name
+from curvature_worker.inbox import PARTS, batch_name
 
 _PROGRESS_SECONDS = 0.1
 _NO_ROOM = ("No space left", "File too large", "quota exceeded")
@@ -86,7 +86,14 @@ class Child:
         self._channel, self._programs, self._inbox, self._outbox = channel, programs, inbox, outbox
         self._budget_bytes = budget_bytes
         self._progress_at = 0.0
-        self._answers = {"analysis": self._run, "plan": self._plan, "inspection": self._inspect}
+        self._answers = {
+            "analysis": self._run,
+            "shard": self._run,
+            "merge": self._merge,
+            "plan": self._plan,
+            "inspection": self._inspect,
+            "digest": self._digest,
+        }
 
     def answer(self, order: dict[str, Any]) -> None:
         """Run one order and send its reply: `done` or `error`."""
@@ -95,7 +102,9 @@ class Child:
         except ChannelClosed:
             raise
         except engine.EngineError as error:
-            if _lacked_memory(error):
+            if isinstance(error, engine.DoesNotFit):
+                self._refuse(error.code, error.message, error.param, error.remedy, needed_bytes=error.needed_bytes)
+            elif _lacked_memory(error):
                 self._refuse_for_memory()
             else:
                 self._refuse(error.code, error.message, error.param, error.remedy)
@@ -118,11 +127,45 @@ class Child:
     def _refuse_for_memory(self) -> None:
         self._refuse("out_of_memory", "memory ran out", None, "use a smaller batch or fewer extensions")
 
-    def _refuse(self, code: str, message: str, param: str | None, remedy: str | None) -> None:
-        self._channel.send({"event": "error", "code": code, "message": message, "param": param, "remedy": remedy})
+    def _refuse(self, code: str, message: str, param: str | None, remedy: str | None, **more: Any) -> None:
+        refusal = {"event": "error", "code": code, "message": message, "param": param, "remedy": remedy}
+        self._channel.send({**refusal, **more})
 
     def _inspect(self, order: dict[str, Any]) -> dict[str, Any]:
         return _report(engine.inspect_program(self._program(order)).to_dict())
+
+    def _digest(self, order: dict[str, Any]) -> dict[str, Any]:
+        return {"event": "done", "digest": engine.digest(self._program(order))}
+
+    def _merge(self, order: dict[str, Any]) -> dict[str, Any]:
+        begun = time.perf_counter()
+        parts = [self._part(told) for told in json.loads((self._inbox / PARTS).read_bytes())]
+        merged = engine.merge(
+            order["extensions"],
+            parts,
+            results_dir=self._outbox,
+            progress=lambda done, total: self._tell("merging", done, total),
+        )
+        return {
+            "event": "done",
+            "loss": merged.loss if math.isfinite(merged.loss) else None,
+            "groups": [self._store(group) for group in merged.groups.values()],
+            "info": merged.info,
+            "warnings": merged.warnings,
+            "timings_ms": {"compute": 1e3 * (time.perf_counter() - begun)},
+        }
+
+    def _part(self, told: dict[str, Any]) -> engine.PartResult:
+        groups = {
+            label: engine.PartGroup(
+                missing=group["missing"],
+                provenance=group["provenance"],
+                path=None if group["file"] is None else self._inbox / group["file"],
+                layout={name: (tuple(shape), dtype) for name, (shape, dtype) in group["layout"].items()},
+            )
+            for label, group in told["groups"].items()
+        }
+        return engine.PartResult(told["loss"], told["info"], groups, told["warnings"])
 
     def _plan(self, order: dict[str, Any]) -> dict[str, Any]:
         request = order["request"]
@@ -167,6 +210,8 @@ class Child:
             progress=self._report,
             budget_bytes=self._budget_bytes,
             results_dir=self._outbox,
+            part=None if order["part"] is None else engine.DataSetPart(order["part"]["first_sample"]),
+            most_bytes=order["most_bytes"],
         )
         computed = time.perf_counter()
         for extension in request["extensions"]:  # into the manifest goes a batch's hash, as it was asked for
@@ -211,13 +256,17 @@ class Child:
         return {"name": "custom", "function": function, "options": {"output": asked["output"]}}
 
     def _report(self, done: int, total: int) -> None:
+        self._tell("computing", done, total)
+
+    def _tell(self, phase: str, done: int, total: int) -> None:
         now = time.monotonic()
         if now - self._progress_at >= _PROGRESS_SECONDS:
             self._progress_at = now
-            self._channel.send({"event": "progress", "phase": "computing", "done": done, "total": total})
+            self._channel.send({"event": "progress", "phase": phase, "done": done, "total": total})
 
     def _store(self, group: engine.Group) -> dict[str, Any]:
-        if group.file is None:  # else it is written already
+        appended = group.appended
+        if group.file is None and appended is None:  # else it is written already, or stays where it is
             engine.save_tensors(self._outbox / f"{group.label}.safetensors", group.tensors)
         return {
             "label": group.label,
@@ -227,6 +276,9 @@ class Child:
             "convention": group.convention,
             "missing": group.missing,
             "provenance": group.provenance,
+            "appended": None
+            if appended is None
+            else {"axis": appended.axis, "factor": appended.factor, "layout": appended.layout},
         }
 
 

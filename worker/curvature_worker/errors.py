@@ -11,11 +11,20 @@ TRY_AGAIN = "submit the job again; if it persists, tell the operator"
 
 
 class JobRefused(Exception):
-    """The job fails with a reason that the user is told."""
+    """The job fails with a reason that the user is told; or goes to a worker with the memory that it needs."""
 
-    def __init__(self, code: str, detail: str, *, param: str | None = None, remedy: str | None = None) -> None:
+    def __init__(
+        self,
+        code: str,
+        detail: str,
+        *,
+        param: str | None = None,
+        remedy: str | None = None,
+        needed_bytes: int | None = None,
+    ) -> None:
         super().__init__(detail)
         self.code, self.detail, self.param, self.remedy = code, detail, param, remedy or TRY_AGAIN
+        self.needed_bytes = needed_bytes
 
 
 class JobStopped(Exception):

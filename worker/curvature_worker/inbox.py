@@ -13,3 +13,12 @@ def batch_name(sha256: str) -> str:
 def loss_name(sha256: str) -> str:
     """A loss function's name."""
     return f"loss-{sha256}"
+
+
+PARTS = "parts.json"
+"""What the child is told of a data set's shards."""
+
+
+def part_name(part: int, group: int) -> str:
+    """The state of one of a shard's groups."""
+    return f"part-{part}-{group}"

@@ -4,16 +4,19 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Self
+from typing import Self, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from curvature_protocol.jobs import JobStatus, Progress
-from curvature_state import Database, jobs
+from curvature_state import Database, holding
+from curvature_state.turns import ClaimedJob
 from curvature_worker.errors import JobStopped, LeaseLost
 from curvature_worker.settings import WorkerSettings
 
 logger = logging.getLogger("curvature.worker")
+
+T = TypeVar("T")
 
 _RETRY_SECONDS = 0.5
 _RENEWALS_PER_LEASE = 4
@@ -27,7 +30,7 @@ class Lease:
         progress: what the next renewal notes.
     """
 
-    def __init__(self, database: Database, job: jobs.ClaimedJob, settings: WorkerSettings) -> None:
+    def __init__(self, database: Database, job: ClaimedJob, settings: WorkerSettings) -> None:
         self._database, self._job, self._settings = database, job, settings
         self.progress = Progress(phase="fetching")
         self._renew_seconds = min(settings.renew_seconds, settings.lease_seconds / _RENEWALS_PER_LEASE)
@@ -57,7 +60,7 @@ class Lease:
         if self._status == JobStatus.CANCELLING:
             raise JobStopped
 
-    def write(self, change: Callable[[], bool]) -> bool:
+    def write(self, change: Callable[[], T]) -> T:
         """Change the job's row; a database that is away for a moment costs no result.
 
         Raises:
@@ -87,8 +90,8 @@ class Lease:
         """The job's status, the lease renewed when it is time."""
         job, now = self._job, time.monotonic()
         if now - self._renewed_at < self._renew_seconds:
-            return jobs.peek(self._database, job.id, job.attempt)
-        status = jobs.renew(self._database, job.id, job.attempt, self._settings.lease_seconds, self.progress)
+            return holding.peek(self._database, job.id, job.attempt)
+        status = holding.renew(self._database, job.id, job.attempt, self._settings.lease_seconds, self.progress)
         self._renewed_at, self._expires_at = now, now + self._settings.lease_seconds
         return status
 

@@ -6,11 +6,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from curvature_protocol.results import Manifest, Provenance, ResultGroup, TensorEntry
+from curvature_protocol.results import Manifest, Provenance, ResultGroup, ShardPart, TensorEntry
 from curvature_worker.errors import JobRefused
 from curvature_worker.stored_file import StoredTensor, read_stored_file
 
-_INFO = (
+INFO = (
     "engine_version",
     "format",
     "loss_name",
@@ -23,6 +23,8 @@ _INFO = (
     "device",
     "aliases",
 )
+SENSELESS = (KeyError, TypeError, ValueError, AttributeError, OSError)
+"""What reading a child's word or files may raise."""
 _TIMINGS = ("load", "compute", "write")
 
 
@@ -49,7 +51,8 @@ def build_manifest(
         JobRefused: `internal_error` if the child's word or files are not what they must be.
     """
     try:
-        info = {name: reply["info"][name] for name in _INFO}
+        info = {name: reply["info"][name] for name in INFO}
+        part = reply["info"].get("part")
         return Manifest(
             job_id=job_id,
             attempt=attempt,
@@ -58,23 +61,33 @@ def build_manifest(
             isolation=isolation,
             groups=_groups(reply["groups"], files),
             warnings=(*warnings, *_strings(reply["warnings"])),
-            timings_ms={name: _finite(reply["timings_ms"][name]) for name in _TIMINGS},
-            **{**info, "Z": _finite(info["Z"])},
+            timings_ms={name: finite(reply["timings_ms"][name]) for name in _TIMINGS},
+            part=None if part is None else ShardPart(**{**part, "mean_Z": finite(part["mean_Z"])}),
+            **{**info, "Z": finite(info["Z"])},
         )
-    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0][:300]
-        raise JobRefused(
-            "internal_error", f"the model's process left a result that makes no sense: {reason}"
-        ) from error
+    except SENSELESS as error:
+        raise senseless(error) from error
+
+
+def senseless(error: BaseException) -> JobRefused:
+    """The refusal of a result that is not what it must be."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    reason = f"no {error}" if isinstance(error, KeyError) else lines[0][:300]
+    return JobRefused("internal_error", f"the model's process left a result that makes no sense: {reason}")
 
 
 def _groups(said: list[dict[str, Any]], files: Mapping[str, Path]) -> tuple[ResultGroup, ...]:
     if [group["label"] for group in said] != list(files):
         raise ValueError("labels differ from those asked for")
-    return tuple(_group(group, files[group["label"]]) for group in said)
+    return tuple(read_group(group, files[group["label"]]) for group in said)
 
 
-def _group(said: dict[str, Any], path: Path) -> ResultGroup:
+def read_group(said: dict[str, Any], path: Path) -> ResultGroup:
+    """A group as the child announced it, with what its file holds.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, OSError: it makes no sense.
+    """
     file = read_stored_file(path)
     names = {tensor.name for tensor in file.tensors}
     if names != set(said["provenance"]):
@@ -111,11 +124,11 @@ def _entry(tensor: StoredTensor, kind: str, provenance: dict[str, Any]) -> Tenso
         shape=tensor.shape,
         byte_start=tensor.start,
         byte_end=tensor.end,
-        provenance=Provenance(**{**provenance, "Z": _finite(provenance["Z"])}),
+        provenance=Provenance(**{**provenance, "Z": finite(provenance["Z"])}),
     )
 
 
-def _finite(value: Any) -> float:
+def finite(value: Any) -> float:
     """A number that JSON can carry."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{str(value)[:40]} is no finite number")

@@ -1,6 +1,7 @@
 """Telling a job's followers how it goes."""
 
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 
 import redis
@@ -10,7 +11,7 @@ from redis.retry import Retry
 from curvature_protocol.events import JobEvent
 from curvature_protocol.jobs import Job, JobStatus, Progress
 from curvature_state.events import publish, state_event
-from curvature_state.jobs import ClaimedJob
+from curvature_state.turns import ClaimedJob
 
 _SLOW_SECONDS = 0.5
 _SILENCE_SECONDS = 10.0
@@ -27,10 +28,23 @@ class Reporter:
         )
         self._silent_until = self._told_at = 0.0
 
-    def state(self, job: ClaimedJob, status: JobStatus, record: Job | None = None) -> None:
-        """Publish a change of state; with the job's record where that says more."""
-        event = JobEvent(event="state", job_id=job.id, status=status, at=datetime.now(UTC), attempt=job.attempt)
-        self._publish(event if record is None else state_event(record))
+    def state(self, job: ClaimedJob, status: JobStatus) -> None:
+        """Publish a change of state."""
+        self._publish(
+            JobEvent(
+                event="state",
+                job_id=job.id,
+                status=status,
+                at=datetime.now(UTC),
+                attempt=job.attempt,
+                sweep=job.sweep_id,
+            )
+        )
+
+    def records(self, jobs: Iterable[Job]) -> None:
+        """Publish where jobs stand."""
+        for job in jobs:
+            self._publish(state_event(job))
 
     def progress(self, job: ClaimedJob, progress: Progress) -> None:
         """Publish progress, not too often."""
@@ -55,6 +69,8 @@ class Reporter:
 
     def _publish(self, event: JobEvent) -> None:
         begun = time.monotonic()
+        if begun < self._silent_until:
+            return
         publish(self._redis, event)
         if time.monotonic() - begun > _SLOW_SECONDS:
             self._silent_until = time.monotonic() + _SILENCE_SECONDS

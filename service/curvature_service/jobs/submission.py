@@ -143,8 +143,8 @@ def with_cached_result(resources: Resources, catalogue: Catalogue, new: NewJob) 
         found = {label: (cached[key], manifests[cached[key].job_id]) for label, key in keys.items()}
         manifest = from_cache(found, job_id=new.id, attempt=1, seed=request["seed"], warnings=request["warnings"])
         size = store_manifest(resources.objects, manifest)
-        sources = sources_of(manifest.groups) | set(manifests)
-        return replace(new, parts=(), result=ReadyResult(manifest.warnings, tuple(sorted(sources)), size))
+        sources = tuple(sorted(sources_of(manifest.groups)))
+        return replace(new, parts=(), result=ReadyResult(manifest.warnings, sources, size))
     return new
 
 
