@@ -16,11 +16,11 @@ from torch import Tensor
 from curvature_engine.against import take_up_others
 from curvature_engine.budget import Budget, check_whole_number
 from curvature_engine.contributions import Relief
-from curvature_engine.errors import EngineError, lacks_memory
+from curvature_engine.errors import DoesNotFit, EngineError, lacks_memory
 from curvature_engine.execution import map_tensors
-from curvature_engine.extensions import KroneckerFactors
 from curvature_engine.losses import BoundLoss, LossSpec
 from curvature_engine.orders import Order, Progress
+from curvature_engine.parts import DataSetPart, check_mergeable
 from curvature_engine.passes import BackwardPasses
 from curvature_engine.plans import Plan, size
 from curvature_engine.preparation import Limits, Prepared, Preparer
@@ -49,6 +49,8 @@ def analyze(
     budget_bytes: int | None = None,
     results_dir: str | os.PathLike[str] | None = None,
     verify: bool = False,
+    part: DataSetPart | None = None,
+    most_bytes: int | None = None,
 ) -> Analysis:
     """Compute extensions of one model on one batch.
 
@@ -75,19 +77,24 @@ def analyze(
             parameter, by closed form or fallback, against the ordinary gradient, for every column that is propagated
             back (not the Hessian's second derivatives of the model, nor KFRA's averaged matrices). A mismatch raises
             `verification_failed`.
+        part: says that the batch is a part of a data set: what comes is for `merge`.
+        most_bytes: how much memory there is for what the plan needs at its peak.
 
     Returns:
         Results by label; every tensor is at least float32.
 
     Raises:
         EngineError: on anything that keeps the numbers from being exact, with code, message, param and remedy.
+        DoesNotFit: where the plan needs more than `most_bytes`.
     """
     requests = parse_requests(extensions)
     spec = LossSpec.parse(loss, reduction)
     check_whole_number("seed", seed, -(2**63))
+    _check_part(part, requests, spec)
     program = load(model, device=device, eval=eval)
-    order = Order(program, requests, seed, progress, Budget.of(budget_bytes, program.device), bool(verify))
-    return _Analyzer(order, spec, parameters).run(inputs, targets, None if results_dir is None else Path(results_dir))
+    order = Order(program, requests, seed, progress, Budget.of(budget_bytes, program.device), bool(verify), part)
+    analyzer = _Analyzer(order, spec, parameters, most_bytes)
+    return analyzer.run(inputs, targets, None if results_dir is None else Path(results_dir))
 
 
 def plan(
@@ -103,6 +110,7 @@ def plan(
     parameters: Wanted = "trainable",
     eval: bool = True,
     budget_bytes: int | None = None,
+    part: DataSetPart | None = None,
 ) -> Plan:
     """What `analyze` would do with the same arguments: methods, costs, memory.
 
@@ -114,14 +122,15 @@ def plan(
     requests = parse_requests(extensions)
     spec = LossSpec.parse(loss, reduction)
     check_whole_number("seed", seed, -(2**63))
+    _check_part(part, requests, spec)
     program = load(model, device=device, eval=eval)
-    order = Order(program, requests, seed, None, Budget.of(budget_bytes, program.device))
+    order = Order(program, requests, seed, None, Budget.of(budget_bytes, program.device), part=part)
     return _Analyzer(order, spec, parameters).plan(inputs, targets)
 
 
 class _Analyzer:
-    def __init__(self, order: Order, spec: LossSpec, parameters: Wanted) -> None:
-        self.order, self.spec, self.parameters = order, spec, parameters
+    def __init__(self, order: Order, spec: LossSpec, parameters: Wanted, most_bytes: int | None = None) -> None:
+        self.order, self.spec, self.parameters, self.most_bytes = order, spec, parameters, most_bytes
         self.program, self.requests, self.seed = order.program, order.requests, order.seed
         self.warnings = order.warnings
         self._plan: Plan | None = None
@@ -164,6 +173,8 @@ class _Analyzer:
     def _prepared(self, inputs: Inputs, targets: Tensor, limits: Limits) -> Iterator[Prepared]:
         inputs, targets = self._taken(inputs, targets)
         selected = select(self.program, self.parameters)
+        if self.order.part is not None:
+            _check_names(selected)
         with _differentiable(selected):
             take_up_others(self.order, self.spec, selected, self._taken)
             yield Preparer(self.order, self.spec, selected).prepare(inputs, targets, limits)
@@ -201,6 +212,8 @@ class _Analyzer:
         groups = self._groups()
         self._fill_outputs(groups, bound)
         self._plan = prepared.plan
+        if self.most_bytes is not None and prepared.plan.peak_bytes > self.most_bytes:
+            raise DoesNotFit(prepared.plan.peak_bytes, self.most_bytes)
         if work is not None:
             with self._store(prepared.plan, work, results_dir) as store:
                 work.open(store, len(prepared.division.sizes))
@@ -213,7 +226,7 @@ class _Analyzer:
                 f"{self.order.relief.halvings} times"
             )
         self._finish(groups, prepared)
-        info = {
+        info: dict[str, Any] = {
             "loss_name": self.spec.name,
             "loss_options": dict(self.spec.options),
             "loss_output": self.spec.output,
@@ -226,6 +239,14 @@ class _Analyzer:
             "format": self.program.format,
             "aliases": dict(self.program.aliases),
         }
+        if self.order.part is not None:
+            info["part"] = {
+                "first_sample": bound.first_sample,
+                "samples": bound.N,
+                "mean_Z": bound.Z_under_mean,
+                "path": prepared.path,
+                "probed": prepared.probed,
+            }
         return Analysis(value, groups, self.warnings, info, prepared.plan)
 
     # Preparation
@@ -262,7 +283,7 @@ class _Analyzer:
     def _groups(self) -> dict[str, Group]:
         return {
             r.label: Group(
-                r.label, r.extension.name, r.options, r.extension.kind, _convention(r), aliases=self.program.aliases
+                r.label, r.extension.name, r.options, r.extension.kind, r.convention, aliases=self.program.aliases
             )
             for r in self.requests
         }
@@ -282,15 +303,11 @@ class _Analyzer:
             group = groups[request.label]
             sampled = request.extension.columns == "sampled"
             against = self.order.against.get(request.label)
-            for parameter, result in () if group.file is not None else group.by_parameter.items():
-                if isinstance(result, KroneckerFactors):
-                    group.tensors[f"{parameter}/B"] = result.B.contiguous()
-                    if result.A is not None:
-                        group.tensors[f"{parameter}/A"] = result.A.contiguous()
-                else:
-                    group.tensors[parameter] = result.contiguous()
+            if group.file is None:
+                group.fill(group.by_parameter)
             for key, dtype in _formats(group).items():
-                parameter = key if key in group.by_parameter else key.rpartition("/")[0]
+                parameter = key.rpartition("#")[0] or key if self.order.part is not None else key
+                parameter = parameter if parameter in group.by_parameter else parameter.rpartition("/")[0]
                 by_columns = request.extension.accumulator is not None
                 group.provenance[key] = {
                     "method": work.method(request, parameter) if work is not None and by_columns else "autograd",
@@ -311,6 +328,24 @@ class _Analyzer:
                     and (against is None or against.work.verified),
                     "verification": None if work is None else work.verification_of(request),
                 }
+
+
+def _check_part(part: DataSetPart | None, requests: Sequence[Request], spec: LossSpec) -> None:
+    """Refuse what has no result over a data set."""
+    if part is not None:
+        check_whole_number("first_sample", part.first_sample, 0)
+        check_mergeable(requests, spec.reduction)
+
+
+def _check_names(selected: dict[str, Parameter]) -> None:
+    """Refuse names in which the keys of a part's state could not be told apart."""
+    if odd := [name for name in selected if "#" in name]:
+        raise EngineError(
+            "unsupported_model",
+            f"over a data set in parts, no parameter's name may hold #; one is called {odd[0]}",
+            param=odd[0],
+            remedy="rename it, or name others in parameters=",
+        )
 
 
 @contextmanager
@@ -379,27 +414,6 @@ def _check_not_empty(inputs: Any, targets: Any) -> None:
             param="batch",
             remedy="give at least one sample",
         )
-
-
-def _convention(request: Request) -> str:
-    extension = request.extension
-    text = f"{extension.shape}: {extension.formula}"
-    approximation = request.options.get("approximation")
-    if approximation == "backpack":
-        text += "; approximation backpack overestimates a convolution's block by about its number of positions"
-    elif approximation is not None:
-        text += f"; approximation {approximation}"
-    if request.options.get("joint_bias"):
-        text += "; where a layer adds a bias, x ends with a one and the block is that of [weight, bias]"
-    if request.options.get("over") == "model":
-        text += "; over all parameters together"
-    if request.options.get("subsampling") is not None:
-        text += "; of the samples that subsampling names, with the full batch's Z"
-    if request.options.get("against") is not None:
-        text += "; rows are samples of this batch, columns of the other"
-    if request.options.get("scale") == "sample":
-        text += "; scale sample: g_n without the division by Z"
-    return text
 
 
 def _name(dtype: torch.dtype) -> str:

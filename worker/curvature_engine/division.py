@@ -19,7 +19,7 @@ from curvature_engine.execution import map_tensors
 from curvature_engine.program import Forward, Inputs
 from curvature_engine.sums import HALF_TOLERANCE, TOLERANCE, first_difference
 
-_ATTEMPTS = 32
+ATTEMPTS = 32
 """At finding the samples' axes."""
 
 RunForward = Callable[[Inputs], Forward]
@@ -77,7 +77,7 @@ class Divider:
         if self._whole.used_dropout:
             return replace(one, reason="dropout is active, and its mask is drawn for the whole batch")
         reason = "the inputs have no axis of as many samples"
-        for axes in islice(self._candidates(), _ATTEMPTS):
+        for axes in islice(candidate_axes(self._inputs, self._N), ATTEMPTS):
             division = Division(bounds, 0, axes)
             found, why = self._try(division, 0)
             if found is None:
@@ -93,17 +93,6 @@ class Divider:
                 return replace(one, reason=f"chunks compute other values inside the model: {place}")
             return replace(division, forward_bytes=found.kept_bytes)
         return replace(one, reason=reason)
-
-    def _candidates(self) -> Iterator[tuple[int | None, ...]]:
-        """Ways in which the samples may stand in the inputs, the likeliest first."""
-        choices: list[list[int | None]] = []
-
-        def look(tensor: Tensor) -> Tensor:
-            choices.append([*(a for a in (0, 1) if tensor.dim() > a and tensor.shape[a] == self._N), None])
-            return tensor
-
-        map_tensors(look, self._inputs)
-        return (axes for axes in product(*choices) if any(axis is not None for axis in axes))
 
     def _try(self, division: Division, chunk: int) -> tuple[Forward | None, str]:
         """A chunk's forward pass if it is the whole batch's, else None and in what it differs."""
@@ -125,6 +114,18 @@ class Divider:
         if not same_rows(outputs, self._outputs[start:stop]):
             return None, f"the model returns other outputs for {which}"
         return forward, ""
+
+
+def candidate_axes(inputs: Inputs, N: int) -> Iterator[tuple[int | None, ...]]:
+    """Ways in which N samples may stand in the inputs, by tensor, the likeliest first; None for what all share."""
+    choices: list[list[int | None]] = []
+
+    def look(tensor: Tensor) -> Tensor:
+        choices.append([*(a for a in (0, 1) if tensor.dim() > a and tensor.shape[a] == N), None])
+        return tensor
+
+    map_tensors(look, inputs)
+    return (axes for axes in product(*choices) if any(axis is not None for axis in axes))
 
 
 def split(N: int, samples: int, least: int) -> tuple[int, ...]:

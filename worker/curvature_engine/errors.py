@@ -35,6 +35,22 @@ class TooLarge(EngineError):
         )
 
 
+class DoesNotFit(EngineError):
+    """An analysis needs more memory than there is for it.
+
+    Attributes:
+        needed_bytes: how much, beside program and batch.
+    """
+
+    def __init__(self, needed_bytes: int, most_bytes: int) -> None:
+        super().__init__(
+            "no_fitting_worker",
+            f"the analysis needs {needed_bytes} bytes beside model and batch; it may take {most_bytes}",
+            remedy="use a smaller batch, fewer extensions or parameters, or a machine with more memory",
+        )
+        self.needed_bytes = needed_bytes
+
+
 def first_line(error: BaseException) -> str:
     """An error's message in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

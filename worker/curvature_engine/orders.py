@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from curvature_engine.budget import Budget
 from curvature_engine.contributions import Relief
 from curvature_engine.extensions import Against
+from curvature_engine.parts import DataSetPart
 from curvature_engine.program import Program
 from curvature_engine.requests import Request
 
@@ -22,6 +23,7 @@ class Order:
     progress: Progress | None
     budget: Budget
     verify: bool = False
+    part: DataSetPart | None = None
     warnings: list[str] = field(default_factory=list)
     against: dict[str, Against] = field(default_factory=dict)
     """By label: the other batches of requests that name one."""

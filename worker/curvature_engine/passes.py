@@ -218,6 +218,7 @@ class BackwardPasses:
             request.options,
             store,
             self._order.against.get(request.label),
+            self._order.part is not None,
         )
 
     def _add_gradient(self) -> None:
@@ -296,7 +297,7 @@ def _count_columns(requests: Sequence[Request], bound: BoundLoss) -> dict[str, i
 
 
 def _fill(group: Group, accumulator: Accumulator) -> None:
-    found = accumulator.finish()
+    found = accumulator.state() if accumulator.setting.part else accumulator.finish()
     group.missing = accumulator.missing
     if group.kind != "tensor":
         group.by_parameter = found

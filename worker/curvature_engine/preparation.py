@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvature_engine.alone import check_part
 from curvature_engine.chain import Links
 from curvature_engine.division import Divider, Division, same_rows
 from curvature_engine.errors import EngineError, TooLarge
 from curvature_engine.execution import tensors_in
 from curvature_engine.losses import BoundLoss, LossSpec
 from curvature_engine.orders import Order
+from curvature_engine.parts import path_digest, whole_batch_required
 from curvature_engine.passes import BackwardPasses
 from curvature_engine.planner import Planner
 from curvature_engine.plans import Plan, size
@@ -87,6 +89,7 @@ class Preparer:
         outputs = self._select(forward)
         _check_rows(inputs, outputs, targets)
         bound = self._bind(outputs, targets)
+        probed = self.order.part is None or self._check_part(inputs, targets, forward, bound)
         work = BackwardPasses(self.order, bound, self.selected) if self.needs_backward else None
         if work is not None:
             chunks = len(division.sizes)
@@ -98,7 +101,24 @@ class Preparer:
             work.enter(part)
         planner = Planner(self.order.budget, self.order.requests, self.selected, division)
         plan = planner.plan(bound, outputs, work)
-        return Prepared(self, inputs, bound, outputs.detach(), forward.used_dropout, division, work, plan)
+        path = path_digest(forward.decisions, forward.readings)
+        return Prepared(self, inputs, bound, outputs.detach(), forward.used_dropout, division, work, plan, path, probed)
+
+    def _check_part(self, inputs: Inputs, targets: Tensor, forward: Forward, bound: BoundLoss) -> bool:
+        """Refuse a part that is not what it would be in the whole data set; whether its samples could be probed."""
+        if forward.used_dropout:
+            raise whole_batch_required(
+                "eval", "dropout is active, and its mask is drawn for the whole batch", "leave eval=False out"
+            )
+        return check_part(
+            lambda resized, graph: self._forward(resized, graph=graph),
+            self.spec,
+            inputs,
+            targets,
+            forward,
+            bound,
+            self.selected if self.needs_backward else {},
+        )
 
     def _divide(self, inputs: Inputs, whole: Forward, limits: Limits) -> Division:
         outputs = self._select(whole)
@@ -129,7 +149,8 @@ class Preparer:
         return self.spec.select(forward.outputs)
 
     def _bind(self, outputs: Tensor, targets: Tensor) -> BoundLoss:
-        bound = self.spec.bind(outputs, targets)
+        part = self.order.part
+        bound = self.spec.bind(outputs, targets, None if part is None else part.first_sample)
         second_order = [r.label for r in self.order.requests if r.extension.columns not in ("outputs", "gradient")]
         if second_order:
             bound.check_second_order(second_order)
@@ -145,6 +166,8 @@ class Prepared:
         bound: the loss on the whole batch.
         outputs: of the whole batch, without their graph.
         work: the backward passes, in the first chunk; None where only outputs are wanted.
+        path: what tells the path taken through the program from others.
+        probed: of a part of a data set, whether samples are shown not to be coupled.
     """
 
     preparer: Preparer
@@ -155,6 +178,8 @@ class Prepared:
     division: Division
     work: BackwardPasses | None
     plan: Plan
+    path: str
+    probed: bool
 
     def parts(self) -> Iterator[BackwardPasses]:
         """The backward passes in one chunk after another."""

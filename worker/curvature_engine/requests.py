@@ -18,6 +18,27 @@ class Request:
     label: str
     options: dict[str, Any]
 
+    @property
+    def convention(self) -> str:
+        """What the numbers mean."""
+        text = f"{self.extension.shape}: {self.extension.formula}"
+        approximation = self.options.get("approximation")
+        if approximation == "backpack":
+            text += "; approximation backpack overestimates a convolution's block by about its number of positions"
+        elif approximation is not None:
+            text += f"; approximation {approximation}"
+        if self.options.get("joint_bias"):
+            text += "; where a layer adds a bias, x ends with a one and the block is that of [weight, bias]"
+        if self.options.get("over") == "model":
+            text += "; over all parameters together"
+        if self.options.get("subsampling") is not None:
+            text += "; of the samples that subsampling names, with the full batch's Z"
+        if self.options.get("against") is not None:
+            text += "; rows are samples of this batch, columns of the other"
+        if self.options.get("scale") == "sample":
+            text += "; scale sample: g_n without the division by Z"
+        return text
+
 
 def parse_requests(given: Any) -> list[Request]:
     """Read extensions given as names or mappings.

@@ -11,6 +11,21 @@ from curvature_engine.plans import Plan
 from curvature_engine.stores import TensorFile
 
 
+@dataclass(frozen=True)
+class Appended:
+    """Results that are the rows of a data set's parts, one part after another.
+
+    Attributes:
+        axis: along which they follow each other.
+        factor: what the parts' numbers are multiplied by.
+        layout: key → (shape of the whole, number format as safetensors names it).
+    """
+
+    axis: int
+    factor: float
+    layout: Mapping[str, tuple[tuple[int, ...], str]]
+
+
 @dataclass
 class Group(Mapping[str, "Tensor | KroneckerFactors"]):
     """Everything one requested extension returned; a mapping from parameter to result.
@@ -21,6 +36,10 @@ class Group(Mapping[str, "Tensor | KroneckerFactors"]):
         provenance: key → how the tensor came to be.
         convention: what the numbers mean, to the factor 1/N.
         file: where the tensors lie, if they were written there as they were made.
+        appended: of a data set, how the parts' rows make the whole's tensors, of which none is here.
+
+    Of a part of a data set the tensors are its state, which is to be merged with other parts'; a key that parts' states
+    hold beside a result's, as `{key}#{name}`, counts as a parameter.
     """
 
     label: str
@@ -34,6 +53,18 @@ class Group(Mapping[str, "Tensor | KroneckerFactors"]):
     aliases: dict[str, str] = field(default_factory=dict)
     by_parameter: Mapping[str, "Tensor | KroneckerFactors"] = field(default_factory=dict)
     file: TensorFile | None = None
+    appended: "Appended | None" = None
+
+    def fill(self, results: Mapping[str, "Tensor | KroneckerFactors"]) -> None:
+        """Take results by parameter, and their tensors by the keys under which they are stored."""
+        self.by_parameter = results
+        for parameter, result in results.items():
+            if isinstance(result, KroneckerFactors):
+                self.tensors[f"{parameter}/B"] = result.B.contiguous()
+                if result.A is not None:
+                    self.tensors[f"{parameter}/A"] = result.A.contiguous()
+            else:
+                self.tensors[parameter] = result.contiguous()
 
     def __getitem__(self, parameter: str) -> "Tensor | KroneckerFactors":
         parameter = self.aliases.get(parameter, parameter)
@@ -59,7 +90,9 @@ class Analysis:
         groups: label → group.
         warnings: what the caller should know.
         info: loss_name, loss_options (complete), loss_output (the entry of the model's output that enters the loss),
-            reduction, Z, seed, dtype, device, engine_version, format, aliases.
+            reduction, Z, seed, dtype, device, engine_version, format, aliases. Of a part of a data set Z is 1, and
+            `part` holds first_sample, samples, mean_Z (what the part adds to Z under mean), path (a digest of the
+            decisions and readings of the program), probed (whether its samples are shown not to be coupled).
         plan: what it was computed by.
     """
 

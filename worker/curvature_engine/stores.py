@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NAMES = {
+from curvature_engine.errors import EngineError, first_line
+
+NAMES = {
     torch.float32: "F32",
     torch.float64: "F64",
     torch.float16: "F16",
@@ -31,6 +33,8 @@ _NAMES = {
     torch.int32: "I32",
     torch.bool: "BOOL",
 }
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+"""Number formats by their names in safetensors files."""
 _ALIGNMENT = 8
 SUFFIX = ".safetensors"
 
@@ -205,6 +209,40 @@ class ResultStore:
             file.path.unlink(missing_ok=True)
 
 
+def open_tensors(path: Path) -> TensorFile:
+    """The tensors of a safetensors file that `save_tensors` or `ResultStore` wrote: none is read before it is used.
+
+    Raises:
+        EngineError: `internal_error` for a file that is not one.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError("its header is cut off")
+            claims = json.loads(file.read(length))
+        claims.pop("__metadata__", None)
+        places = {name: _claimed(claim, 8 + length) for name, claim in claims.items()}
+        if max((p.start + p.nbytes for p in places.values()), default=0) > path.stat().st_size:
+            raise ValueError("it ends too early")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        raise EngineError(
+            "internal_error",
+            f"{path.name} does not hold a part's tensors: {first_line(error)}",
+            remedy="compute the part anew",
+        ) from error
+    return TensorFile(path, places)
+
+
+def _claimed(claim: Mapping[str, Any], start: int) -> Place:
+    """Where the header says a tensor lies."""
+    first, stop = claim["data_offsets"]
+    place = Place(tuple(int(n) for n in claim["shape"]), DTYPES[claim["dtype"]], start + int(first))
+    if place.nbytes != stop - first or first < 0 or place.start % place.dtype.itemsize or min((0, *place.shape)) < 0:
+        raise ValueError(f"a tensor of shape {list(place.shape)} cannot lie at {first}")
+    return place
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file, one tensor after another: of at most one there is a copy in memory."""
     layout = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
@@ -225,7 +263,7 @@ def lay_out(layout: Layout) -> tuple[bytes, dict[str, Place]]:
     for name in names:
         shape, dtype = layout[name]
         nbytes = prod(shape) * dtype.itemsize
-        claims[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + nbytes]}
+        claims[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + nbytes]}
         at += nbytes
     text = json.dumps(claims, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)

@@ -21,6 +21,7 @@ from curvature_engine.extensions.ggn_square_root import SQRT_GGN_EXACT, SQRT_GGN
 from curvature_engine.extensions.hessian_diagonal import BATCH_DIAG_HESSIAN, DIAG_HESSIAN
 from curvature_engine.extensions.kfra import KFRA
 from curvature_engine.extensions.kronecker import KFAC, KFLR
+from curvature_engine.extensions.mergers import Merger, State
 from curvature_engine.extensions.noise_scale import GRADIENT_NOISE_SCALE
 from curvature_engine.extensions.saliency import SALIENCY
 
@@ -33,9 +34,18 @@ BATCH_LOSS = Extension(
     "definition",
     "outputs",
     merging="append",
+    degree=1.0,
 )
 OUTPUTS = Extension(
-    "outputs", "the model's outputs", "tensor", "[N, …]", "f(θ, x)", "definition", "outputs", merging="append"
+    "outputs",
+    "the model's outputs",
+    "tensor",
+    "[N, …]",
+    "f(θ, x)",
+    "definition",
+    "outputs",
+    merging="append",
+    degree=0.0,
 )
 GRAD = Extension(
     "grad",
@@ -46,6 +56,7 @@ GRAD = Extension(
     "definition",
     "gradient",
     merging="sum",
+    degree=1.0,
 )
 
 EXTENSIONS: dict[str, Extension] = {
@@ -83,6 +94,8 @@ __all__ = [
     "Extension",
     "ForeseenUse",
     "KroneckerFactors",
+    "Merger",
     "Setting",
     "Sketch",
+    "State",
 ]

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from torch import Tensor
 
 from curvature_engine.contributions import ClosedForm, Contribution, PreparedUse
+from curvature_engine.extensions.mergers import Merger
 from curvature_engine.options import Options
 from curvature_engine.precision import accumulation_dtype
 from curvature_engine.stores import ResultStore, Slab
@@ -85,6 +86,7 @@ class Setting:
         options: the request's, complete.
         store: where results lie that are filled row by row.
         against: the other batch, where one is asked for.
+        part: whether the batch is a part of a data set, whose `state` will be merged with others'.
     """
 
     label: str
@@ -98,6 +100,7 @@ class Setting:
     options: Mapping[str, Any]
     store: ResultStore = field(default_factory=ResultStore)
     against: Against | None = None
+    part: bool = False
 
     def slab(self, parameter: str, leading: Sequence[int]) -> Slab:
         """Room for a parameter's result [*leading, *p], zero at first."""
@@ -195,6 +198,10 @@ class Accumulator(ABC):
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
         """The result by parameter; of kind "tensor", one under `WHOLE`."""
 
+    def state(self) -> dict[str, Tensor | KroneckerFactors]:
+        """What is left of a part of a data set, for the extension's merger: by default its result."""
+        return self.finish()
+
 
 @dataclass(frozen=True)
 class Extension:
@@ -208,7 +215,12 @@ class Extension:
         merging: how results of parts merge; "whole batch" keeps every request beside it from being divided.
         streams: whether the result is filled row by row through `Setting.slab`, under the parameters' names, and
             `finish` does no more than collect: then it can go to a file as it is made.
-        adapt: options → the fields that they change (kind, shape, columns); the fields above are those by default.
+        adapt: options → the fields that they change (kind, shape, columns, degree); the fields above are those by
+            default.
+        degree: the result is that of the loss's sum divided by Z to this power; of Kronecker factors B is, and A has
+            no part in it. None: not declared, and then there is no result over data sets under mean.
+        sample_axis: along which results that append have their samples.
+        merger: joins the states of a data set's parts; where results add up, none is needed.
     """
 
     name: str
@@ -224,6 +236,9 @@ class Extension:
     residual: Residual | None = None
     merging: Merging = "whole batch"
     streams: bool = False
+    degree: float | None = None
+    sample_axis: int = 0
+    merger: type[Merger] | None = None
 
     def under(self, options: Mapping[str, Any]) -> "Extension":
         """The extension as complete options make it."""

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,15 @@ from torch import Tensor
 
 from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.base import WHOLE, Accumulator, Extension, KroneckerFactors, Setting, Sketch
-from curvature_engine.extensions.schemas import OVER, SCALE, SUBSAMPLING, adapt_to_over
+from curvature_engine.extensions.mergers import OWN, Merger, State, companion
+from curvature_engine.extensions.moments import Moments
+from curvature_engine.extensions.schemas import (
+    OVER,
+    SCALE,
+    SUBSAMPLING,
+    adapt_to_over_and_scale,
+    adapt_to_scale,
+)
 from curvature_engine.stores import Slab
 
 _SOURCE = "Dangel, Kunstner & Hennig 2020, table 1"
@@ -85,41 +94,41 @@ class _SumGradSquared(PerParameter):
         return sketch_of_squares(contribution)
 
 
-class _Variance(PerParameter):
-    # Centred before squaring: the difference of two large sums gave negative variances for near-duplicates.
+class _Variance(Accumulator):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self._means: dict[str, Tensor] = {}
-        self._taken: dict[str, int] = {}
+        self._moments: dict[str, Moments] = {}
+        self._factor = setting.Z**2 if setting.options["scale"] == "sample" else 1.0
 
     def add(self, parameter: str, contribution: Contribution) -> None:
-        n = len(self.rows)
-        mean, spread = self._moments(contribution, n)
-        if n < self.setting.N:
-            mean, spread = self._merged(parameter, n, mean, spread)
-        self._results[parameter] = spread
+        found, before = Moments.of(contribution, len(self.rows)), self._moments.get(parameter)
+        self._moments[parameter] = found if before is None else before.joined(found)
+        if not self.setting.part and self._moments[parameter].n == self.setting.N:  # the mean is of no more use
+            self._moments[parameter] = replace(self._moments[parameter], mean=found.mean.new_empty(()))
 
-    def reduce(self, contribution: Contribution) -> Tensor:
-        raise AssertionError("means are needed beside the spread")
+    def sketch(self, parameter: str, contribution: Contribution) -> Sketch:
+        shapes = (contribution.shape,) * (2 if self.setting.part else 1)
+        return Sketch("materialised", contribution.multiply_adds(), shapes)
 
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
-        return {name: self._scaled(spread / self.setting.N) for name, spread in self._results.items()}
+        return {name: m.spread / self.setting.N * self._factor for name, m in self._moments.items()}
 
-    @staticmethod
-    def _moments(contribution: Contribution, n: int) -> tuple[Tensor, Tensor]:
-        """The mean and Σ (g − mean)² of a part."""
-        mean = contribution.total() / n
-        return mean, contribution.sum_squared(center=mean)
+    def state(self) -> dict[str, Tensor | KroneckerFactors]:
+        means = {companion(name, "mean"): m.mean for name, m in self._moments.items()}
+        return {**{name: m.spread for name, m in self._moments.items()}, **means}
 
-    def _merged(self, parameter: str, n: int, mean: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
-        """The part's moments and those of the parts before, as of one (Chan, Golub & LeVeque 1983, eq. 2.1)."""
-        before = self._taken.get(parameter, 0)
-        if before:
-            shift = mean - self._means[parameter]
-            mean = self._means[parameter] + shift * (n / (n + before))
-            spread = self._results[parameter] + spread + shift.square() * (n * before / (n + before))
-        self._means[parameter], self._taken[parameter] = mean, before + n
-        return mean, spread
+
+class Welford(Merger):
+    """Mean and spread of parts as of one; the result is the variance."""
+
+    companions = ("mean",)
+
+    def join(self, before: State, N: int, state: State, n: int) -> State:
+        joined = Moments(N, before["mean"], before[OWN]).joined(Moments(n, state["mean"], state[OWN]))
+        return {OWN: joined.spread, "mean": joined.mean}
+
+    def result(self, state: State, N: int) -> Tensor:
+        return state[OWN] / N
 
 
 def sketch_of_squares(contribution: Contribution) -> Sketch:
@@ -142,8 +151,10 @@ BATCH_GRAD = Extension(
     "gradient",
     _BatchGrad,
     {"scale": SCALE, "subsampling": SUBSAMPLING},
+    adapt_to_scale,
     merging="append",
     streams=True,
+    degree=1.0,
 )
 BATCH_L2 = Extension(
     "batch_l2",
@@ -155,8 +166,9 @@ BATCH_L2 = Extension(
     "gradient",
     _BatchL2,
     {"over": OVER, "scale": SCALE, "subsampling": SUBSAMPLING},
-    adapt_to_over,
+    adapt_to_over_and_scale,
     merging="append",
+    degree=2.0,
 )
 SUM_GRAD_SQUARED = Extension(
     "sum_grad_squared",
@@ -168,7 +180,9 @@ SUM_GRAD_SQUARED = Extension(
     "gradient",
     _SumGradSquared,
     {"scale": SCALE, "subsampling": SUBSAMPLING},
+    adapt_to_scale,
     merging="sum",
+    degree=2.0,
 )
 VARIANCE = Extension(
     "variance",
@@ -180,5 +194,8 @@ VARIANCE = Extension(
     "gradient",
     _Variance,
     {"scale": SCALE, "subsampling": SUBSAMPLING},
+    adapt_to_scale,
     merging="welford",
+    degree=2.0,
+    merger=Welford,
 )

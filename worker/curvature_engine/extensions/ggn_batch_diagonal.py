@@ -48,6 +48,7 @@ BATCH_DIAG_GGN_EXACT = Extension(
     {"subsampling": SUBSAMPLING},
     merging="append",
     streams=True,
+    degree=1.0,
 )
 BATCH_DIAG_GGN_MC = Extension(
     "batch_diag_ggn_mc",
@@ -61,4 +62,5 @@ BATCH_DIAG_GGN_MC = Extension(
     {"mc_samples": MC_SAMPLES, "subsampling": SUBSAMPLING},
     merging="append",
     streams=True,
+    degree=1.0,
 )

@@ -40,6 +40,7 @@ DIAG_GGN_EXACT = Extension(
     Diagonal,
     {"subsampling": SUBSAMPLING},
     merging="sum",
+    degree=1.0,
 )
 DIAG_GGN_MC = Extension(
     "diag_ggn_mc",
@@ -53,4 +54,5 @@ DIAG_GGN_MC = Extension(
     Diagonal,
     {"mc_samples": MC_SAMPLES, "subsampling": SUBSAMPLING},
     merging="sum",
+    degree=1.0,
 )

@@ -51,6 +51,8 @@ SQRT_GGN_EXACT = Extension(
     {"subsampling": SUBSAMPLING},
     merging="append",
     streams=True,
+    degree=0.5,
+    sample_axis=1,
 )
 SQRT_GGN_MC = Extension(
     "sqrt_ggn_mc",
@@ -64,4 +66,6 @@ SQRT_GGN_MC = Extension(
     {"mc_samples": MC_SAMPLES, "subsampling": SUBSAMPLING},
     merging="append",
     streams=True,
+    degree=0.5,
+    sample_axis=1,
 )

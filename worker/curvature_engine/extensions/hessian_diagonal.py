@@ -30,6 +30,7 @@ DIAG_HESSIAN = Extension(
     {"subsampling": SUBSAMPLING},
     residual="sum",
     merging="sum",
+    degree=1.0,
 )
 BATCH_DIAG_HESSIAN = Extension(
     "batch_diag_hessian",
@@ -44,4 +45,5 @@ BATCH_DIAG_HESSIAN = Extension(
     residual="per sample",
     merging="append",
     streams=True,
+    degree=1.0,
 )

@@ -23,6 +23,7 @@ from torch import Tensor
 from curvature_engine.contributions import Absent, ClosedForm, Contribution, PreparedUse
 from curvature_engine.errors import EngineError
 from curvature_engine.extensions.base import Accumulator, Extension, ForeseenUse, KroneckerFactors, Setting, Sketch
+from curvature_engine.extensions.mergers import OWN, Merger, State, companion
 from curvature_engine.extensions.schemas import MC_SAMPLES
 from curvature_engine.tape import Use
 from curvature_engine.watched import Derivation
@@ -51,6 +52,7 @@ STRICT = {
     "description": "refuse where a parameter has no Kronecker form, instead of leaving it out with the reason",
 }
 
+_COUNT = "count"
 _FALLBACK = "no Kronecker form: its individual gradients come from the universal fallback"
 _UNREACHED = "does not reach the outputs"
 
@@ -134,6 +136,23 @@ class Kronecker(Accumulator):
         return Sketch("factors", cost, tuple(shapes), intermediate_bytes=held)
 
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
+        counts = {name: self._count(name) for name in self._A}
+        return {
+            name: self._pair(B, self._A[name] / counts[name] if name in counts else None)
+            for name, B in self._blocks().items()
+        }
+
+    def state(self) -> dict[str, Tensor | KroneckerFactors]:
+        """B, and A before the division by its count of positions, or of samples."""
+        found: dict[str, Tensor | KroneckerFactors] = {}
+        for name, B in self._blocks().items():
+            found[name] = self._pair(B, self._A.get(name))
+            if name in self._A:
+                found[companion(f"{name}/A", _COUNT)] = torch.tensor(self._count(name))
+        return found
+
+    def _blocks(self) -> dict[str, Tensor]:
+        """B of every parameter that has a form."""
         if self._joint:
             for weight in [name for name in self._B if name not in self.missing]:
                 bias = self._bias_of(weight)
@@ -144,8 +163,11 @@ class Kronecker(Accumulator):
         empirical = self.setting.options.get("fisher") == "empirical"
         scale = self.setting.Z if empirical else 1 / self.setting.draws
         # Of a parameter left out in one part, the others' sums are of no use.
-        found = {name: B for name, B in self._B.items() if name not in self.missing}
-        return {name: self._pair(B * scale, self._input_factor(name)) for name, B in found.items()}
+        return {name: B * scale for name, B in self._B.items() if name not in self.missing}
+
+    def _count(self, parameter: str) -> int:
+        """What A's sum is divided by."""
+        return self._positions[parameter] if self._approximation == "expand" else self.setting.N
 
     def _outputs(self, contribution: Contribution) -> list[Tensor] | str:
         """Every use's columns s [groups, n, positions, out], or why there is no Kronecker form."""
@@ -242,18 +264,25 @@ class Kronecker(Accumulator):
             found.append(_with_one(x, prepared, block) if joint else x)
         return found
 
-    def _input_factor(self, parameter: str) -> Tensor | None:
-        """A of all parts together."""
-        if parameter not in self._A:
-            return None
-        expand = self._approximation == "expand"
-        return self._A[parameter] / (self._positions[parameter] if expand else self.setting.N)
-
     @staticmethod
     def _pair(B: Tensor, A: Tensor | None) -> KroneckerFactors:
         if B.shape[0] > 1:
             return KroneckerFactors(B, A)
         return KroneckerFactors(B[0], None if A is None else A[0])
+
+
+class Factors(Merger):
+    """B adds up, and so does A before its division by the count."""
+
+    companions = (_COUNT,)
+
+    def join(self, before: State, N: int, state: State, n: int) -> State:
+        for name, tensor in state.items():
+            before[name] += tensor
+        return before
+
+    def result(self, state: State, N: int) -> Tensor:
+        return state[OWN] / state[_COUNT] if _COUNT in state else state[OWN]
 
 
 def moment(left: Tensor, right: Tensor) -> Tensor:
@@ -329,6 +358,8 @@ KFAC = Extension(
     },
     _columns,
     merging="sum",
+    degree=1.0,
+    merger=Factors,
 )
 KFLR = Extension(
     "kflr",
@@ -341,4 +372,6 @@ KFLR = Extension(
     Kronecker,
     {"approximation": APPROXIMATION, "joint_bias": JOINT_BIAS, "strict": STRICT},
     merging="sum",
+    degree=1.0,
+    merger=Factors,
 )

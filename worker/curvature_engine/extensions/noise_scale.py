@@ -5,6 +5,7 @@ gradient's square by tr Σ/N, which is taken off (McCandlish et al. 2018, append
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,57 +13,79 @@ from torch import Tensor
 from curvature_engine.contributions import Contribution
 from curvature_engine.errors import EngineError
 from curvature_engine.extensions.base import WHOLE, Accumulator, Extension, KroneckerFactors, Setting, Sketch
+from curvature_engine.extensions.first_order import Welford
+from curvature_engine.extensions.mergers import OWN, State, companion
+from curvature_engine.extensions.moments import Moments
 
 
 class _NoiseScale(Accumulator):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        if setting.N < 2:
-            raise EngineError(
-                "invalid_inputs",
-                f"gradient_noise_scale expects at least two samples; got {setting.N}",
-                param="inputs",
-                remedy="give a larger batch: one gradient has no variance",
-            )
+        if not setting.part:
+            _check_number(setting.N)
+        self._moments: dict[str, Moments] = {}
         self._sums: dict[str, Tensor] = {}
-        self._totals: dict[str, Tensor] = {}
-        self._taken: dict[str, int] = {}
 
     def add(self, parameter: str, contribution: Contribution) -> None:
-        n = len(self.rows)
-        total = contribution.total()
-        spread = contribution.sum_squared(center=total / n).sum(dtype=torch.float64)
-        if n < self.setting.N:
-            total, spread = self._merged(parameter, n, total, spread)
-        self._sums[parameter] = torch.stack([spread, total.square().sum(dtype=torch.float64)])
+        found, before = Moments.of(contribution, len(self.rows)).in_all(), self._moments.get(parameter)
+        self._moments[parameter] = found if before is None else before.joined(found)
+        if not self.setting.part and self._moments[parameter].n == self.setting.N:
+            self._sums[parameter] = _sums(self._moments.pop(parameter))
 
     def sketch(self, parameter: str, contribution: Contribution) -> Sketch:
-        return Sketch("materialised", 2 * contribution.multiply_adds(), ((),))
-
-    def _merged(self, parameter: str, n: int, total: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ g and Σ ‖g − mean‖² of a part and the parts before together (Chan, Golub & LeVeque 1983, eq. 2.1)."""
-        before = self._taken.get(parameter, 0)
-        if before:
-            shift = (total / n - self._totals[parameter] / before).square().sum(dtype=torch.float64)
-            spread = self._sums[parameter][0] + spread + shift * (n * before / (n + before))
-            total = self._totals[parameter] + total
-        self._totals[parameter], self._taken[parameter] = total, before + n
-        return total, spread
+        shapes = ((), contribution.shape) if self.setting.part else ((),)
+        return Sketch("materialised", 2 * contribution.multiply_adds(), shapes)
 
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
-        layers: dict[str, list[Tensor]] = defaultdict(list)
-        for parameter, of_parameter in self._sums.items():
-            layers[parameter.rpartition(".")[0] or parameter].append(of_parameter)
-        sums = {layer: torch.stack(parts).sum(0) for layer, parts in layers.items()}
-        found = {layer: self._scale(of_layer) for layer, of_layer in sums.items()}
-        return {**found, WHOLE: self._scale(torch.stack(list(sums.values())).sum(0))}
+        return {**_scales(self._sums, self.setting.N)}
 
-    def _scale(self, sums: Tensor) -> Tensor:
-        """B from Σ_n ‖g_n − Σ g/N‖² and ‖Σ g‖². Whatever factor the reduction puts on all g_n cancels."""
-        N = self.setting.N
-        trace = N * N * sums[0] / (N - 1)
-        scale: Tensor = trace / (sums[1] - trace / N)
-        return scale
+    def state(self) -> dict[str, Tensor | KroneckerFactors]:
+        means = {companion(name, "mean"): m.mean for name, m in self._moments.items()}
+        return {**{name: m.spread for name, m in self._moments.items()}, **means}
+
+
+class _Scales(Welford):
+    """Mean and spread of parts as of one; the result is made of all parameters' together."""
+
+    gathers = True
+
+    def result(self, state: State, N: int) -> Tensor:
+        return _sums(Moments(N, state["mean"], state[OWN]))
+
+    def gather(self, results: Mapping[str, Tensor], N: int) -> dict[str, Tensor]:
+        _check_number(N)
+        return _scales(results, N)
+
+
+def _sums(moments: Moments) -> Tensor:
+    """(Σ ‖g − mean‖², ‖mean‖²) of one parameter."""
+    return torch.stack([moments.spread, moments.mean.square().sum(dtype=torch.float64)])
+
+
+def _scales(sums: Mapping[str, Tensor], N: int) -> dict[str, Tensor]:
+    """B of every layer and of all together, from `_sums` of the parameters."""
+    layers: dict[str, list[Tensor]] = defaultdict(list)
+    for parameter, of_parameter in sums.items():
+        layers[parameter.rpartition(".")[0] or parameter].append(of_parameter)
+    of_layers = {layer: torch.stack(parts).sum(0) for layer, parts in layers.items()}
+    found = {layer: _scale(of_layer, N) for layer, of_layer in of_layers.items()}
+    return {**found, WHOLE: _scale(torch.stack(list(of_layers.values())).sum(0), N)}
+
+
+def _scale(sums: Tensor, N: int) -> Tensor:
+    """B from Σ_n ‖g_n − mean‖² and ‖mean‖². Whatever factor the reduction puts on all g_n cancels."""
+    variance = sums[0] / (N - 1)
+    return variance / (sums[1] - variance / N)
+
+
+def _check_number(N: int) -> None:
+    if N < 2:
+        raise EngineError(
+            "invalid_inputs",
+            f"gradient_noise_scale expects at least two samples; got {N}",
+            param="inputs",
+            remedy="give a larger batch: one gradient has no variance",
+        )
 
 
 GRADIENT_NOISE_SCALE = Extension(
@@ -76,4 +99,6 @@ GRADIENT_NOISE_SCALE = Extension(
     "gradient",
     _NoiseScale,
     merging="welford",
+    degree=0.0,
+    merger=_Scales,
 )

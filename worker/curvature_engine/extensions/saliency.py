@@ -39,4 +39,5 @@ SALIENCY = Extension(
     {"diagonal": _DIAGONAL, "mc_samples": MC_SAMPLES},
     _adapt,
     merging="sum",
+    degree=1.0,
 )

@@ -44,3 +44,13 @@ AGAINST = {
 def adapt_to_over(options: Mapping[str, Any]) -> Mapping[str, Any]:
     """What `over` changes: one tensor in place of one per parameter."""
     return {"kind": "tensor"} if options["over"] == "model" else {}
+
+
+def adapt_to_scale(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `scale` changes: without the division by Z there is no power of it."""
+    return {"degree": 0.0} if options["scale"] == "sample" else {}
+
+
+def adapt_to_over_and_scale(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What both change."""
+    return {**adapt_to_over(options), **adapt_to_scale(options)}

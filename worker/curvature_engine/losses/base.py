@@ -20,6 +20,8 @@ class BoundLoss(ABC):
         Z: what the sum of the terms is divided by.
         columns: V, the number of exact columns.
         warnings: what the caller should hear beside the result.
+        first_sample: the number of the first sample in the whole data set, if the batch is a part of one.
+        Z_under_mean: of a part of a data set, what its terms would be divided by under mean; it adds up over parts.
     """
 
     Z: float
@@ -27,6 +29,8 @@ class BoundLoss(ABC):
     name: ClassVar[str]
     no_second_order: ClassVar[tuple[str, str] | None] = None
     """(reason, remedy) of a loss whose Hessian in the outputs is of no use."""
+    first_sample: int = 0
+    Z_under_mean: float | None = None
 
     def __init__(self, outputs: Tensor) -> None:
         self.outputs = outputs.detach().to(accumulation_dtype(outputs.dtype))
@@ -63,8 +67,14 @@ class BoundLoss(ABC):
             reason, remedy = self.no_second_order
             raise unsupported_loss(f"{self.name} gives no {', '.join(asked)}: {reason}", remedy)
 
+    @property
+    def has_terms(self) -> bool:
+        """Whether any term counts."""
+        return True
+
     def _samples(self) -> Tensor:
-        return torch.arange(self.N, device=self.outputs.device)
+        """The samples' numbers, by which draws are made, [N]."""
+        return self.first_sample + torch.arange(self.N, device=self.outputs.device)
 
 
 OUTPUT: Options = {
@@ -97,6 +107,14 @@ class LossKind:
 def invalid_targets(message: str, remedy: str) -> EngineError:
     """The targets do not fit the loss or the outputs."""
     return EngineError("invalid_targets", message, param="targets", remedy=remedy)
+
+
+def without_terms() -> EngineError:
+    """Nothing is left to take a sum or a mean of."""
+    return invalid_targets(
+        "every target is ignore_index, or of a class with weight 0: no term is left",
+        "leave at least one target that counts",
+    )
 
 
 def unsupported_loss(message: str, remedy: str) -> EngineError:

@@ -17,6 +17,7 @@ class ClassLoss(BoundLoss):
     Attributes:
         scores: the outputs, [N, C, T].
         weights: one per class, [C].
+        label_weights: w_y of each term, 0 where it is ignored, [N, T]; one number where all terms count.
     """
 
     expectation: ClassVar[str]
@@ -37,6 +38,7 @@ class ClassLoss(BoundLoss):
         self._moved_shape = moved.shape
         self.scores = moved.reshape(moved.shape[0], moved.shape[1], -1)
         self.weights = self._class_weights(weight)
+        self.label_weights = self.outputs.new_ones(())
 
     @property
     def C(self) -> int:
@@ -70,11 +72,10 @@ class ClassLoss(BoundLoss):
         self.counts = (labels != ignore_index).to(self.outputs.dtype)
         self.labels = labels.clamp(0, self.C - 1)
         self.label_weights = self.weights[self.labels] * self.counts
-        if not bool((self.label_weights != 0).any()):
-            raise invalid_targets(
-                "every target is ignore_index, or of a class with weight 0: no term is left",
-                "leave at least one target that counts",
-            )
+
+    @property
+    def has_terms(self) -> bool:
+        return bool((self.label_weights != 0).any())
 
     def _checked_indices(self, targets: Tensor, ignore_index: int) -> Tensor:
         shape = list(self.outputs.shape)

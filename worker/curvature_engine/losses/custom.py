@@ -19,8 +19,8 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 class CustomLoss(BoundLoss):
     """One term per sample, ℓ̃_n = function(f, t)_n; under mean Z = N.
 
-    Columns: eigenvectors of the autodiff Hessian times the roots of their eigenvalues, V = D. Sampled: the root of H_n
-    times standard normal numbers, so that E s sᵀ = H_n.
+    Columns: of the symmetric root of the autodiff Hessian, V = D: there is but one, whatever eigenvectors rounding
+    chose. Sampled: that root times standard normal numbers, so that E s sᵀ = H_n.
     """
 
     name = "custom"
@@ -58,7 +58,7 @@ class CustomLoss(BoundLoss):
 
     @cached_property
     def _roots(self) -> Tensor:
-        """R with H_n = R Rᵀ, [N, D, D]."""
+        """R = Rᵀ with H_n = R R, [N, D, D]."""
         hessian = self._hessian()
         finite = torch.isfinite(hessian).flatten(1).all(1)[:, None, None]
         values, vectors = torch.linalg.eigh(torch.where(finite, hessian, 0.0))
@@ -68,7 +68,10 @@ class CustomLoss(BoundLoss):
                 f"the loss is not convex in the outputs: its Hessian has the eigenvalue {float(values.min()):.6g}",
                 "ask for first-order quantities, or use a loss that is convex in the outputs",
             )
-        root = vectors * (values.clamp(min=0.0) / self.Z).sqrt()[:, None, :]
+        # What is nothing but rounding would have a root many times as large.
+        nothing = 4 * self.columns * torch.finfo(values.dtype).eps * values.abs().amax(1, keepdim=True)
+        values = torch.where(values <= nothing, 0.0, values)
+        root = (vectors * (values / self.Z).sqrt()[:, None, :]) @ vectors.transpose(1, 2)
         return torch.where(finite, root, float("nan"))
 
     def _hessian(self) -> Tensor:

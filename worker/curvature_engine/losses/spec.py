@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature_engine.errors import EngineError
-from curvature_engine.losses.base import BoundLoss, LossKind, invalid_targets
+from curvature_engine.losses.base import BoundLoss, LossKind, invalid_targets, without_terms
 from curvature_engine.losses.classes import holds_indices
 from curvature_engine.losses.custom import custom_loss
 from curvature_engine.losses.modules import ALIASES, read_module
@@ -94,8 +94,24 @@ class LossSpec:
             + ("" if self.output is None else f", and {_describe(chosen)} as {self.output!r}")
         )
 
-    def bind(self, outputs: Tensor, targets: Tensor) -> BoundLoss:
-        """The loss on this batch; the default is cross-entropy for integer targets on [N, C] outputs."""
+    def bind(self, outputs: Tensor, targets: Tensor, first_sample: int | None = None) -> BoundLoss:
+        """The loss on this batch; the default is cross-entropy for integer targets on [N, C] outputs.
+
+        Of a part of a data set, which `first_sample` says where it begins, it is the sum, whatever the reduction.
+        """
+        self._check(outputs, targets)
+        if first_sample is None:
+            bound = self._kind.bind(outputs, targets, self.reduction, **self.options)
+            if not bound.has_terms:
+                raise without_terms()
+            return bound
+        self._check_options_of_part(outputs)
+        bound = self._kind.bind(outputs, targets, "sum", **self.options)
+        bound.first_sample = first_sample
+        bound.Z_under_mean = self._kind.bind(outputs, targets, "mean", **self.options).Z
+        return bound
+
+    def _check(self, outputs: Tensor, targets: Tensor) -> None:
         _check_batch(outputs, targets)
         if self._by_default:
             if not (holds_indices(targets) and outputs.dim() == 2 and targets.dim() == 1):
@@ -107,7 +123,23 @@ class LossSpec:
                     remedy=f"say loss=, one of {', '.join(LOSSES)}",
                 )
             self.name = "cross_entropy"
-        return self._kind.bind(outputs, targets, self.reduction, **self.options)
+
+    def _check_options_of_part(self, outputs: Tensor) -> None:
+        """Numbers given for every sample of a batch say nothing of another part's."""
+        for option, value in self.options.items():
+            shape = _shape_of(value)
+            if len(shape) == outputs.dim() and shape[0] != 1:
+                raise EngineError(
+                    "whole_batch_required",
+                    f"not over a data set in parts: the loss's {option} holds numbers for {shape[0]} samples",
+                    param=f"loss.{option}",
+                    remedy="give numbers that are the same for all samples, or all samples as one batch",
+                )
+
+
+def _shape_of(value: Any) -> list[int]:
+    """Of nested lists of numbers; [] of anything else."""
+    return [len(value), *_shape_of(value[0] if value else None)] if isinstance(value, list | tuple) else []
 
 
 def _entry(returned: Any, output: int | str) -> Any:
