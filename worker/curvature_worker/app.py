@@ -55,7 +55,13 @@ def run_worker(settings: WorkerSettings) -> None:
             publisher = Publisher(settings, worker_id, pool.greeting)
             publisher.start()
             try:
-                logger.info("worker %s on %s, isolation %s", worker_id, settings.device, pool.greeting["isolation"])
+                logger.info(
+                    "worker %s (%s) on %s, isolation %s",
+                    worker_id,
+                    settings.name,
+                    settings.device,
+                    pool.greeting["isolation"],
+                )
                 _serve(settings, runner)
             finally:
                 publisher.stop()
@@ -184,6 +190,7 @@ class Publisher(threading.Thread):
         self._settings, self._worker_id = settings, worker_id
         self._catalogue = Catalogue.model_validate(greeting["catalogue"])
         self._isolation = str(greeting["isolation"])
+        self._memory_bytes = int(str(greeting["budget_bytes"]))
         self._stopped = threading.Event()
 
     def run(self) -> None:
@@ -211,6 +218,9 @@ class Publisher(threading.Thread):
     def _view(self) -> WorkerView:
         return WorkerView(
             id=self._worker_id,
+            name=self._settings.name,
+            memory_bytes=self._memory_bytes,
+            tags=self._settings.tags,
             device=self._settings.device,
             engine_version=self._catalogue.engine_version,
             isolation=self._isolation,
