@@ -14,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from curvature_service.artefacts.endpoints import artefact_router
-from curvature_service.authentication import authenticate
+from curvature_service.authentication import KnownKeys, authenticate
 from curvature_service.errors import install_handlers
 from curvature_service.events.endpoints import router as events_router
 from curvature_service.extensions.endpoints import router as extensions_router
@@ -44,6 +44,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         resources = Resources(settings)
         app.state.resources = resources
         app.state.catalogue = CatalogueCache(resources)
+        app.state.keys = KnownKeys(resources.database)
         reconciler = asyncio.create_task(run_reconciler(resources))
         yield
         reconciler.cancel()

@@ -278,6 +278,11 @@ HEALTH: dict[str, Any] = {
             "engine_version": "0.1.0",
             "isolation": "landlock+seccomp",
             "seen_at": "2026-01-15T09:30:00Z",
+            "name": "lab-1",
+            "memory_bytes": 25769803776,
+            "tags": ["large"],
+            "job": JOB_ID,
+            "draining": False,
         }
     ],
     "limits": {
@@ -319,9 +324,7 @@ _UPLOAD = "PUT its bytes to /v1/{kind}/{sha256}"
 PROBLEMS: dict[str, dict[str, Any]] = {
     problem["code"]: problem
     for problem in (
-        _problem(
-            "unauthenticated", "this server needs an API key; none or a wrong one came", None, "set CURVATURE_API_KEY"
-        ),
+        _problem("unauthenticated", "this server needs an API key; none came", None, "set CURVATURE_API_KEY"),
         _problem(
             "job_not_finished",
             "job 8f14e45fceea4b0e9c1d2a3b4c5d6e7f is running; only a failed or cancelled job is retried",

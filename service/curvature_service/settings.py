@@ -9,7 +9,9 @@ class ServiceSettings(StateSettings):
     """Read from `CURVATURE_<NAME>`, as all settings."""
 
     api_key: str | None = Field(default=None, repr=False)
-    """If set (and not empty), requests need `Authorization: Bearer <key>`."""
+    """If set (and not empty), requests need a key: this one, of the tenant `default`, or one of the table's."""
+    require_key: bool = False
+    """Whether requests need a key although none is set here; else those without one are the tenant `default`'s."""
     max_upload_bytes: int = 64 * 2**30
     inline_batch_bytes: int = 4 * 2**20
     inline_result_bytes: int = 2**20

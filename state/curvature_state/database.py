@@ -49,6 +49,22 @@ def _sqlite_engine(url: URL) -> Engine:
     return engine
 
 
+class TablesDiffer(RuntimeError):
+    """The database's tables are not those that this version works with."""
+
+    def __init__(self, found: str | None) -> None:
+        self.found = found
+        if found is None:
+            what, remedy = "the database has no tables yet", "make them with `curvature admin migrate`"
+        elif found in _known_revisions():
+            what = f"the database's tables are of version {found}, not {newest_revision()}"
+            remedy = "bring them up to date with `curvature admin migrate`"
+        else:
+            what = f"the database's tables are of version {found}, which is newer than {newest_revision()}"
+            remedy = "install the version of curvature that made them, or a later one"
+        super().__init__(f"{what}; {remedy}")
+
+
 class Database:
     """One database. `read()` and `write()` are transactions; a writing one takes SQLite's lock at once.
 
@@ -77,17 +93,23 @@ class Database:
                 yield session
 
     def ping(self) -> None:
-        """Raise if the database does not answer, or its tables are not those of this version."""
-        with self.read() as session:
-            connection = session.connection()
-            found = None
-            if inspect(connection).has_table("alembic_version"):
-                found = session.scalar(text("SELECT version_num FROM alembic_version"))
+        """Whether the database answers, with tables of this version.
+
+        Raises:
+            TablesDiffer: if they are of another.
+            SQLAlchemyError: if it does not answer.
+        """
+        found = self.revision()
         if found != newest_revision():
-            raise RuntimeError(
-                f"the database's tables are of version {found}, not {newest_revision()}; "
-                "start the API once with --migrate"
-            )
+            raise TablesDiffer(found)
+
+    def revision(self) -> str | None:
+        """The version of the database's tables; None if there are none."""
+        with self.read() as session:
+            if not inspect(session.connection()).has_table("alembic_version"):
+                return None
+            found: str | None = session.scalar(text("SELECT version_num FROM alembic_version"))
+            return found
 
     def close(self) -> None:
         """Close all connections."""
@@ -134,3 +156,7 @@ def migrate(url: str, revision: str = "head") -> None:
 def newest_revision() -> str | None:
     """The version of the tables that this code works with."""
     return ScriptDirectory(str(_MIGRATIONS)).get_current_head()
+
+
+def _known_revisions() -> set[str]:
+    return {script.revision for script in ScriptDirectory(str(_MIGRATIONS)).walk_revisions()}

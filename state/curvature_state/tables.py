@@ -286,8 +286,6 @@ class WorkerRow(Base):
     memory_bytes: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
     """What one analysis may take; 0 where it is not known."""
     tags: Mapped[list[str] | None] = mapped_column(JSON)
-    job_id: Mapped[str | None] = mapped_column(String(32))
-    """What it is busy with."""
     draining: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
     device: Mapped[str] = mapped_column(String(32))
     engine_version: Mapped[str] = mapped_column(String(32))

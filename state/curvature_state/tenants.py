@@ -38,8 +38,10 @@ def enter_queue(session: Session, tenant: str, count: int) -> None:
     Raises:
         QueueFull: there would be too many.
     """
-    row = _row(session, tenant)
+    row, _ = ensure_tenant(session, tenant)
     if row.max_queued is not None:
+        # Locked (PostgreSQL), so that two submissions at once do not share the last free place.
+        session.execute(select(TenantRow.name).where(TenantRow.name == tenant).with_for_update())
         bounded = select(JobRow.id).where(JobRow.tenant == tenant, QUEUED).limit(row.max_queued + 1)
         queued = session.scalar(select(func.count()).select_from(bounded.subquery())) or 0
         if queued + count > row.max_queued:
@@ -48,18 +50,19 @@ def enter_queue(session: Session, tenant: str, count: int) -> None:
         _catch_up(session, tenant)
 
 
-def _row(session: Session, tenant: str) -> TenantRow:
-    """The tenant's row, made now if these are its first jobs."""
+def ensure_tenant(session: Session, tenant: str) -> tuple[TenantRow, bool]:
+    """The tenant's row, made now if there is none; and whether it was made."""
     row = session.get(TenantRow, tenant)
-    if row is None:
-        values = {"name": tenant, "weight": 1.0, "virtual_seconds": 0.0, "created_at": datetime.now(UTC)}
-        try:
-            with session.begin_nested():
-                session.execute(insert(TenantRow), [values])
-        except IntegrityError:  # another process was faster
-            pass
-        row = session.get_one(TenantRow, tenant)
-    return row
+    if row is not None:
+        return row, False
+    values = {"name": tenant, "weight": 1.0, "virtual_seconds": 0.0, "created_at": datetime.now(UTC)}
+    made = True
+    try:
+        with session.begin_nested():
+            session.execute(insert(TenantRow), [values])
+    except IntegrityError:  # another process was faster
+        made = False
+    return session.get_one(TenantRow, tenant), made
 
 
 def _catch_up(session: Session, tenant: str) -> None:

@@ -5,7 +5,6 @@ import torch
 from tests.engine.losses import LOSS_CASES
 from tests.engine.models import CASES, N, targets_for, torchscript
 from tests.engine.sharding import EVERYTHING, FIRST_ORDER, HESSIAN, check_equal, in_parts
-from tests.engine.test_custom_losses import cross_entropy, focal_free
 
 import curvature_engine as engine
 

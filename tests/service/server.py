@@ -12,6 +12,7 @@ import uvicorn
 from sqlalchemy import delete
 
 from curvature_service import ServiceSettings, create_app
+from curvature_service.authentication import KnownKeys
 from curvature_service.extensions.service import CatalogueCache
 from curvature_service.resources import Resources
 from curvature_state.tables import Base
@@ -59,6 +60,7 @@ class LiveServer:
             resources.objects.delete(key)
         resources.redis.flushall()
         self.app.state.catalogue = CatalogueCache(resources)
+        self.app.state.keys = KnownKeys(resources.database)
 
     @property
     def folder(self) -> Path:

@@ -82,7 +82,7 @@ def test_without_a_database_it_lives_but_is_not_ready(serve):
 def test_without_tables_it_says_how_to_make_them(serve, tmp_path):
     server = serve(database_url=f"sqlite:///{tmp_path / 'empty.db'}")
     assert server.client.get("/v1/health").status_code == 200
-    assert "--migrate" in readiness(server, 503).checks["database"]
+    assert "curvature admin migrate" in readiness(server, 503).checks["database"]
 
 
 def test_without_its_folder_it_is_not_ready(serve):

@@ -4,7 +4,9 @@ from datetime import UTC, datetime, timedelta
 
 from curvature_protocol.catalogue import Catalogue, ExtensionEntry, LossEntry
 from curvature_protocol.health import WorkerView
-from curvature_state import workers
+from curvature_state import endings, jobs, workers
+from curvature_state.jobs import NewJob
+from curvature_state.turns import Claimant, claim_next
 
 
 def entry(name, summary="s"):
@@ -87,3 +89,55 @@ def test_the_catalogue_is_the_union_and_the_freshest_entry_wins(database):
     assert {e.name: e.summary for e in union.extensions} == {"shared": "new", "a": "s", "b": "s"}
     assert [loss.name for loss in union.losses] == ["mse", "mine"]
     assert union.engine_version == "2"
+
+
+def full(name, worker_name="gpu-1", **changes):
+    return worker(name).model_copy(
+        update={"name": worker_name, "memory_bytes": 24 * 2**30, "tags": ("large", "a100"), **changes}
+    )
+
+
+def test_name_memory_and_tags_are_published(database):
+    workers.publish_worker(database, full("w1"), catalogue())
+    (found,) = workers.list_workers(database)
+    assert (found.name, found.memory_bytes, found.tags) == ("gpu-1", 24 * 2**30, ("large", "a100"))
+    assert (found.job, found.draining) == (None, False)
+
+
+def test_a_worker_is_busy_with_the_job_whose_lease_it_holds(database):
+    for name in ("w1", "w2"):
+        workers.publish_worker(database, full(name), catalogue())
+    job = jobs.create_job(database, NewJob({}, "d")).job
+    held = claim_next(database, Claimant("w2"), 30)
+    assert [w.job for w in workers.list_workers(database)] == [None, job.id]
+    endings.request_cancel(database, job.id)
+    assert [w.job for w in workers.list_workers(database)] == [None, job.id]
+    endings.confirm_cancel(database, job.id, held.attempt)
+    assert [w.job for w in workers.list_workers(database)] == [None, None]
+
+
+def test_publishing_leaves_draining_as_it_is(database):
+    workers.publish_worker(database, full("w1"), catalogue())
+    assert workers.set_draining(database, "w1", True) == ["w1"]
+    workers.publish_worker(database, full("w1", draining=False), catalogue())
+    assert workers.list_workers(database)[0].draining is True
+    assert workers.is_draining(database, "w1") is True
+    assert workers.set_draining(database, "w1", False) == ["w1"]
+    workers.publish_worker(database, full("w1", draining=True), catalogue())
+    assert workers.is_draining(database, "w1") is False
+
+
+def test_all_workers_of_a_name_drain_and_no_others(database):
+    for name, worker_name in (("w1", "a"), ("w2", "b"), ("w3", "a")):
+        workers.publish_worker(database, full(name, worker_name), catalogue())
+    assert workers.set_draining(database, "a", True) == ["w1", "w3"]
+    assert [w.id for w in workers.list_workers(database) if w.draining] == ["w1", "w3"]
+
+
+def test_a_worker_that_is_not_there_does_not_drain(database):
+    workers.publish_worker(
+        database, full("silent").model_copy(update={"seen_at": worker("x", 60).seen_at}), catalogue()
+    )
+    assert workers.set_draining(database, "silent", True) == []
+    assert workers.set_draining(database, "", True) == []
+    assert workers.is_draining(database, "nobody") is False

@@ -1,5 +1,6 @@
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from tests.worker.desk import Desk, wait_until
 from curvature_protocol.jobs import JobStatus
 from curvature_state import broker, jobs
 from curvature_state.workers import list_workers, published_catalogue
+from curvature_worker.memory import analysis_budget
 
 pytestmark = pytest.mark.integration
 
@@ -23,7 +25,7 @@ class Worker:
 
     def __init__(self, settings, log, *arguments, **changes):
         self._log = log
-        values = {**settings.model_dump(), **changes}
+        values = {**settings.model_dump(exclude={"tags"}), **changes}
         environment = {f"CURVATURE_{name.upper()}": str(value) for name, value in values.items() if value is not None}
         with log.open("ab") as file:
             self.process = subprocess.Popen(
@@ -97,6 +99,8 @@ def test_a_worker_runs_what_the_bell_calls_it_to_and_stops_when_told(desk, start
     wait_until(lambda: status(desk, job_id) == JobStatus.SUCCEEDED)
     (view,) = list_workers(desk.database)
     assert (view.device, "rlimits" in view.isolation) == ("cpu", True)
+    assert (view.name, view.tags) == (socket.gethostname(), ())
+    assert view.memory_bytes == analysis_budget(settings)
     assert published_catalogue(desk.database).extensions
     children = worker.children()
     assert worker.stop() == 0
@@ -105,6 +109,16 @@ def test_a_worker_runs_what_the_bell_calls_it_to_and_stops_when_told(desk, start
     assert [p for p in settings.scratch_dir.iterdir() if p.is_dir()] == []
     assert "Traceback" not in worker.log
     assert "succeeded in" not in worker.log
+
+
+def test_a_worker_publishes_the_name_and_the_tags_that_it_was_given(desk, start):
+    start("--name", "gpu-1", "--tag", "large", "--tag", "a100", budget_bytes=7 * 2**30, tags="overruled")
+    start(worker_name="cpu-1", tags=" small , fast,small,")
+    wait_until(lambda: len(list_workers(desk.database)) == 2)
+    found = {view.name: view for view in list_workers(desk.database)}
+    assert found["gpu-1"].tags == ("large", "a100")
+    assert found["gpu-1"].memory_bytes == 7 * 2**30
+    assert found["cpu-1"].tags == ("small", "fast")
 
 
 def test_a_job_whose_bell_was_lost_is_run_by_the_next_worker(desk, start):
@@ -204,6 +218,8 @@ def test_a_broker_that_goes_away_is_found_again(desk, start, tmp_path, settings)
         (["--device", "abacus"], "a device is cpu, cuda or cuda:N; got 'abacus'"),
         (["--log-level", "loud"], "a log level is"),
         (["--threads", "0"], "threads: "),
+        (["--tag", "two words"], "a tag is made of up to 64 letters"),
+        (["--name", ""], "a worker's name has 1 to 255 printable characters"),
         (["--memory-limit-gib", "0.1"], "memory_limit_bytes: "),
     ],
 )

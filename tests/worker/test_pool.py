@@ -5,7 +5,9 @@ import pytest
 from tests.worker.desk import wait_until
 
 from curvature_worker.errors import JobStopped, WorkerUnfit
+from curvature_worker.memory import analysis_budget
 from curvature_worker.pool import ChildPool
+from curvature_worker.settings import WorkerSettings
 
 pytestmark = pytest.mark.integration
 
@@ -39,6 +41,7 @@ class TestOnePool:
 
     def test_the_first_child_says_what_it_is(self, shared_pool):
         assert shared_pool.greeting["device"] == "cpu"
+        assert shared_pool.greeting["budget_bytes"] == analysis_budget(WorkerSettings())
         assert {e["name"] for e in shared_pool.greeting["catalogue"]["extensions"]} >= {"batch_grad", "kfac"}
 
     def test_a_tenant_keeps_its_child(self, shared_pool):

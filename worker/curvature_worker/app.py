@@ -16,8 +16,8 @@ from celery import Celery
 from celery.platforms import EX_OK
 from celery.signals import setup_logging, worker_ready
 from celery.worker import state
-from kombu.entity import Queue
 from kombu.connection import Connection
+from kombu.entity import Queue
 from obstore.exceptions import BaseError as StoreError
 from sqlalchemy.exc import ArgumentError
 
@@ -47,7 +47,13 @@ def run_worker(settings: WorkerSettings) -> None:
             publisher = Publisher(settings, worker_id, pool.greeting, runner)
             publisher.start()
             try:
-                logger.info("worker %s on %s, isolation %s", worker_id, settings.device, pool.greeting["isolation"])
+                logger.info(
+                    "worker %s (%s) on %s, isolation %s",
+                    worker_id,
+                    settings.name,
+                    settings.device,
+                    pool.greeting["isolation"],
+                )
                 _serve(settings, worker_id, runner, publisher)
             finally:
                 publisher.stop()
@@ -78,7 +84,7 @@ def make_app(settings: WorkerSettings, worker_id: str, work: Callable[[], None],
         broker_connection_max_retries=None,  # a broker may be away for as long as it likes
         worker_redirect_stdouts=False,
         worker_cancel_long_running_tasks_on_connection_loss=False,
-        task_queues=[*(Queue(name) for name in _queues(settings)), Queue(worker_queue(worker_id), auto_delete=True)],
+        task_queues=_task_queues(settings, worker_id),
     )
 
     @app.task(name=RUN_JOB_TASK)  # type: ignore[untyped-decorator, no-untyped-call]
@@ -119,6 +125,11 @@ def _queues(settings: WorkerSettings) -> list[str]:
     """The queues of the bells for jobs that this worker can do."""
     found = [bell_queue(), *(bell_queue(tag=tag) for tag in settings.tags)]
     return found if settings.device == "cpu" else [*found, bell_queue(gpu=True)]
+
+
+def _task_queues(settings: WorkerSettings, worker_id: str) -> list[Queue]:
+    own = Queue(worker_queue(worker_id), auto_delete=True)  # type: ignore[no-untyped-call]
+    return [*(Queue(name) for name in _queues(settings)), own]  # type: ignore[no-untyped-call]
 
 
 def _serve(settings: WorkerSettings, worker_id: str, runner: JobRunner, publisher: Publisher) -> None:

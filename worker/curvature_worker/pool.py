@@ -22,7 +22,7 @@ class ChildPool:
     """Hands out children by tenant; the least recently used one goes when there are too many.
 
     Attributes:
-        greeting: what the first child said of itself (isolation, catalogue, device).
+        greeting: what the first child said of itself (isolation, catalogue, device, memory of one analysis).
     """
 
     def __init__(self, settings: WorkerSettings, scratch: Path) -> None:

@@ -1,17 +1,27 @@
 """Settings of a worker process."""
 
 import re
+import socket
 import tempfile
 from pathlib import Path
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
+from pydantic_settings import NoDecode
 
+from curvature_protocol.requests import TAG_PATTERN
 from curvature_state import StateSettings
+
+_LONGEST_NAME = 255
 
 
 class WorkerSettings(StateSettings):
     """Read from `CURVATURE_<NAME>`; command-line options win."""
 
+    worker_name: str = Field(default_factory=socket.gethostname)
+    """What operators call it; several workers may share a name."""
+    tags: Annotated[tuple[str, ...], NoDecode] = ()
+    """What a job may require of its worker; separated by commas."""
     device: str = "cpu"
     threads: int | None = Field(default=None, ge=1)
     memory_limit_bytes: int | None = Field(default=None, ge=2**30)
@@ -32,6 +42,31 @@ class WorkerSettings(StateSettings):
     programs_bytes: int = Field(default=4 * 2**30, ge=0)
     """as long as their files together are no larger than this."""
     log_level: str = "INFO"
+
+    @property
+    def name(self) -> str:
+        """What operators call this worker."""
+        return self.worker_name
+
+    @field_validator("worker_name")
+    @classmethod
+    def _is_a_name(cls, name: str) -> str:
+        if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable() or name.isspace():
+            raise ValueError(f"a worker's name has 1 to {_LONGEST_NAME} printable characters; got {name[:300]!r}")
+        return name
+
+    @field_validator("tags", mode="before")
+    @classmethod
+    def _are_tags(cls, tags: Any) -> tuple[str, ...]:
+        given = tags.split(",") if isinstance(tags, str) else tags
+        found = tuple(dict.fromkeys(tag.strip() for tag in given if tag.strip()))
+        for tag in found:
+            if not re.fullmatch(TAG_PATTERN, tag):
+                raise ValueError(
+                    "a tag is made of up to 64 letters, digits, '_', '.' and '-', and begins with one of the first "
+                    f"two; got {tag!r}"
+                )
+        return found
 
     @field_validator("device")
     @classmethod

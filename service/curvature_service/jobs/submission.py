@@ -184,11 +184,14 @@ def missing(error: ArtefactMissing, param: str | None = None) -> ApiError:
 
 def full(error: QueueFull) -> ApiError:
     """The refusal of jobs that a tenant has no room for."""
+    fits = error.wanted <= error.limit
     return ApiError(
         "queue_full",
         f"tenant {error.tenant} may have {error.limit} queued jobs; {error.queued} are queued and {error.wanted} came",
-        remedy="wait until some are done, or ask the operator for a higher limit",
-        headers={"Retry-After": str(_FULL_AGAIN_SECONDS)},
+        remedy="wait until some are done, or ask the operator for a higher limit"
+        if fits
+        else f"submit at most {error.limit} at once, or ask the operator for a higher limit",
+        headers={"Retry-After": str(_FULL_AGAIN_SECONDS)} if fits else None,
     )
 
 

@@ -55,7 +55,6 @@ def upgrade() -> None:
         sa.Column("name", sa.String(255)),
         sa.Column("memory_bytes", sa.BigInteger, nullable=False, server_default="0"),
         sa.Column("tags", sa.JSON),
-        sa.Column("job_id", sa.String(32)),
         sa.Column("draining", sa.Boolean, nullable=False, server_default=sa.false()),
     ):
         op.add_column("workers", column)
@@ -185,7 +184,7 @@ def downgrade() -> None:
             "used_at",
         ),
         "artefacts": ("used_at", "pinned", "verified"),
-        "workers": ("name", "memory_bytes", "tags", "job_id", "draining"),
+        "workers": ("name", "memory_bytes", "tags", "draining"),
     }
     for name, columns in dropped.items():
         with op.batch_alter_table(name) as table:
