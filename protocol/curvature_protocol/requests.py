@@ -13,7 +13,7 @@ from curvature_protocol.base import Message
 LABEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 RESERVED_LABELS = frozenset({"loss", "manifest"})
 PRIORITIES = range(10)
-MOST_PARTS = 100_000
+MOST_PARTS = 20_000
 TAG_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 
 Label = Annotated[str, Field(pattern=LABEL_PATTERN)]

@@ -5,10 +5,13 @@ import json
 import struct
 from datetime import UTC, datetime
 
+from tests.state.holders import hold
+
 from curvature_protocol.jobs import Job
 from curvature_protocol.names import result_key
 from curvature_protocol.results import Manifest, Provenance, ResultGroup, TensorEntry
-from curvature_state import jobs
+from curvature_state import endings, jobs
+from curvature_state.endings import Success
 
 MODEL = b"the bytes of a model; the service never opens them"
 BATCH = b"the bytes of a batch"
@@ -42,7 +45,7 @@ def submit(client, **changes):
 
 
 def claim(server, job, lease_seconds=60.0):
-    held = jobs.claim(server.resources.database, job.id, "test", lease_seconds)
+    held = hold(server.resources.database, job.id, "test", lease_seconds)
     assert held is not None
     return held
 
@@ -50,7 +53,7 @@ def claim(server, job, lease_seconds=60.0):
 def fail(server, job):
     held = claim(server, job)
     problem = jobs.problem("empty_batch", "the batch has no samples", param="batch", remedy="send some samples")
-    assert jobs.fail(server.resources.database, job.id, held.attempt, problem)
+    assert endings.fail(server.resources.database, job.id, held.attempt, problem)
 
 
 def succeed(server, job, label="variance", values=range(1000)):
@@ -61,7 +64,8 @@ def succeed(server, job, label="variance", values=range(1000)):
     objects.put_bytes(result_key(job.id, held.attempt, f"{label}.safetensors"), file)
     manifest = build_manifest(job.id, held.attempt, label, start, len(file))
     objects.put_bytes(result_key(job.id, held.attempt, "manifest.json"), manifest.model_dump_json().encode())
-    assert jobs.succeed(server.resources.database, job.id, held.attempt, ["said by the worker"])
+    success = Success(["said by the worker"], len(file))
+    assert endings.succeed(server.resources.database, job.id, held.attempt, success)
     return file
 
 

@@ -9,7 +9,7 @@ from tests.state.servers import RedisServer
 
 from curvature_protocol.events import JobEvent
 from curvature_protocol.jobs import JobStatus, Progress
-from curvature_state import events, jobs
+from curvature_state import endings, events, jobs
 
 pytestmark = pytest.mark.integration
 
@@ -56,7 +56,7 @@ def test_states_and_progress_come_as_they_happen(server, job):
     publish_progress(server, job, 3)
     event = next(stream)[1]
     assert (event.event, event.progress.done) == ("progress", 3)
-    jobs.succeed(server.resources.database, job.id, held.attempt, [])
+    endings.succeed(server.resources.database, job.id, held.attempt)
     publish_state(server, job)
     assert [event.status for _, event in stream] == ["succeeded"]
 
@@ -114,7 +114,7 @@ def test_a_reader_outlasts_the_loss_of_all_events(server, job, redis_server):
         connection.flushall()
     held = claim(server, job)  # nothing is published: the database alone knows
     assert next(stream)[1].status == "running"
-    jobs.succeed(server.resources.database, job.id, held.attempt, [])
+    endings.succeed(server.resources.database, job.id, held.attempt)
     assert [event.status for _, event in stream] == ["succeeded"]
 
 
@@ -124,7 +124,7 @@ def test_a_state_told_by_the_database_is_not_told_again_by_the_stream(server, jo
     held = claim(server, job)
     assert next(stream)[1].status == "running"
     publish_state(server, job)
-    jobs.succeed(server.resources.database, job.id, held.attempt, [])
+    endings.succeed(server.resources.database, job.id, held.attempt)
     publish_state(server, job)
     assert [event.status for _, event in stream] == ["succeeded"]
 

@@ -54,6 +54,7 @@ def test_the_issues_endpoints_are_there():
         "get /v1/jobs",
         "get /v1/jobs/{job_id}",
         "post /v1/jobs/{job_id}/cancel",
+        "post /v1/jobs/{job_id}/retry",
         "get /v1/jobs/{job_id}/events",
         "get /v1/jobs/{job_id}/result",
         "get /v1/jobs/{job_id}/result/{label}.safetensors",

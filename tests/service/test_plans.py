@@ -10,7 +10,7 @@ from curvature_protocol.jobs import Job
 from curvature_protocol.names import result_key
 from curvature_protocol.plans import PlanJob
 from curvature_service import examples
-from curvature_state import jobs
+from curvature_state import endings, jobs
 
 pytestmark = pytest.mark.integration
 
@@ -19,7 +19,7 @@ def report(server, job, kind, found):
     """Finish a job that computes no tensors."""
     held = claim(server, job)
     server.resources.objects.put_bytes(result_key(job.id, held.attempt, f"{kind}.json"), json.dumps(found).encode())
-    assert jobs.succeed(server.resources.database, job.id, held.attempt, [])
+    assert endings.succeed(server.resources.database, job.id, held.attempt)
 
 
 def make_plan(client, **changes):
@@ -102,7 +102,7 @@ class TestInspections:
         first = inspected(client, sha)
         held = claim(server, find(server, first.inspection_job))
         problem = jobs.problem("invalid_model", "the file is empty", param="model", remedy="upload it again")
-        jobs.fail(server.resources.database, first.inspection_job, held.attempt, problem)
+        endings.fail(server.resources.database, first.inspection_job, held.attempt, problem)
         found = inspected(client, sha)
         assert (found.inspection, found.error.code) == (None, "invalid_model")
         assert found.inspection_job == first.inspection_job
@@ -111,8 +111,8 @@ class TestInspections:
         sha = upload(client)
         first = inspected(client, sha)
         held = claim(server, find(server, first.inspection_job))
-        problem = jobs.problem("worker_crashed", "it was killed")
-        jobs.fail(server.resources.database, first.inspection_job, held.attempt, problem)
+        problem = jobs.problem("internal_error", "the worker failed")
+        endings.fail(server.resources.database, first.inspection_job, held.attempt, problem)
         second = inspected(client, sha)
         assert second.inspection_job != first.inspection_job
         client.post(f"/v1/jobs/{second.inspection_job}/cancel")

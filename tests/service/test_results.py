@@ -6,7 +6,7 @@ import pytest
 from tests.service.planting import claim, expect_problem, fail, submit, succeed
 
 from curvature_protocol.results import Manifest
-from curvature_state.jobs import reconcile
+from curvature_state.reconciling import take_back_expired
 
 pytestmark = pytest.mark.integration
 
@@ -55,7 +55,7 @@ def test_head_tells_the_size(server, job):
 def test_the_winning_attempt_is_served(server, job):
     held = claim(server, job, lease_seconds=-1)
     server.resources.objects.put_bytes(f"results/{job.id}/{held.attempt}/manifest.json", b"of a loser")
-    reconcile(server.resources.database)
+    take_back_expired(server.resources.database)
     file = succeed(server, job)
     assert server.client.get(f"/v1/jobs/{job.id}/result").json()["attempt"] == 2
     assert server.client.get(file_url(job)).content == file

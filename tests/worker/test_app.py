@@ -13,7 +13,8 @@ from tests.worker import models
 from tests.worker.desk import Desk, wait_until
 
 from curvature_protocol.jobs import JobStatus
-from curvature_state import broker, jobs
+from curvature_state import broker
+from curvature_state.reconciling import take_back_expired
 from curvature_state.workers import list_workers, published_catalogue
 from curvature_worker.memory import analysis_budget
 
@@ -169,8 +170,7 @@ def test_a_killed_worker_takes_its_children_along_and_another_finishes_the_job(d
     doomed.process.kill()
     doomed.process.wait()
     assert psutil.wait_procs(children, timeout=3)[1] == []
-    done = wait_until(lambda: (found := jobs.reconcile(desk.database)).changed and found)
-    assert job_id in done.ring
+    wait_until(lambda: take_back_expired(desk.database))
     start()
     ring(job_id)
     wait_until(lambda: status(desk, job_id) == JobStatus.SUCCEEDED)

@@ -242,7 +242,7 @@ def test_a_confined_child_loads_computes_and_writes(folder, threads):
             "verify": False,
         }
         wanted = [{"name": "diag_ggn_exact", "label": "d", "options": {}}]
-        order = {"kind": "analysis", "model": "model", "batch": "batch"}
+        order = {"kind": "analysis", "model": "model", "batch": "batch", "part": None, "most_bytes": None}
         process.channel.send({**order, "request": {**request, "extensions": wanted}})
         reply = wait_until(lambda: (m := process.channel.receive(10)) and m["event"] != "progress" and m)
         assert reply["event"] == "done", reply

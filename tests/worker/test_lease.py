@@ -3,10 +3,13 @@ import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from tests.state.holders import hold
 from tests.worker.desk import wait_until
 
 from curvature_protocol.jobs import JobStatus, Progress
-from curvature_state import Database, jobs
+from curvature_state import Database, holding, jobs
+from curvature_state.endings import request_cancel, succeed
+from curvature_state.reconciling import take_back_expired
 from curvature_state.tables import JobRow
 from curvature_worker.errors import JobStopped, LeaseLost
 from curvature_worker.lease import Lease
@@ -22,7 +25,7 @@ def database(settings):
 @pytest.fixture
 def job(database):
     job_id = jobs.create_job(database, jobs.NewJob({}, "digest")).job.id
-    return jobs.claim(database, job_id, "me", 5.0)
+    return hold(database, job_id, "me", 5.0)
 
 
 @pytest.fixture
@@ -72,10 +75,10 @@ def test_a_lease_is_renewed_for_as_long_as_it_is_held(database, job, settings):
 def test_a_lease_shorter_than_the_pause_between_renewals_is_kept(database, settings):
     short = settings.model_copy(update={"lease_seconds": 1.0, "renew_seconds": 3.0})
     job_id = jobs.create_job(database, jobs.NewJob({}, "digest")).job.id
-    job = jobs.claim(database, job_id, "me", short.lease_seconds)
+    job = hold(database, job_id, "me", short.lease_seconds)
     begun, taken = time.monotonic(), []
     with Lease(database, job, short):
-        wait_until(lambda: taken.extend(jobs.reconcile(database).changed) or time.monotonic() - begun > 1.5)
+        wait_until(lambda: taken.extend(take_back_expired(database)) or time.monotonic() - begun > 1.5)
     assert taken == []
 
 
@@ -87,7 +90,7 @@ def test_progress_is_noted_with_the_renewal(database, job, settings):
 
 def test_a_cancellation_is_heard(database, job, settings):
     with Lease(database, job, settings) as lease:
-        jobs.request_cancel(database, job.id)
+        request_cancel(database, job.id)
         wait_until(raised(lease, JobStopped))
 
 
@@ -104,7 +107,7 @@ def test_a_moment_without_database_loses_nothing(database, job, settings, outage
         wait_until(lambda: "could not be renewed" in caplog.text)
         outage.end()
         before = datetime.now(UTC)
-        wait_until(lambda: jobs.peek(database, job.id, job.attempt) == JobStatus.RUNNING)
+        wait_until(lambda: holding.peek(database, job.id, job.attempt) == JobStatus.RUNNING)
         with database.read() as session:
             assert session.get(JobRow, job.id).lease_expires_at > before
         lease.check()
@@ -117,7 +120,7 @@ def test_a_result_is_written_when_the_database_is_back(database, job, settings, 
             target=lambda: (wait_until(lambda: "trying again" in caplog.text), outage.end()), daemon=True
         )
         back.start()
-        assert lease.write(lambda: jobs.succeed(database, job.id, job.attempt, []))
+        assert lease.write(lambda: succeed(database, job.id, job.attempt))
         back.join()
     assert jobs.get_job(database, job.id).status == JobStatus.SUCCEEDED
 
@@ -128,5 +131,5 @@ def test_a_database_that_stays_away_loses_the_lease(database, job, settings, out
         outage.begin()
         wait_until(raised(lease, LeaseLost))
         with pytest.raises(LeaseLost):
-            lease.write(lambda: jobs.succeed(database, job.id, job.attempt, []))
+            lease.write(lambda: succeed(database, job.id, job.attempt))
     outage.end()

@@ -18,8 +18,10 @@ import curvature_engine as engine
 from curvature_protocol.events import JobEvent
 from curvature_protocol.jobs import JobStatus
 from curvature_protocol.names import admitted_key, artefact_key, event_stream
-from curvature_state import jobs
+from curvature_state.endings import request_cancel
+from curvature_state.reconciling import find_waiting, take_back_expired
 from curvature_state.tables import JobRow
+from curvature_worker import attempt, runner
 from curvature_worker.admission import ADMISSION_VERSION
 from curvature_worker.errors import JobStopped, LeaseLost, WorkerUnfit
 from curvature_worker.launcher import Confined
@@ -178,7 +180,7 @@ class TestFurtherFiles:
         assert "in the loss function: f/data.pkl refers to 'os system'" in job.error.detail
 
     def test_a_loss_that_is_too_large_is_refused(self, desk, monkeypatch):
-        monkeypatch.setattr("curvature_worker.attempt._LOSS_BYTES", 10)
+        monkeypatch.setattr("curvature_worker.admitting._LOSS_BYTES", 10)
         job = desk.run(desk.submit(models.small(), models.batch(), loss=self.further(desk)["loss"]))
         assert (job.error.code, job.error.param) == ("unsupported_loss", "loss")
 
@@ -247,25 +249,32 @@ class TestRefusals:
 
     def test_a_job_that_is_over_is_not_run_again(self, desk):
         job_id = desk.submit(models.small(), models.batch())
-        assert desk.run(job_id) == desk.run(job_id)
-
-    def test_an_id_that_does_not_exist_harms_nobody(self, desk):
-        desk.runner.run("0" * 32)
+        once = desk.run(job_id)
+        assert not desk.runner.run_next()
+        assert desk.job(job_id) == once
 
 
 class TestInterruptions:
-    @pytest.mark.parametrize(("number", "part"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGSEGV, "SIGSEGV")])
-    def test_a_child_that_dies_in_mid_job_fails_it_and_the_next_runs(self, desk, number, part):
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+    def test_a_child_that_dies_in_mid_job_costs_an_attempt_and_the_next_job_runs(self, desk, number):
         job_id = desk.submit(models.Endless(), models.batch())
         job, _ = desk.run_while(job_id, lambda: os.kill(desk.child().pid, number), desk.computes(job_id))
-        assert (job.status, job.error.code) == (JobStatus.FAILED, "worker_crashed")
-        assert part in job.error.detail
+        assert (job.status, job.attempt, job.error) == (JobStatus.QUEUED, 1, None)
         assert desk.run(desk.submit(models.small(), models.batch())).status == JobStatus.SUCCEEDED
+
+    def test_a_child_that_dies_in_every_attempt_fails_its_job_with_the_reason(self, desk):
+        settings = desk.settings.model_copy(update={"max_attempts": 1})
+        strict = Desk(settings, desk.pool, desk.settings.scratch_dir.parent)
+        job_id = strict.submit(models.Endless(), models.batch())
+        job, _ = strict.run_while(job_id, lambda: os.kill(strict.child().pid, signal.SIGKILL), strict.computes(job_id))
+        assert (job.status, job.error.code) == (JobStatus.FAILED, "worker_crashed")
+        assert "SIGKILL" in job.error.detail
+        strict.close()
 
     @pytest.mark.parametrize("model", [models.Endless, models.LongOperator], ids=["in a loop", "in one operator"])
     def test_cancelling_stops_a_computation_within_two_seconds(self, desk, model):
         job_id = desk.submit(model(), models.batch())
-        job, seconds = desk.run_while(job_id, lambda: jobs.request_cancel(desk.database, job_id), desk.computes(job_id))
+        job, seconds = desk.run_while(job_id, lambda: request_cancel(desk.database, job_id), desk.computes(job_id))
         assert job.status == JobStatus.CANCELLED
         assert seconds < 2.0
         assert desk.results(job_id) == []
@@ -280,11 +289,14 @@ class TestInterruptions:
         job, seconds = desk.run_while(job_id, desk.runner.stopping.set)
         assert (job.status, job.attempt) == (JobStatus.QUEUED, 1)
         assert seconds < 2.0
-        assert job_id in jobs.reconcile(desk.database).ring
+        assert [waiting.job_id for waiting in find_waiting(desk.database)] == [job_id]
 
-    def test_a_worker_that_is_told_to_stop_takes_no_other_job(self, desk):
-        desk.runner.stopping.set()
-        assert desk.run(desk.submit(models.small(), models.batch())).status == JobStatus.QUEUED
+    @pytest.mark.parametrize("order", ["stopping", "draining"])
+    def test_a_worker_that_is_told_to_stop_or_to_drain_takes_no_other_job(self, desk, order):
+        job_id = desk.submit(models.small(), models.batch())
+        getattr(desk.runner, order).set()
+        assert not desk.runner.run_next()
+        assert desk.job(job_id).status == JobStatus.QUEUED
 
     def test_a_lease_is_kept_while_computing(self, desk):
         settings = desk.settings.model_copy(update={"lease_seconds": 0.6})
@@ -293,7 +305,7 @@ class TestInterruptions:
         taken = []
         job, _ = patient.run_while(
             job_id,
-            lambda: wait_until(lambda: taken.extend(jobs.reconcile(desk.database).changed) or over(desk, job_id)),
+            lambda: wait_until(lambda: taken.extend(take_back_expired(desk.database)) or over(desk, job_id)),
         )
         assert taken == []
         assert job.error.code == "job_timeout"
@@ -314,7 +326,7 @@ class TestInterruptions:
             give_away(desk, job_id)
 
         monkeypatch.setattr(desk.runner._tools.objects, "put_bytes", put_late)
-        desk.runner.run(job_id)
+        desk.runner.run_next()
         assert desk.job(job_id).status == JobStatus.RUNNING
         assert desk.results(job_id) == []
 
@@ -325,14 +337,14 @@ class TestInterruptions:
         assert (last.status, last.attempt) == (job.status, job.attempt)
 
     def test_a_result_whose_commit_was_not_acknowledged_is_kept(self, desk, monkeypatch, redis_url):
-        lose_first_acknowledgement(monkeypatch, "succeed")
+        lose_first_acknowledgement(monkeypatch, attempt, "succeed")
         job = desk.run(desk.submit(models.small(), models.batch()))
         assert job.status == JobStatus.SUCCEEDED
         assert len(desk.results(job.id)) == 2
         assert heard(redis_url, job.id)[-1].status == JobStatus.SUCCEEDED
 
     def test_followers_hear_of_a_failure_whose_commit_was_not_acknowledged(self, desk, monkeypatch, redis_url):
-        lose_first_acknowledgement(monkeypatch, "fail")
+        lose_first_acknowledgement(monkeypatch, runner, "fail")
         job = desk.run(desk.submit(b"nonsense", models.batch()))
         assert heard(redis_url, job.id)[-1].status == job.status == JobStatus.FAILED
 
@@ -353,7 +365,7 @@ class TestInterruptions:
         monkeypatch.setattr(objects, "put_file", put_file)
         job = desk.run(job_id)
         assert len(stored) == 2
-        assert job.status == {"cancel": "cancelled", "store": "failed", "lease": "running"}[what]
+        assert job.status == {"cancel": "cancelled", "store": "queued", "lease": "running"}[what]
         assert desk.results(job_id) == []
 
     @pytest.mark.parametrize("meddle", ["kept open", "linked"])
@@ -389,7 +401,7 @@ class TestInterruptions:
             seen["progress"] = wait_until(
                 lambda: (p := desk.job(job_id).progress) and p.phase == "computing" and p.done and p
             )
-            jobs.request_cancel(desk.database, job_id)
+            request_cancel(desk.database, job_id)
 
         desk.run_while(job_id, note)
         assert 0 < seen["progress"].done < seen["progress"].total == 100_000
@@ -407,9 +419,9 @@ def heard(redis_url, job_id):
     return [event for event in events if event.event == "state"]
 
 
-def lose_first_acknowledgement(monkeypatch, name):
+def lose_first_acknowledgement(monkeypatch, module, name):
     """The step commits, but the connection breaks before it can say so."""
-    step, calls = getattr(jobs, name), []
+    step, calls = getattr(module, name), []
 
     def commit_silently(*arguments):
         done = step(*arguments)
@@ -418,7 +430,7 @@ def lose_first_acknowledgement(monkeypatch, name):
             raise OperationalError("COMMIT", {}, Exception("server closed the connection unexpectedly"))
         return done
 
-    monkeypatch.setattr(jobs, name, commit_silently)
+    monkeypatch.setattr(module, name, commit_silently)
 
 
 def break_off(desk, job_id, lease, what):
@@ -426,7 +438,7 @@ def break_off(desk, job_id, lease, what):
     if what == "store":
         raise OSError(errno.ENOSPC, "No space left on device")
     if what == "cancel":
-        jobs.request_cancel(desk.database, job_id)
+        request_cancel(desk.database, job_id)
         kind = JobStopped
     else:
         give_away(desk, job_id)
@@ -464,7 +476,7 @@ class TestAbsences:
     def test_a_database_that_is_away_at_the_claim_harms_nobody(self, settings, shared_pool, tmp_path, caplog):
         broken = settings.model_copy(update={"database_url": f"sqlite:///{tmp_path}/empty.db"})
         desk = Desk(broken, shared_pool, tmp_path)
-        desk.runner.run("0" * 32)
+        assert not desk.runner.run_next()
         assert "database does not answer" in caplog.text
         assert "Traceback" not in caplog.text
         desk.close()
@@ -490,11 +502,12 @@ class TestLimits:
         scratch = tmp_path / "pool"
         scratch.mkdir()
         pool = ChildPool(settings.model_copy(update={"device": "cuda:99"}), scratch)
+        pool.greeting = {"budget_bytes": 1}  # of a child before, which did start
         desk = Desk(settings, pool, tmp_path)
         try:
             job_id = desk.submit(models.small(), models.batch())
             with pytest.raises(WorkerUnfit, match="cuda:99"):
-                desk.runner.run(job_id)
+                desk.runner.run_next()
             assert (desk.job(job_id).status, desk.job(job_id).attempt) == (JobStatus.QUEUED, 1)
         finally:
             pool.close()

@@ -17,7 +17,8 @@ from curvature_service.resources import ResourcesDependency
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
-_DATA_SET_BYTES = MAX_REQUEST_BYTES + 128 * MOST_PARTS
+_LONGEST_DATA_SET = 128 * MOST_PARTS
+"""Of a part, its hash and its number of samples are told."""
 
 Wait = Annotated[float, Query(ge=0, description="seconds to wait for the job's end, at most")]
 
@@ -25,7 +26,7 @@ Wait = Annotated[float, Query(ge=0, description="seconds to wait for the job's e
 async def read_job_request(request: Request, resources: ResourcesDependency) -> JobRequest:
     """The body, as large as a batch inside it may be (base64 makes four bytes of three)."""
     inline = resources.settings.inline_batch_bytes
-    limit = max(4 * (inline // 3 + 1) + MAX_REQUEST_BYTES, _DATA_SET_BYTES)
+    limit = max(4 * (inline // 3 + 1), _LONGEST_DATA_SET) + MAX_REQUEST_BYTES
     remedy = f"a batch of more than {inline} bytes goes to PUT /v1/batches/{{sha256}}; refer to it by its hash"
     return await read_json(request, JobRequest, limit, remedy)
 
