@@ -85,8 +85,8 @@ def _check_file(url: str) -> None:
         return  # told when it is opened
     if parsed.get_backend_name() == "sqlite" and parsed.database and not Path(parsed.database).is_file():
         raise AdminError(
-            f"there is no database {Path(parsed.database).absolute()}; set CURVATURE_DATABASE_URL (`curvature serve` keeps its own at "
-            "curvature.db in its data folder), or make a new one with `curvature admin migrate`"
+            f"there is no database {Path(parsed.database).absolute()}; set CURVATURE_DATABASE_URL (`curvature serve` "
+            "has its own, curvature.db in its data folder), or make a new one with `curvature admin migrate`"
         )
 
 
