@@ -229,7 +229,7 @@ def test_draining_by_name_and_id_and_back(admin, database):
     jobs.create_job(database, NewJob({}, "d"))
     held = claim_next(database, Claimant("host-2"), 60)
     assert admin("drain", "gpu-1").splitlines() == [
-        "gpu-1 (host-1): idle, takes no more jobs; it can be stopped",
+        "gpu-1 (host-1): idle; hears of it within 5 s, and takes no more jobs then",
         f"gpu-1 (host-2): finishes job {held.id}, then takes no other",
     ]
     assert admin("drain", "host-1", "--undo") == "gpu-1 (host-1): takes jobs again\n"

@@ -8,7 +8,7 @@ from rich.text import Text
 from curvature_protocol.health import WorkerView
 from curvature_service.admin.records import AdminError, opened
 from curvature_service.admin.tables import ago, show_table, size
-from curvature_state.workers import list_workers, set_draining
+from curvature_state.workers import HEARD_SECONDS, list_workers, set_draining
 
 
 def workers() -> None:
@@ -58,7 +58,9 @@ def drain(
 def _told(undo: bool, job: str | None) -> str:
     if undo:
         return "takes jobs again"
-    return "idle, takes no more jobs; it can be stopped" if job is None else f"finishes job {job}, then takes no other"
+    if job is None:
+        return f"idle; hears of it within {HEARD_SECONDS:.0f} s, and takes no more jobs then"
+    return f"finishes job {job}, then takes no other"
 
 
 def _title(worker_id: str, found: dict[str, WorkerView]) -> str:
