@@ -27,8 +27,9 @@ app.add_typer(jobs_app, name="jobs")
 _PARTS = {
     "serve": "Run the whole service on this machine: API, worker and broker.",
     "worker": "Run a worker: it takes jobs from the queue of CURVATURE_REDIS_URL.",
+    "admin": "Administer the service: tables, API keys, tenants, workers.",
 }
-"""Commands that other parts of the distribution bring, and what the help says of them."""
+"""Commands (or groups of commands) that other parts of the distribution bring, and what the help says of them."""
 
 Url = Annotated[str | None, typer.Option("--url", help="the server's address; else CURVATURE_URL")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="safetensors file to write")]
@@ -55,8 +56,7 @@ def _add_parts(words: list[str]) -> None:
     for name, summary in _PARTS.items():
         if words == [name]:
             try:
-                app.command(name)(found[name].load())
-                continue
+                part = found[name].load()
             except (ImportError, KeyError) as error:
                 missing = getattr(error, "name", None) or "the part itself"
                 raise CurvatureError(
@@ -64,7 +64,12 @@ def _add_parts(words: list[str]) -> None:
                     code="not_installed",
                     remedy="install it with all its parts: pip install '.[all]' in the project's folder",
                 ) from None
-        app.command(name, help=summary)(_stand_in)
+            if isinstance(part, typer.Typer):
+                app.add_typer(part, name=name)
+            else:
+                app.command(name)(part)
+        else:
+            app.command(name, help=summary)(_stand_in)
 
 
 def _stand_in() -> None:

@@ -12,6 +12,8 @@ from curvature_state.database import Database
 from curvature_state.tables import JobRow, WorkerRow
 
 ALIVE_SECONDS = 15.0
+HEARD_SECONDS = 5.0
+"""How often a worker publishes itself, and hears whether it is to drain."""
 
 
 def publish_worker(database: Database, worker: WorkerView, catalogue: Catalogue) -> None:

@@ -7,7 +7,9 @@ from tests.state.servers import RedisServer
 
 from curvature_protocol.catalogue import Catalogue
 from curvature_protocol.health import Health, Readiness, WorkerView
-from curvature_state.workers import publish_worker
+from curvature_state.jobs import NewJob, create_job
+from curvature_state.turns import Claimant, claim_next
+from curvature_state.workers import publish_worker, set_draining
 
 pytestmark = pytest.mark.integration
 
@@ -28,6 +30,27 @@ def test_health_names_workers_isolation_and_limits(server):
     health = Health.model_validate_json(server.client.get("/v1/health").content)
     assert [(w.id, w.isolation) for w in health.workers] == [("w1", "landlock")]
     assert health.limits["inline_batch_bytes"] == 4 * 2**20
+
+
+def test_health_says_what_workers_are_called_offer_and_do(server):
+    database = server.resources.database
+    view = WorkerView(
+        id="w1",
+        name="gpu-1",
+        memory_bytes=2**34,
+        tags=("large",),
+        device="cuda:0",
+        engine_version="1",
+        isolation="none",
+        seen_at=datetime.now(UTC),
+    )
+    publish_worker(database, view, Catalogue(engine_version="1", extensions=(), losses=()))
+    job = create_job(database, NewJob({}, "d")).job
+    claim_next(database, Claimant("w1"), 60)
+    set_draining(database, "gpu-1", True)
+    (worker,) = server.client.get("/v1/health").json()["workers"]
+    told = {name: worker[name] for name in ("name", "memory_bytes", "tags", "job", "draining")}
+    assert told == {"name": "gpu-1", "memory_bytes": 2**34, "tags": ["large"], "job": job.id, "draining": True}
 
 
 def test_ready_when_everything_answers(server):

@@ -13,14 +13,12 @@ from curvature_protocol.health import WorkerView
 from curvature_protocol.names import worker_queue
 from curvature_state import Database
 from curvature_state.broker import ring
-from curvature_state.workers import is_draining, publish_worker, remove_worker
+from curvature_state.workers import HEARD_SECONDS, is_draining, publish_worker, remove_worker
 from curvature_worker.lease import brief
 from curvature_worker.runner import JobRunner
 from curvature_worker.settings import WorkerSettings
 
 logger = logging.getLogger("curvature.worker")
-
-_PUBLISH_SECONDS = 5.0
 
 
 class Publisher(threading.Thread):
@@ -43,7 +41,7 @@ class Publisher(threading.Thread):
         try:
             while not self._stopped.is_set():
                 self._attempt(lambda: self._round(database))
-                self._stopped.wait(_PUBLISH_SECONDS)
+                self._stopped.wait(HEARD_SECONDS)
             self._attempt(lambda: remove_worker(database, self._worker_id))
         finally:
             database.close()
