@@ -30,6 +30,7 @@ def catalogue() -> dict[str, Any]:
                 "shape": extension.shape,
                 "formula": extension.formula,
                 "source": extension.source,
+                "merging": extension.merging,
                 "options": options_schema(extension.options),
                 **origin(EXTENSION_GROUP, extension.name),
             }
