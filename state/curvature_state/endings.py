@@ -6,9 +6,9 @@ Whoever ends a shard locks the job over the data set first: two locks taken in t
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import func, select, update
+from sqlalchemy import Table, bindparam, func, select, update
 from sqlalchemy.orm import Session
 
 from curvature_protocol.errors import Problem
@@ -53,26 +53,55 @@ class Success:
 def succeed(database: Database, job_id: str, attempt: int, success: Success = Success()) -> Ending | None:
     """Running → succeeded; None if the lease was lost. A result that is there beats a cancellation."""
     with database.write() as session:
-        row, parent = _locked(session, job_id)
-        if row is None or row.attempt != attempt:
+        connection, now = session.connection(), datetime.now(UTC)
+        before = connection.execute(_BEFORE, {"of_job": job_id}).one_or_none()
+        if before is None:
             return None
-        if row.status == JobStatus.SUCCEEDED:
-            return Ending(view(row))
-        if row.status not in HELD:
-            return None
-        _end(session, row, JobStatus.SUCCEEDED)
-        row.warnings, row.result_bytes = list(success.warnings), success.result_bytes
-        row.used_at = row.finished_at
-        session.flush()
-        uses = [{"job_id": job_id, "source_id": source} for source in success.sources]
-        insert_new(session, ResultUseRow, uses)
-        cached = [
-            {"tenant": row.tenant, "key": key, "job_id": job_id, "attempt": attempt, "label": label}
-            for key, label in success.cached.items()
-        ]
-        insert_new(session, CachedResultRow, [{**entry, "created_at": row.finished_at} for entry in cached])
+        parent = None
+        if before.parent_id is not None:
+            parent = session.get(JobRow, before.parent_id, with_for_update=True)
+        seconds = 0.0 if before.started_at is None else max(0.0, (now - before.started_at).total_seconds())
+        values = {
+            "of_job": job_id,
+            "held_attempt": attempt,
+            "now": now,
+            "told": list(success.warnings),
+            "stored_bytes": success.result_bytes,
+            "seconds": seconds,
+        }
+        row = connection.execute(_SUCCEED, values).one_or_none()
+        if row is None:
+            found = session.get(JobRow, job_id)
+            stands = found is not None and found.attempt == attempt and found.status == JobStatus.SUCCEEDED
+            return Ending(view(found)) if found is not None and stands else None
+        charge(session, row.tenant, seconds)
+        insert_new(session, ResultUseRow, [{"job_id": job_id, "source_id": source} for source in success.sources])
+        stored = {"tenant": row.tenant, "job_id": job_id, "attempt": attempt, "created_at": now}
+        cached = [{**stored, "key": key, "label": label} for key, label in success.cached.items()]
+        insert_new(session, CachedResultRow, cached)
         others = () if parent is None else _count_down(parent)
         return Ending(view(row), others)
+
+
+# Made once: a statement takes longer to make than to run.
+_JOBS = cast("Table", JobRow.__table__)
+_BEFORE = select(_JOBS.c.parent_id, _JOBS.c.started_at).where(_JOBS.c.id == bindparam("of_job"))
+_SUCCEED = (
+    update(_JOBS)
+    .where(_JOBS.c.id == bindparam("of_job"), _JOBS.c.attempt == bindparam("held_attempt"), _JOBS.c.status.in_(HELD))
+    .values(
+        status=JobStatus.SUCCEEDED,
+        finished_at=bindparam("now"),
+        used_at=bindparam("now"),
+        warnings=bindparam("told", type_=_JOBS.c.warnings.type),
+        result_bytes=bindparam("stored_bytes"),
+        worker_seconds=_JOBS.c.worker_seconds + bindparam("seconds"),
+        lease_owner=None,
+        lease_expires_at=None,
+        progress=None,
+    )
+    .returning(*_JOBS.c)
+)
 
 
 def fail(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import and_, insert, or_, select, update
+from sqlalchemy import Row, and_, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -239,7 +239,7 @@ def problem(code: str, detail: str, *, param: str | None = None, remedy: str | N
     )
 
 
-def view(row: JobRow) -> Job:
+def view(row: JobRow | Row[Any]) -> Job:
     """The row as the API shows it."""
     return Job(
         id=row.id,
@@ -263,7 +263,7 @@ def view(row: JobRow) -> Job:
     )
 
 
-def _progress(row: JobRow) -> Progress | None:
+def _progress(row: JobRow | Row[Any]) -> Progress | None:
     if row.status == JobStatus.WAITING:
         parts = row.parts or 0
         return Progress(phase="shards", done=parts - (row.parts_left or 0), total=parts)

@@ -6,8 +6,9 @@ that it left unused.
 """
 
 from datetime import UTC, datetime
+from typing import cast
 
-from sqlalchemy import exists, func, insert, literal_column, select, update
+from sqlalchemy import Table, bindparam, exists, func, insert, literal_column, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased
 
@@ -80,11 +81,13 @@ def _catch_up(session: Session, tenant: str) -> None:
         )
 
 
+_CHARGE = (
+    update(cast("Table", TenantRow.__table__))
+    .where(TenantRow.name == bindparam("of_tenant"))
+    .values(virtual_seconds=TenantRow.virtual_seconds + bindparam("seconds") / TenantRow.weight)
+)
+
+
 def charge(session: Session, tenant: str, seconds: float) -> None:
     """Note the time for which a worker worked for a tenant."""
-    session.execute(
-        update(TenantRow)
-        .where(TenantRow.name == tenant)
-        .values(virtual_seconds=TenantRow.virtual_seconds + max(0.0, seconds) / TenantRow.weight)
-        .execution_options(synchronize_session=False)
-    )
+    session.connection().execute(_CHARGE, {"of_tenant": tenant, "seconds": max(0.0, seconds)})

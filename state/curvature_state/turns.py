@@ -5,12 +5,12 @@ highest priority; of these, the oldest that this worker can do. What it costs do
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import ColumnElement, CursorResult, Select, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, Table, bindparam, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from curvature_protocol.jobs import JobKind, JobStatus
@@ -18,8 +18,12 @@ from curvature_state.database import Database
 from curvature_state.tables import JobRow, TenantRow
 from curvature_state.tenants import QUEUED
 
+if TYPE_CHECKING:
+    from sqlalchemy.sql.dml import ReturningUpdate
+
 HELD = (JobStatus.RUNNING, JobStatus.CANCELLING)
 """States in which a worker holds the job."""
+_JOBS = cast("Table", JobRow.__table__)
 _TRIES = 4
 """Rounds after a job was found and another worker took it."""
 
@@ -57,43 +61,45 @@ def claim_next(database: Database, claimant: Claimant, lease_seconds: float) -> 
     """Queued → running with a lease, for the job whose turn it is; None if there is none for this worker."""
     for _ in range(_TRIES):
         with database.write() as session:
-            job_id = _next(session, claimant)
-            if job_id is None:
-                return None
-            held = take(session, job_id, claimant.worker_id, lease_seconds)
-            if held is not None:
-                return held
+            tenants = _tenants_in_turn(session)
+            for tenant, most in tenants:
+                if most is not None and not _has_room(session, tenant, most):
+                    continue
+                held = _take_first(session, tenant, claimant, lease_seconds)
+                if held is not None:
+                    return held
+        if not tenants:
+            return None
     return None
 
 
 def has_turn(database: Database, claimant: Claimant) -> bool:
     """Whether there is a job for this worker."""
+    first, now = _first_job(claimant), datetime.now(UTC)
     with database.read() as session:
-        return _next(session, claimant, lock=False) is not None
+        return any(
+            session.connection().scalar(first, {"of_tenant": tenant, "now": now}) is not None
+            for tenant, _ in _tenants_in_turn(session)
+        )
 
 
 def take(session: Session, job_id: str, worker_id: str, lease_seconds: float) -> ClaimedJob | None:
     """Queued → running with a lease; None if somebody else was faster or the job is over."""
+    return _claimed(session, _take(_JOBS.c.id == bindparam("of_job")), worker_id, lease_seconds, of_job=job_id)
+
+
+def _take_first(session: Session, tenant: str, claimant: Claimant, lease_seconds: float) -> ClaimedJob | None:
+    return _claimed(session, _take_first_job(claimant), claimant.worker_id, lease_seconds, of_tenant=tenant)
+
+
+def _claimed(
+    session: Session, statement: "ReturningUpdate[Any]", worker_id: str, lease_seconds: float, **which: Any
+) -> ClaimedJob | None:
     now = datetime.now(UTC)
-    query = (
-        update(JobRow)
-        .where(JobRow.id == job_id, JobRow.status == JobStatus.QUEUED)
-        .values(
-            status=JobStatus.RUNNING,
-            attempt=JobRow.attempt + 1,
-            lease_owner=worker_id,
-            lease_expires_at=now + timedelta(seconds=lease_seconds),
-            started_at=now,
-            progress=None,
-            not_before=None,
-        )
-        .execution_options(synchronize_session=False)
-    )
-    result = session.execute(query)
-    assert isinstance(result, CursorResult)
-    if result.rowcount != 1:
+    lease = {"now": now, "worker_id": worker_id, "expires_at": now + timedelta(seconds=lease_seconds)}
+    row = session.connection().execute(statement, {**lease, **which}).one_or_none()
+    if row is None:
         return None
-    row = session.get_one(JobRow, job_id)
     return ClaimedJob(
         row.id,
         row.attempt,
@@ -107,16 +113,52 @@ def take(session: Session, job_id: str, worker_id: str, lease_seconds: float) ->
     )
 
 
-def _next(session: Session, claimant: Claimant, *, lock: bool = True) -> str | None:
-    """The id of the job whose turn it is."""
-    for tenant, most in _tenants_in_turn(session):
-        if lock and most is not None and not _has_room(session, tenant, most):
-            continue
-        query = _jobs_of(tenant, claimant)
-        found: str | None = session.scalar(query.with_for_update(skip_locked=True) if lock else query)
-        if found is not None:
-            return found
-    return None
+# Statements: made once, since a statement takes longer to make than to run
+
+
+def _take(which: ColumnElement[bool]) -> "ReturningUpdate[Any]":
+    columns = ("id", "attempt", "request", "tenant", "created_at", "kind", "sweep_id", "parent_id", "parts")
+    return (
+        update(_JOBS)
+        .where(which, _JOBS.c.status == JobStatus.QUEUED)
+        .values(
+            status=JobStatus.RUNNING,
+            attempt=_JOBS.c.attempt + 1,
+            lease_owner=bindparam("worker_id"),
+            lease_expires_at=bindparam("expires_at"),
+            started_at=bindparam("now"),
+            progress=None,
+            not_before=None,
+        )
+        .returning(*(_JOBS.c[name] for name in columns))
+    )
+
+
+@lru_cache
+def _take_first_job(claimant: Claimant) -> "ReturningUpdate[Any]":
+    first = _first_job(claimant).with_for_update(skip_locked=True)
+    return _take(_JOBS.c.id == first.scalar_subquery())
+
+
+@lru_cache
+def _first_job(claimant: Claimant) -> Select[str]:
+    """The first of a tenant's jobs that a worker can do."""
+    jobs = _JOBS.c
+    fits: list[ColumnElement[bool]] = [
+        or_(jobs.not_before.is_(None), jobs.not_before <= bindparam("now")),
+        or_(jobs.requires_tag.is_(None), jobs.requires_tag.in_(claimant.tags)),
+    ]
+    if not claimant.gpu:
+        fits.append(jobs.requires_gpu.is_(False))
+    if claimant.memory_bytes is not None:
+        fits.append(jobs.requires_bytes <= claimant.memory_bytes)
+    waiting = select(jobs.id).where(jobs.tenant == bindparam("of_tenant"), QUEUED, *fits)
+    return waiting.order_by(jobs.turn, jobs.created_at, jobs.id).limit(1)
+
+
+_WAITS = exists().where(_JOBS.c.tenant == TenantRow.name, QUEUED)
+_TENANTS = select(TenantRow.name, TenantRow.weight, TenantRow.virtual_seconds, TenantRow.max_running).where(_WAITS)
+_RUNNING = select(_JOBS.c.tenant, _JOBS.c.started_at).where(_JOBS.c.status.in_(HELD))
 
 
 def _has_room(session: Session, tenant: str, most: int) -> bool:
@@ -126,37 +168,19 @@ def _has_room(session: Session, tenant: str, most: int) -> bool:
     return (session.scalar(mine) or 0) < most
 
 
-def _jobs_of(tenant: str, claimant: Claimant) -> Select[str]:
-    now = datetime.now(UTC)
-    fits: list[ColumnElement[bool]] = [
-        or_(JobRow.not_before.is_(None), JobRow.not_before <= now),
-        or_(JobRow.requires_tag.is_(None), JobRow.requires_tag.in_(claimant.tags)),
-    ]
-    if not claimant.gpu:
-        fits.append(JobRow.requires_gpu.is_(False))
-    if claimant.memory_bytes is not None:
-        fits.append(JobRow.requires_bytes <= claimant.memory_bytes)
-    waiting = select(JobRow.id).where(JobRow.tenant == tenant, QUEUED, *fits)
-    return waiting.order_by(JobRow.turn, JobRow.created_at, JobRow.id).limit(1)
-
-
-def _tenants_in_turn(session: Session) -> Iterator[tuple[str, int | None]]:
+def _tenants_in_turn(session: Session) -> list[tuple[str, int | None]]:
     """Tenants with queued jobs, the one that has had least first; and how many jobs each may have running."""
-    waits = exists().where(JobRow.tenant == TenantRow.name, QUEUED)
-    tenants = session.execute(
-        select(TenantRow.name, TenantRow.weight, TenantRow.virtual_seconds, TenantRow.max_running).where(waits)
-    ).all()
-    if len(tenants) == 1:
-        yield tenants[0].name, tenants[0].max_running
-        return
+    connection = session.connection()
+    tenants = connection.execute(_TENANTS).all()
+    if len(tenants) <= 1:
+        return [(tenant.name, tenant.max_running) for tenant in tenants]
     # What runs now is not charged yet: else all workers that become free at one moment would choose one tenant.
     now, running = datetime.now(UTC), defaultdict[str, list[float]](list)
-    for tenant, started_at in session.execute(select(JobRow.tenant, JobRow.started_at).where(JobRow.status.in_(HELD))):
+    for tenant, started_at in connection.execute(_RUNNING):
         running[tenant].append(0.0 if started_at is None else max(0.0, (now - started_at).total_seconds()))
 
     def had(tenant: Any) -> tuple[float, float, str]:
         mine = running[tenant.name]
         return tenant.virtual_seconds + sum(mine) / tenant.weight, len(mine) / tenant.weight, tenant.name
 
-    for waiting in sorted(tenants, key=had):
-        yield waiting.name, waiting.max_running
+    return [(waiting.name, waiting.max_running) for waiting in sorted(tenants, key=had)]

@@ -24,29 +24,26 @@ _RENEWALS_PER_LEASE = 4
 
 
 class Lease:
-    """Renews in a thread of its own, so that no long step lets the lease run out.
+    """One job's, renewed by its keeper while the `with` lasts.
 
     Attributes:
         progress: what the next renewal notes.
     """
 
-    def __init__(self, database: Database, job: ClaimedJob, settings: WorkerSettings) -> None:
-        self._database, self._job, self._settings = database, job, settings
+    def __init__(self, keeper: "LeaseKeeper", database: Database, job: ClaimedJob, settings: WorkerSettings) -> None:
+        self._keeper, self._database, self._job, self._settings = keeper, database, job, settings
         self.progress = Progress(phase="fetching")
-        self._renew_seconds = min(settings.renew_seconds, settings.lease_seconds / _RENEWALS_PER_LEASE)
+        self._renew_seconds = renewal_seconds(settings)
         self._status: JobStatus | None = JobStatus.RUNNING
         self._renewed_at = time.monotonic()
         self._expires_at = self._renewed_at + settings.lease_seconds
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep, daemon=True, name=f"lease-{job.id}")
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._keeper.current = self
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
+        self._keeper.current = None
 
     def check(self) -> None:
         """See whether the job is still wanted from this worker.
@@ -75,16 +72,16 @@ class Lease:
                 logger.warning("job %s: the database does not answer, trying again: %s", self._job.id, brief(error))
                 time.sleep(_RETRY_SECONDS)
 
-    def _keep(self) -> None:
-        while not self._ended.wait(min(self._settings.poll_seconds, self._renew_seconds)):
-            try:
-                self._status = self._ask()
-            except SQLAlchemyError as error:
-                logger.warning("job %s: the lease could not be renewed: %s", self._job.id, brief(error))
-                if time.monotonic() > self._expires_at:
-                    self._status = None
-            if self._status is None:
-                return
+    def keep(self) -> None:
+        """Hear how the job stands, and renew when it is time."""
+        if self._status is None:
+            return
+        try:
+            self._status = self._ask()
+        except SQLAlchemyError as error:
+            logger.warning("job %s: the lease could not be renewed: %s", self._job.id, brief(error))
+            if time.monotonic() > self._expires_at:
+                self._status = None
 
     def _ask(self) -> JobStatus | None:
         """The job's status, the lease renewed when it is time."""
@@ -94,6 +91,43 @@ class Lease:
         status = holding.renew(self._database, job.id, job.attempt, self._settings.lease_seconds, self.progress)
         self._renewed_at, self._expires_at = now, now + self._settings.lease_seconds
         return status
+
+
+class LeaseKeeper:
+    """Keeps the lease of the job at hand in a thread of its own, so that no long step lets it run out.
+
+    One thread for all jobs: starting one takes as long as a small job.
+
+    Attributes:
+        current: the lease to keep.
+    """
+
+    def __init__(self, database: Database, settings: WorkerSettings) -> None:
+        self._database, self._settings = database, settings
+        self.current: Lease | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._keep, daemon=True, name="leases")
+        self._thread.start()
+
+    def hold(self, job: ClaimedJob) -> Lease:
+        """The lease of a job just claimed."""
+        return Lease(self, self._database, job, self._settings)
+
+    def close(self) -> None:
+        """Keep nothing any more."""
+        self._closed.set()
+        self._thread.join()
+
+    def _keep(self) -> None:
+        pause = min(self._settings.poll_seconds, renewal_seconds(self._settings))
+        while not self._closed.wait(pause):
+            if (lease := self.current) is not None:
+                lease.keep()
+
+
+def renewal_seconds(settings: WorkerSettings) -> float:
+    """How often a lease is renewed."""
+    return min(settings.renew_seconds, settings.lease_seconds / _RENEWALS_PER_LEASE)
 
 
 def brief(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from curvature_state.workers import list_workers
 from curvature_worker.attempt import Attempt
 from curvature_worker.cache import ArtefactCache
 from curvature_worker.errors import TRY_AGAIN, JobRefused, JobStopped, LeaseLost, WorkerStopping, WorkerUnfit
-from curvature_worker.lease import Lease, brief
+from curvature_worker.lease import Lease, LeaseKeeper, brief
 from curvature_worker.pool import ChildPool
 from curvature_worker.reporter import Reporter
 from curvature_worker.settings import WorkerSettings
@@ -49,10 +49,12 @@ class JobRunner:
         self._sizes_read_at = -_SIZES_SECONDS
         self._catalogue: Catalogue | None = None
         self._pool = pool
+        database = Database(settings.database_url)
+        self._keeper = LeaseKeeper(database, settings)
         objects = ObjectStore(settings.storage_url)
         self._tools = Tools(
             settings=settings,
-            database=Database(settings.database_url),
+            database=database,
             objects=objects,
             cache=ArtefactCache(objects, scratch / "cache", settings.cache_bytes),
             pool=pool,
@@ -90,7 +92,7 @@ class JobRunner:
             return False
         self.job_id = job.id
         try:
-            with Lease(self._tools.database, job, self._settings) as lease:
+            with self._keeper.hold(job) as lease:
                 self._tools.reporter.state(job, JobStatus.RUNNING)
                 self._run(job, lease)
         except LeaseLost:
@@ -111,6 +113,7 @@ class JobRunner:
 
     def close(self) -> None:
         """Close connections."""
+        self._keeper.close()
         self._tools.reporter.close()
         self._tools.database.close()
 
