@@ -25,7 +25,7 @@ from curvature_engine.losses import BoundLoss, LossKind
 from curvature_engine.merging import Merged, PartGroup, PartResult, merge
 from curvature_engine.parts import DataSetPart, LabelMerging, plan_merging
 from curvature_engine.plans import ParameterPlan, Plan, RequestPlan
-from curvature_engine.program import Program, load
+from curvature_engine.program import Program, digest, load
 from curvature_engine.results import Analysis, Appended, Group
 from curvature_engine.rules import Match, Rule
 from curvature_engine.stores import TensorFile, save_tensors
@@ -64,6 +64,7 @@ __all__ = [
     "__version__",
     "analyze",
     "catalogue",
+    "digest",
     "inspect",
     "inspect_program",
     "load",

@@ -6,7 +6,7 @@ loss. A part of one sample, in which nothing is coupled, goes through the model 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
+from itertools import islice, product
 
 import torch
 from torch import Tensor
@@ -52,12 +52,13 @@ def check_part(
         EngineError: `whole_batch_required`, `coupled_samples`.
     """
     outputs, single = spec.select(whole.outputs).detach(), bound.N == 1
-    count = 2 if single else 1
-    _check_loss(spec, outputs, targets, bound, count)
+    _check_loss(spec, outputs, targets, bound)
     differs = False
-    for axes in islice(candidate_axes(inputs, bound.N), ATTEMPTS):
+    # An exported program may take two samples and more.
+    sizes = (2,) if single else (1, 2) if bound.N > 2 else (1,)
+    for count, axes in product(sizes, islice(candidate_axes(inputs, bound.N), ATTEMPTS)):
         try:
-            forward = run(_resized(inputs, axes, count), single and bool(probed))
+            forward = run(_resized(inputs, axes, count, repeat=single), single and bool(probed))
             found = spec.select(forward.outputs)
         except EngineError as error:
             if lacks_memory(error):
@@ -81,8 +82,8 @@ def check_part(
     return not single
 
 
-def _check_loss(spec: LossSpec, outputs: Tensor, targets: Tensor, bound: BoundLoss, count: int) -> None:
-    rows = [0] * count
+def _check_loss(spec: LossSpec, outputs: Tensor, targets: Tensor, bound: BoundLoss) -> None:
+    rows = [0, 0] if bound.N == 1 else [0]
     alone = spec.bind(outputs[rows], targets[rows], bound.first_sample)
     if not _same(alone.contributions(), bound.contributions()):
         raise whole_batch_required(
@@ -91,20 +92,20 @@ def _check_loss(spec: LossSpec, outputs: Tensor, targets: Tensor, bound: BoundLo
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
-    """Whether rows are the first one expected, measured by all of them."""
-    first = expected[:1].expand_as(found)
+    """Whether rows are the first ones expected (of one, it again and again), measured by all of them."""
+    first = expected[: len(found)].expand_as(found)
     return same_rows(torch.cat([found, expected]), torch.cat([first, expected]))
 
 
-def _resized(inputs: Inputs, axes: Sequence[int | None], count: int) -> Inputs:
-    """The first sample, `count` times."""
+def _resized(inputs: Inputs, axes: Sequence[int | None], count: int, *, repeat: bool) -> Inputs:
+    """The first `count` samples, or the first one so many times."""
     order = iter(axes)
 
     def resize(tensor: Tensor) -> Tensor:
         axis = next(order)
         if axis is None:
             return tensor
-        return torch.cat([tensor.narrow(axis, 0, 1)] * count, axis)
+        return torch.cat([tensor] * count, axis) if repeat else tensor.narrow(axis, 0, count).contiguous()
 
     found: Inputs = map_tensors(resize, inputs)
     return found

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from curvature_engine.digests import Digest
 from curvature_engine.errors import EngineError, first_line
 from curvature_engine.execution import Decision, Run, map_tensors
 from curvature_engine.formats import FrontEnd, Inputs, open_model
@@ -16,7 +17,7 @@ from curvature_engine.probe import Verdicts
 from curvature_engine.sums import Sums
 from curvature_engine.tape import Tape
 
-__all__ = ["Forward", "Inputs", "Parameter", "Program", "load"]
+__all__ = ["Forward", "Inputs", "Parameter", "Program", "digest", "load"]
 
 
 @dataclass
@@ -105,6 +106,22 @@ class Program:
             run.kept_bytes,
             tuple(run.sums),
         )
+
+
+def digest(program: Program) -> str:
+    """What a program computes, as 64 hexadecimal digits.
+
+    Two files of one model (traced twice, saved again, in other names) have one digest. Programs that differ in any
+    number, name of a parameter, operator, or mode (`eval=`) differ in it. A program that holds what cannot be told (an
+    object of a custom class, sparse tensors) has another digest each time.
+    """
+    told = Digest()
+    told.add(program.keeps_training)
+    for name, parameter in program.parameters.items():
+        told.add(name, parameter.trainable, list(parameter.tensors))
+    told.add(program.aliases)
+    program.front.describe(told)
+    return told.hexdigest()
 
 
 def _signature(arguments: Sequence[Any]) -> tuple[Any, ...]:

@@ -291,21 +291,21 @@ def _runs(rows: Sequence[int]) -> Iterator[tuple[int, slice]]:
             begun = i
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """A contiguous tensor's own bytes."""
     array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
     return memoryview(array).cast("B")
 
 
 def _write(descriptor: int, block: Tensor, offset: int) -> None:
-    data = _bytes_of(block) if block.nbytes else memoryview(b"")
+    data = bytes_of(block) if block.nbytes else memoryview(b"")
     while data:
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written
 
 
 def _read(descriptor: int, block: Tensor, offset: int) -> None:
-    data = _bytes_of(block) if block.nbytes else memoryview(b"")
+    data = bytes_of(block) if block.nbytes else memoryview(b"")
     while data:
         found = os.preadv(descriptor, [data], offset)
         if not found:

@@ -143,7 +143,7 @@ class Child:
         return _report(engine.inspect_program(self._program(order)).to_dict())
 
     def _digest(self, order: dict[str, Any]) -> dict[str, Any]:
-        return {"event": "done", "digest": order["model"]}
+        return {"event": "done", "digest": engine.digest(self._program(order))}
 
     def _merge(self, order: dict[str, Any]) -> dict[str, Any]:
         begun = time.perf_counter()

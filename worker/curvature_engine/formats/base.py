@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from curvature_engine.digests import Digest
 from curvature_engine.errors import EngineError
 from curvature_engine.execution import Run
 from curvature_engine.parameters import Parameter
@@ -99,6 +100,10 @@ class FrontEnd(ABC):
     @abstractmethod
     def run(self, run: Run, arguments: Sequence[Any]) -> Any:
         """Execute on bound inputs; returns what the model returns."""
+
+    @abstractmethod
+    def describe(self, digest: Digest) -> None:
+        """Tell a digest all of the program that decides results, parameters excepted."""
 
     @abstractmethod
     def operators(self) -> Counter[str]:

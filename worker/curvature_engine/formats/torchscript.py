@@ -9,6 +9,8 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from curvature_engine.canonical import describe_graph
+from curvature_engine.digests import Digest
 from curvature_engine.errors import EngineError, first_line
 from curvature_engine.execution import Run
 from curvature_engine.formats.base import Formal, FrontEnd, Inputs, Use, bind_inputs, without_parameters
@@ -89,6 +91,13 @@ class TorchScript(FrontEnd):
 
     def run(self, run: Run, arguments: Sequence[Any]) -> Any:
         return self._compiled.run(run, [self._module._c, *arguments])
+
+    def describe(self, digest: Digest) -> None:
+        digest.add(self.format, self.was_training)
+        digest.add([(formal.name, formal.required) for formal in self._formal])
+        digest.add([formal.default for formal in self._formal])
+        digest.add(dict(self._module.named_buffers()))
+        describe_graph(digest, self._graph, self._module._c)
 
     def operators(self) -> Counter[str]:
         return Counter(self._compiled.calls)

@@ -11,6 +11,7 @@ from typing import IO, Any, Self
 import torch
 from torch import Tensor, nn
 
+from curvature_engine.digests import Digest
 from curvature_engine.errors import EngineError, first_line
 from curvature_engine.execution import Run
 from curvature_engine.formats.base import Formal, FrontEnd, Inputs, Use, bind_inputs, without_parameters
@@ -46,6 +47,7 @@ class Export(FrontEnd):
         self._names = {name: key for name, key in self._signature.held.items() if name in self._signature.parameters}
         of_graph = set(self._names.values())
         named = [key for key, tensor in weights.items() if key in of_graph or isinstance(tensor, nn.Parameter)]
+        self._told = (_essential(program), weights, constants)
         self.parameters, self.aliases = group_by_storage((key, weights[key]) for key in named)
         if not self.parameters:
             raise without_parameters()
@@ -129,6 +131,9 @@ class Export(FrontEnd):
     def run(self, run: Run, arguments: Sequence[Any]) -> Any:
         return self._out_tree.build(iter(self._compiled.run(run, arguments)))
 
+    def describe(self, digest: Digest) -> None:
+        digest.add(self.format, *self._told)
+
     def operators(self) -> Counter[str]:
         return Counter(self._compiled.calls)
 
@@ -176,6 +181,16 @@ class Export(FrontEnd):
         }
         return InputShapes(inputs, ranges, program.get("guards_code") or [])
 
+
+def _essential(described: Any) -> Any:
+    """A program's description in canonical order, without what loading and saving again may change."""
+    if isinstance(described, dict):
+        return {key: _essential(described[key]) for key in sorted(described.keys() - _INCIDENTAL)}
+    return [_essential(each) for each in described] if isinstance(described, list) else described
+
+
+_INCIDENTAL = {"metadata", "torch_version", "storage_offset", "strides"}
+"""Where nodes came from, who wrote the file, and how the exporter's own intermediate tensors lay in memory."""
 
 _DECOMPOSED = (
     "the exported program was decomposed (run_decompositions), which drops torch.no_grad blocks: if the model has "
