@@ -53,6 +53,8 @@ class Receiver:
                 pass
 
         class Server(ThreadingHTTPServer):
+            request_queue_size = 128  # several servers send at once
+
             def get_request(self) -> Any:
                 connection, address = super().get_request()
                 if tls is None:

@@ -52,9 +52,9 @@ def row_of(database, subject_id):
 
 
 def come_due(database):
-    """As if the time until every next try had passed."""
+    """As if the time until every next try had passed, and what the last one met was forgotten."""
     with database.write() as session:
-        session.execute(update(WebhookRow).values(next_at=datetime.now(UTC)))
+        session.execute(update(WebhookRow).values(next_at=datetime.now(UTC), last_error=None))
 
 
 def take_one(database):

@@ -3,9 +3,8 @@
 import asyncio
 import logging
 
-from fastapi.concurrency import run_in_threadpool
-
 from curvature_service.resources import Resources
+from curvature_service.threads import run_to_its_end
 from curvature_service.webhooks.addresses import read_policy
 from curvature_service.webhooks.messages import SubjectGone, SubjectNotOver, compose
 from curvature_service.webhooks.sender import Outcome, Sender
@@ -15,6 +14,8 @@ from curvature_state.webhooks import Delivery, put_back, record_delivered, recor
 logger = logging.getLogger("curvature.service")
 
 _MOST_AT_ONCE = 16
+_SHORT_PAUSE_SECONDS = 0.1
+"""While many are due: finding the next takes about as long as there are many, and serves several at once."""
 
 
 async def run_deliverer(resources: Resources) -> None:
@@ -30,11 +31,11 @@ async def run_deliverer(resources: Resources) -> None:
         while True:
             # No more than can be sent at once: what waits here, no other process could send.
             running |= await _start_due(resources.database, sender, _MOST_AT_ONCE - len(running))
-            full = len(running) >= _MOST_AT_ONCE
-            if full:
+            pause = settings.webhook_seconds
+            if len(running) >= _MOST_AT_ONCE:
                 await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            else:
-                await asyncio.sleep(settings.webhook_seconds)
+                pause = min(pause, _SHORT_PAUSE_SECONDS)
+            await asyncio.sleep(pause)
             running = {task for task in running if not task.done()}
     finally:
         for task in running:
@@ -44,7 +45,7 @@ async def run_deliverer(resources: Resources) -> None:
 
 async def _start_due(database: Database, sender: Sender, limit: int) -> set[asyncio.Task[None]]:
     try:
-        due = await run_in_threadpool(take_due, database, limit)
+        due = await run_to_its_end(take_due, database, limit)
     except Exception:  # the database may be away for a while
         logger.exception("looking for due webhooks failed")
         return set()
@@ -55,15 +56,15 @@ async def deliver(database: Database, sender: Sender, delivery: Delivery) -> Non
     """One try, and its record. Nobody waits for it: what fails is logged."""
     try:
         try:
-            body = await run_in_threadpool(compose, database, delivery)
+            body = await run_to_its_end(compose, database, delivery)
         except SubjectNotOver:
-            await run_in_threadpool(put_back, database, delivery)
+            await run_to_its_end(put_back, database, delivery)
             return
         except SubjectGone:
             outcome = Outcome(f"the {delivery.subject} was deleted", gone=True)
         else:
             outcome = await sender.send(delivery, body)
-        await run_in_threadpool(_record, database, delivery, outcome)
+        await run_to_its_end(_record, database, delivery, outcome)
     except Exception as error:
         logger.exception("webhook %s of %s %s failed", delivery.id, delivery.subject, delivery.subject_id)
         await _record_unforeseen(database, delivery, error)
@@ -86,6 +87,6 @@ def _record(database: Database, delivery: Delivery, outcome: Outcome) -> None:
 async def _record_unforeseen(database: Database, delivery: Delivery, error: Exception) -> None:
     """A message that we cannot handle must come to an end, too."""
     try:
-        await run_in_threadpool(record_failure, database, delivery, f"unforeseen: {type(error).__name__}")
+        await run_to_its_end(record_failure, database, delivery, f"unforeseen: {type(error).__name__}")
     except Exception:  # then it comes due again when this hold is over
         logger.exception("webhook %s cannot be recorded", delivery.id)
