@@ -14,6 +14,7 @@ LABEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 RESERVED_LABELS = frozenset({"loss", "manifest"})
 PRIORITIES = range(10)
 MOST_PARTS = 20_000
+SECRET_PREFIX = "whsec_"
 TAG_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 
 Label = Annotated[str, Field(pattern=LABEL_PATTERN)]
@@ -115,13 +116,39 @@ class Requirements(Message):
     memory_bytes: int = Field(default=0, ge=0, description="beside model and batch")
 
 
+def signing_key(secret: str) -> bytes:
+    """The bytes that a webhook's secret stands for.
+
+    Raises:
+        ValueError: after the prefix of Standard Webhooks, `whsec_`, comes no base64.
+    """
+    encoded = secret.removeprefix(SECRET_PREFIX)
+    if encoded == secret:
+        return secret.encode()
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except ValueError:
+        raise ValueError(f"after {SECRET_PREFIX!r} the secret must be base64 of the key's bytes") from None
+
+
 class Webhook(Message):
     """Where to send a message when the job or sweep is over (docs/webhooks.md)."""
 
     url: str = Field(max_length=2048, pattern=r"^https?://[^\s]+$")
     secret: str | None = Field(
-        default=None, min_length=16, max_length=512, description="signs the message; never shown again"
+        default=None,
+        min_length=16,
+        max_length=512,
+        pattern=r"^[!-~]*$",
+        repr=False,
+        description="signs the message; never shown again. As it is, or `whsec_` and base64 of the key's bytes",
     )
+
+    @model_validator(mode="after")
+    def _is_a_key(self) -> "Webhook":
+        if self.secret is not None:
+            signing_key(self.secret)
+        return self
 
 
 class JobRequest(Message):

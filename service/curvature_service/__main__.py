@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--migrate", action="store_true", help="bring the database's tables up to date first")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log the URLs of webhooks, which may hold secrets
     settings = ServiceSettings()
     if arguments.migrate:
         _migrate(settings.database_url)

@@ -27,6 +27,7 @@ from curvature_service.reconciler import run_reconciler
 from curvature_service.resources import Resources
 from curvature_service.results.endpoints import router as results_router
 from curvature_service.settings import ServiceSettings
+from curvature_service.webhooks.deliverer import run_deliverer
 
 _DESCRIPTION = (
     "Individual gradients, GGN diagonals and Kronecker factors of any TorchScript model. Upload a model and a batch, "
@@ -45,11 +46,12 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         app.state.resources = resources
         app.state.catalogue = CatalogueCache(resources)
         app.state.keys = KnownKeys(resources.database)
-        reconciler = asyncio.create_task(run_reconciler(resources))
+        background = [asyncio.create_task(run(resources)) for run in (run_reconciler, run_deliverer)]
         yield
-        reconciler.cancel()
-        with suppress(asyncio.CancelledError):
-            await reconciler
+        for task in background:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
         await resources.close()
 
     app = DocumentedApp(

@@ -93,7 +93,8 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     path = ".".join(_parts(first["loc"], error.body))
     message = str(first["msg"]).removeprefix("Value error, ")
     came = first.get("input")
-    unshown = came is None or first["type"] == "missing" or isinstance(came, dict | list | bytes)
+    secret = first["loc"][-1:] == ("secret",)
+    unshown = came is None or first["type"] == "missing" or isinstance(came, dict | list | bytes) or secret
     shown = "" if unshown else f"; got {str(came)[:_SHOWN_CHARACTERS]!r}"
     detail = f"{path}: {message}{shown}" if path else message
     remedy = "see /docs for the request's form"

@@ -1,7 +1,9 @@
 """Settings of the API process."""
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from curvature_protocol.requests import signing_key
+from curvature_service.webhooks.addresses import read_policy
 from curvature_state import StateSettings
 
 
@@ -19,3 +21,25 @@ class ServiceSettings(StateSettings):
     reconcile_seconds: float = 2.0
     heartbeat_seconds: float = 15.0
     """How often an event stream without news sends a comment, so that proxies and clients see that it lives."""
+    webhook_secret: str | None = Field(default=None, repr=False)
+    """If set (and not empty), it signs the messages of webhooks that bring no secret of their own."""
+    webhook_allow_private: bool = False
+    """Whether webhooks may go to addresses that are not public."""
+    webhook_allowed_hosts: str = ""
+    """Hosts, addresses and networks, separated by commas, that webhooks may go to, public or not."""
+    webhook_seconds: float = Field(default=1.0, gt=0)
+    """How often to look for messages that are due."""
+    webhook_timeout_seconds: float = Field(default=15.0, gt=0, le=60)
+    """For one try, from the resolution of the name to the status of the answer."""
+
+    @field_validator("webhook_allowed_hosts")
+    @classmethod
+    def _names_hosts(cls, value: str) -> str:
+        read_policy(False, value)
+        return value
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _is_a_key(cls, value: str | None) -> str | None:
+        signing_key(value or "")
+        return value

@@ -18,6 +18,7 @@ from curvature_state.jobs import problem, view
 from curvature_state.tables import CachedResultRow, JobRow, ResultUseRow
 from curvature_state.tenants import charge, enter_queue
 from curvature_state.turns import HELD
+from curvature_state.webhooks import rearm
 
 MAX_ATTEMPTS = 5
 """After so many that failed for a passing reason, a job fails."""
@@ -188,6 +189,7 @@ def retry(database: Database, job_id: str) -> Ending | None:
             row.parts_left = _count_left(session, row)
             row.status = JobStatus.WAITING if row.parts_left else JobStatus.QUEUED
         session.flush()
+        rearm(session, [row.id])
         return Ending(view(row), tuple(view(shard) for shard in shards))
 
 

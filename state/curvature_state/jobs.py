@@ -12,11 +12,12 @@ from sqlalchemy.orm import Session
 
 from curvature_protocol.errors import Problem, status_of
 from curvature_protocol.jobs import FINAL, Job, JobKind, JobStatus, Progress
-from curvature_protocol.requests import PRIORITIES, Requirements
+from curvature_protocol.requests import PRIORITIES, Requirements, Webhook
 from curvature_state.artefacts import Reference, hold_artefacts
 from curvature_state.database import Database
 from curvature_state.tables import JobArtefactRow, JobRow, ResultUseRow
 from curvature_state.tenants import enter_queue
+from curvature_state.webhooks import register
 
 _NOTHING = Requirements()
 
@@ -62,6 +63,7 @@ class NewJob:
     sweep: SweepPlace | None = None
     parts: tuple["NewJob", ...] = ()
     result: ReadyResult | None = None
+    webhook: Webhook | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
@@ -128,6 +130,9 @@ def insert_jobs(session: Session, jobs: Sequence[NewJob]) -> None:
     uses = [{"job_id": job.id, "source_id": source} for job in jobs if job.result for source in set(job.result.sources)]
     if uses:
         session.execute(insert(ResultUseRow), uses)
+    for job in jobs:
+        if job.webhook is not None:
+            register(session, "job", job.id, job.tenant, job.webhook)
 
 
 def _with_parts(jobs: Sequence[NewJob]) -> Iterable[NewJob]:
@@ -171,6 +176,7 @@ def _values(new: NewJob, now: datetime) -> dict[str, Any]:
         "parts": len(new.parts) or None,
         "parts_left": len(new.parts) or None,
         "pinned": False,
+        "webhook_waits": False,
         "result_bytes": new.result.result_bytes if new.result is not None else None,
     }
 

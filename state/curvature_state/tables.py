@@ -22,6 +22,11 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
+# Conditions of partial indexes. Only a query that repeats one word for word is served by its index.
+TO_TELL = "webhook_waits AND status IN ('succeeded', 'failed', 'cancelled')"
+UNFINISHED_IN_SWEEP = "sweep_id IS NOT NULL AND status NOT IN ('succeeded', 'failed', 'cancelled')"
+OF_SWEEP = "subject = 'sweep'"
+
 
 class UtcDateTime(TypeDecorator[datetime]):
     """A point in time, always with its zone (SQLite forgets it)."""
@@ -63,6 +68,13 @@ class JobRow(Base):
             postgresql_where=text("status = 'queued'"),
         ),
         Index("jobs_by_sweep", "sweep_id", "sweep_row"),
+        Index(
+            "jobs_unfinished_in_sweep",
+            "sweep_id",
+            sqlite_where=text(UNFINISHED_IN_SWEEP),
+            postgresql_where=text(UNFINISHED_IN_SWEEP),
+        ),
+        Index("jobs_to_tell", "status", sqlite_where=text(TO_TELL), postgresql_where=text(TO_TELL)),
         Index("jobs_by_parent", "parent_id", "part"),
     )
 
@@ -112,6 +124,8 @@ class JobRow(Base):
     """What the winning attempt stored; None where nothing is stored (any more)."""
     used_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     """When the result was last read, to the minute."""
+    webhook_waits: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
+    """A webhook waits for its end."""
 
 
 class ArtefactRow(Base):
@@ -229,7 +243,11 @@ class WebhookRow(Base):
     """A message to be sent when a job or a sweep is over."""
 
     __tablename__ = "webhooks"
-    __table_args__ = (Index("webhooks_by_turn", "state", "next_at"), Index("webhooks_by_subject", "subject_id"))
+    __table_args__ = (
+        Index("webhooks_by_turn", "state", "next_at"),
+        Index("webhooks_by_subject", "subject_id"),
+        Index("webhooks_of_sweeps", "state", sqlite_where=text(OF_SWEEP), postgresql_where=text(OF_SWEEP)),
+    )
 
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
     tenant: Mapped[str] = mapped_column(String(64))
@@ -239,7 +257,7 @@ class WebhookRow(Base):
     url: Mapped[str] = mapped_column(Text)
     secret: Mapped[str | None] = mapped_column(Text)
     state: Mapped[str] = mapped_column(String(16))
-    """waiting (for its subject's end, or for the next try), delivered, failed."""
+    """waiting (for its subject's end), due (to be sent, or sent again, at `next_at`), delivered, failed."""
     attempts: Mapped[int] = mapped_column(Integer, default=0)
     next_at: Mapped[datetime] = mapped_column(UtcDateTime)
     last_error: Mapped[str | None] = mapped_column(Text)

@@ -21,12 +21,14 @@ from curvature_service.artefacts.service import get_artefact, store_small
 from curvature_service.errors import ApiError
 from curvature_service.extensions.service import CatalogueCache, check_request
 from curvature_service.resources import Resources
+from curvature_service.webhooks.urls import check_url
 from curvature_state import broker, events
 from curvature_state.artefacts import ArtefactMissing, Reference
 from curvature_state.cache import cache_keys, find_cached, find_digest
 from curvature_state.jobs import Created, NewJob, ReadyResult, create_job, find_by_key
 from curvature_state.manifests import from_cache, read_manifest, sources_of, store_manifest
 from curvature_state.tenants import QueueFull
+from curvature_state.webhooks import without_secret
 from curvature_state.workers import list_workers
 
 MAX_REQUEST_BYTES = 256 * 2**10
@@ -56,6 +58,8 @@ def submit(
     if found is None:
         known = catalogue.current()
         check_request(known, request)
+        if request.webhook is not None:
+            check_url(resources.settings, request.webhook.url)
         if inline is not None and isinstance(reference, BatchReference):
             store_small(resources, "batches", reference.sha256, inline)
         for (artefact_kind, sha256), param in _references(stored):
@@ -77,7 +81,7 @@ def new_job(
     Raises:
         ApiError: `payload_too_large`.
     """
-    body = request.model_dump(mode="json", exclude={"webhook"})
+    body = without_secret(request.model_dump(mode="json"))
     parts = request.batch.parts if isinstance(request.batch, DataSet) else ()
     size = len(json.dumps({**body, "batch": None}))
     if size > MAX_REQUEST_BYTES:
@@ -99,6 +103,7 @@ def new_job(
         kind=kind,
         requires=request.requires,
         artefacts=frozenset(reference for reference, _ in _references(request)),
+        webhook=request.webhook,
     )
     return replace(job, parts=tuple(_shards(job, request))) if parts else job
 
@@ -106,7 +111,7 @@ def new_job(
 def _shards(job: NewJob, request: JobRequest) -> Iterator[NewJob]:
     """One job per part of a data set; each knows where its samples stand in the whole."""
     assert isinstance(request.batch, DataSet)
-    common = {**job.request, "metadata": {}, "warnings": []}
+    common = {**job.request, "metadata": {}, "warnings": [], "webhook": None}
     others = frozenset(r for r in job.artefacts if r[0] != "batches")
     first = 0
     for place, part in enumerate(request.batch.parts):

@@ -30,6 +30,7 @@ def upgrade() -> None:
         sa.Column("pinned", sa.Boolean, nullable=False, server_default=sa.false()),
         sa.Column("result_bytes", sa.BigInteger),
         sa.Column("used_at", MOMENT),
+        sa.Column("webhook_waits", sa.Boolean, nullable=False, server_default=sa.false()),
     ):
         op.add_column("jobs", column)
     op.execute("UPDATE jobs SET turn = 9 - priority")
@@ -45,6 +46,13 @@ def upgrade() -> None:
     op.create_index("jobs_by_tenant", "jobs", ["tenant", "kind", "created_at", "id"])
     op.create_index("jobs_by_sweep", "jobs", ["sweep_id", "sweep_row"])
     op.create_index("jobs_by_parent", "jobs", ["parent_id", "part"])
+    over = "('succeeded', 'failed', 'cancelled')"
+    unfinished = sa.text(f"sweep_id IS NOT NULL AND status NOT IN {over}")
+    op.create_index(
+        "jobs_unfinished_in_sweep", "jobs", ["sweep_id"], sqlite_where=unfinished, postgresql_where=unfinished
+    )
+    to_tell = sa.text(f"webhook_waits AND status IN {over}")
+    op.create_index("jobs_to_tell", "jobs", ["status"], sqlite_where=to_tell, postgresql_where=to_tell)
     for column in (
         sa.Column("used_at", MOMENT),
         sa.Column("pinned", sa.Boolean, nullable=False, server_default=sa.false()),
@@ -136,6 +144,8 @@ def upgrade() -> None:
     )
     op.create_index("webhooks_by_turn", "webhooks", ["state", "next_at"])
     op.create_index("webhooks_by_subject", "webhooks", ["subject_id"])
+    of_sweep = sa.text("subject = 'sweep'")
+    op.create_index("webhooks_of_sweeps", "webhooks", ["state"], sqlite_where=of_sweep, postgresql_where=of_sweep)
     op.create_table(
         "tenants",
         sa.Column("name", sa.String(64), primary_key=True),
@@ -174,14 +184,17 @@ def downgrade() -> None:
         "job_artefacts",
     ):
         op.drop_table(name)
-    for index in ("jobs_by_turn", "jobs_by_sweep", "jobs_by_parent", "jobs_by_tenant"):
+    for index in (
+        *("jobs_by_turn", "jobs_by_sweep", "jobs_by_parent", "jobs_by_tenant"),
+        *("jobs_unfinished_in_sweep", "jobs_to_tell"),
+    ):
         op.drop_index(index, "jobs")
     op.create_index("jobs_by_kind", "jobs", ["kind", "created_at", "id"])
     dropped = {
         "jobs": (
             *("turn", "not_before", "requires_gpu", "requires_tag", "requires_bytes", "worker_seconds", "sweep_id"),
             *("sweep_row", "coordinates", "parent_id", "part", "parts", "parts_left", "pinned", "result_bytes"),
-            "used_at",
+            *("used_at", "webhook_waits"),
         ),
         "artefacts": ("used_at", "pinned", "verified"),
         "workers": ("name", "memory_bytes", "tags", "draining"),
