@@ -27,6 +27,7 @@ from curvature_service.reconciler import run_reconciler
 from curvature_service.resources import Resources
 from curvature_service.results.endpoints import router as results_router
 from curvature_service.settings import ServiceSettings
+from curvature_service.uploads.endpoints import router as uploads_router
 
 _DESCRIPTION = (
     "Individual gradients, GGN diagonals and Kronecker factors of any TorchScript model. Upload a model and a batch, "
@@ -72,6 +73,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         results_router,
         jobs_router,
         plans_router,
+        uploads_router,
         extensions_router,
     ):
         protected.include_router(router)

@@ -1,6 +1,7 @@
 """Bytes by key: a local folder, memory, or S3, through one small interface over obstore."""
 
 import os
+import shutil
 from collections.abc import AsyncIterable, AsyncIterator, Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -68,7 +69,7 @@ class ObjectStore:
                 size += len(chunk)
         return size
 
-    async def put_async_stream(self, key: str, chunks: AsyncIterable[bytes], most_bytes: int = 0) -> int:
+    async def put_async_stream(self, key: str, chunks: AsyncIterable[bytes | memoryview], most_bytes: int = 0) -> int:
         """`put_stream` for an asynchronous source: nothing is stored if it raises.
 
         Args:
@@ -150,6 +151,14 @@ class ObjectStore:
         """Remove an object; it is no error if there is none."""
         with suppress(FileNotFoundError):
             obstore.delete(self._store, key)
+
+    def delete_below(self, prefix: str) -> None:
+        """Remove all objects below a prefix, however many."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder / prefix, ignore_errors=True)
+            return
+        for page in obstore.list(self._store, prefix=prefix):
+            obstore.delete(self._store, [str(item["path"]) for item in page])
 
     def list(self, prefix: str) -> Iterator[tuple[str, float]]:
         """(key, age of last change as a POSIX time) below a prefix."""

@@ -37,14 +37,6 @@ class SentPart:
     """In hexadecimal; None where the store keeps no checksums."""
 
 
-@dataclass(frozen=True)
-class PartAddress:
-    """Where a part is sent, and the headers that the signature covers."""
-
-    url: str
-    headers: dict[str, str]
-
-
 class Bucket:
     """One bucket and a prefix in it; keys are relative to the prefix.
 
@@ -103,8 +95,11 @@ class Bucket:
 
     def sign_part(
         self, key: str, upload_id: str, number: int, size_bytes: int, sha256: str, seconds: int
-    ) -> PartAddress:
-        """Where the bytes of one part go: no other size, and where the store checks it, no other bytes."""
+    ) -> tuple[str, dict[str, str]]:
+        """Where the bytes of one part go, and the headers that the signature covers.
+
+        No other size can go there, and where the store compares checksums, no other bytes.
+        """
         checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
         what = {
             **self._at(key),
@@ -114,7 +109,7 @@ class Bucket:
             "ChecksumSHA256": checksum,
         }
         url = str(self._signer.generate_presigned_url("upload_part", what, seconds))
-        return PartAddress(url, {"Content-Length": str(size_bytes), "x-amz-checksum-sha256": checksum})
+        return url, {"Content-Length": str(size_bytes), "x-amz-checksum-sha256": checksum}
 
     # Multipart uploads
 

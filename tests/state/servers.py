@@ -137,7 +137,7 @@ class S3Server:
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+        command = [sys.executable, Path(__file__).with_name("s3_stand_in.py"), "-H", "127.0.0.1", "-p", "0"]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         log = self._process.stderr
         assert log is not None

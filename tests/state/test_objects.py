@@ -236,9 +236,9 @@ def test_uploads_that_nobody_finished_are_given_up(s3):
     objects, server = s3
     for key in ("uploads/old", "uploads/kept", "models/old"):
         objects.bucket.begin(key)
-    objects.delete_older("uploads", before=0)
+    objects.delete_older("uploads", before=time.time() - 60)
     assert len(server.unfinished()) == 3
-    objects.delete_older("uploads", before=time.time(), kept=["uploads/kept"])
+    objects.delete_older("uploads", before=time.time() + 60, kept=["uploads/kept"])
     assert sorted(server.unfinished()) == ["some/prefix/models/old", "some/prefix/uploads/kept"]
 
 
