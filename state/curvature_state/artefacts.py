@@ -1,16 +1,21 @@
 """Records of uploads."""
 
+import logging
 from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 from sqlalchemy import ColumnElement, CursorResult, and_, delete, exists, select, tuple_, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from curvature_protocol.artefacts import Artefact, ArtefactKind
+from curvature_protocol.names import artefact_key
 from curvature_state.database import Database
+from curvature_state.objects import ObjectStore
 from curvature_state.tables import ArtefactRow, UploadRow
+
+logger = logging.getLogger("curvature.state")
 
 Reference = tuple[ArtefactKind, str]
 """(kind, SHA-256)"""
@@ -120,6 +125,20 @@ def confirm_artefact(database: Database, kind: ArtefactKind, sha256: str) -> Non
         session.execute(
             update(ArtefactRow).where(_is(kind, sha256), ~_is_being_replaced(kind, sha256)).values(verified=True)
         )
+
+
+def judge_artefact(database: Database, objects: ObjectStore, kind: ArtefactKind, sha256: str, right: bool) -> None:
+    """Take notice of what somebody found who hashed the stored bytes: wrong ones go, to be uploaded again.
+
+    Where the record cannot be written, the next one who hashes them says the same.
+    """
+    try:
+        if right:
+            confirm_artefact(database, kind, sha256)
+        elif (artefact := find_artefact(database, kind, sha256)) is not None and forget_artefact(database, artefact):
+            objects.delete(artefact_key(kind, sha256))
+    except SQLAlchemyError as error:
+        logger.warning("what was found of %s/%s could not be written down: %s", kind, sha256, error)
 
 
 def forget_artefact(database: Database, artefact: Artefact) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import httpx
 import pytest
@@ -9,9 +10,11 @@ from tests.service.planting import expect_problem, sha256, upload
 from tests.service.server import LiveServer
 from tests.service.test_uploads import DATA, PART, begin, complete, digest, numbers, send_all, slice_of
 
-from curvature_state.artefacts import announce_artefact, confirm_artefact, find_artefact
+from curvature_state.artefacts import announce_artefact, find_artefact, judge_artefact
 from curvature_state.tables import UploadRow
 from curvature_state.uploads import claim_assembly, release_assembly, remove_stale_uploads
+from curvature_worker.cache import ArtefactCache
+from curvature_worker.errors import JobRefused
 
 pytestmark = pytest.mark.integration
 
@@ -148,10 +151,30 @@ def test_bytes_that_come_while_a_direct_upload_takes_its_place_stay_unverified(s
     assert record(server).verified
 
 
-def test_what_a_worker_hashed_is_verified(server):
+@pytest.fixture
+def fetch(server, tmp_path):
+    """Fetches the model as a worker does."""
+    resources = server.resources
+    judge = partial(judge_artefact, resources.database, resources.objects)
+    cache = ArtefactCache(resources.objects, tmp_path / "cache", 2**30, judge)
+    return lambda: cache.fetch_upload("models", sha256(DATA), lambda: None)
+
+
+def test_what_a_worker_hashed_is_verified(server, fetch):
     complete(server.client, send_all_directly(server.client))
-    confirm_artefact(server.resources.database, "models", sha256(DATA))
+    assert fetch().read_bytes() == DATA
     assert record(server).verified
+
+
+def test_wrong_bytes_are_found_by_the_worker_and_can_be_sent_again(server, fetch, s3_server):
+    complete(server.client, send_all_directly(server.client, WRONG))
+    with pytest.raises(JobRefused) as caught:
+        fetch()
+    assert caught.value.code == "hash_mismatch"
+    expect_problem(server.client.get(f"/v1/models/{sha256(DATA)}/content"), 404, "model_not_found", "model")
+    assert s3_server.objects() == []
+    complete(server.client, send_all_directly(server.client))
+    assert fetch().read_bytes() == DATA
 
 
 def test_an_upload_that_died_between_joining_and_moving_is_finished(server, s3_server):

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Event
 
@@ -12,6 +12,7 @@ from curvature_protocol.catalogue import Catalogue
 from curvature_protocol.errors import Problem
 from curvature_protocol.jobs import JobStatus
 from curvature_state import Database, ObjectStore, holding
+from curvature_state.artefacts import judge_artefact
 from curvature_state.endings import Ending, confirm_cancel, fail
 from curvature_state.jobs import problem
 from curvature_state.turns import Claimant, ClaimedJob, claim_next, has_turn
@@ -49,12 +50,13 @@ class JobRunner:
         self._sizes_read_at = -_SIZES_SECONDS
         self._catalogue: Catalogue | None = None
         self._pool = pool
-        objects = ObjectStore(settings.storage_url)
+        objects, database = ObjectStore(settings.storage_url), Database(settings.database_url)
+        judge = partial(judge_artefact, database, objects)
         self._tools = Tools(
             settings=settings,
-            database=Database(settings.database_url),
+            database=database,
             objects=objects,
-            cache=ArtefactCache(objects, scratch / "cache", settings.cache_bytes),
+            cache=ArtefactCache(objects, scratch / "cache", settings.cache_bytes, judge),
             pool=pool,
             reporter=Reporter(settings.redis_url),
             scratch=scratch,
