@@ -28,6 +28,13 @@ RANGE_HEADER: dict[str, Any] = {
     ]
 }
 
+REDIRECT: dict[int | str, dict[str, Any]] = {
+    307: {
+        "description": "With `direct`, where the store can sign addresses: the bytes are at `Location`, for a while, "
+        "to be fetched with the same `Range` and without the API key"
+    }
+}
+
 JobIdPath = Annotated[str, Path(description="The job's id", examples=[examples.JOB_ID])]
 
 _TAGS = [

@@ -11,13 +11,12 @@ from curvature_protocol.errors import Problem
 from curvature_protocol.names import upload_key, upload_part_key
 from curvature_protocol.uploads import MOST_UPLOAD_PARTS, PartAddress, Upload, UploadPart, UploadRequest
 from curvature_service.artefacts.service import find_stored, mismatch, too_large
+from curvature_service.delivery import ADDRESS_SECONDS
 from curvature_service.errors import ApiError
 from curvature_service.resources import Resources
 from curvature_state import uploads
 from curvature_state.uploads import NewUpload, UploadRecord
 
-ADDRESS_SECONDS = 900
-"""How long an address of the store may be used."""
 _MIB = 2**20
 
 
