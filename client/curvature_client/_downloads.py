@@ -1,9 +1,15 @@
-"""Bytes of stored result files: by HTTP ranges, continued after a broken connection, or from a reply's own body."""
+"""Bytes of stored result files, by HTTP ranges, continued after a broken connection; or from a reply's own body.
+
+Where the object store can sign addresses, large files come from there and not through the server.
+"""
 
 from collections.abc import Callable
 from typing import Protocol
 
+import httpx
+
 from curvature_client._errors import APIConnectionError
+from curvature_client._store import StoreRefused, StoreUnreachable
 from curvature_client._transport import Transport
 
 WHOLE_FILE_BYTES = 2**20
@@ -11,11 +17,13 @@ WHOLE_FILE_BYTES = 2**20
 
 
 class StoredFile:
-    """One `{label}.safetensors` on the server."""
+    """One `{label}.safetensors` on the server, or at an address of the object store that the server gives out."""
 
     def __init__(self, transport: Transport, path: str, size_bytes: int) -> None:
         self._transport, self._path, self.size_bytes = transport, path, size_bytes
         self._whole: bytearray | None = None
+        self._address: str | None = None
+        """Where the store has it; good for a while."""
 
     def read(self, start: int, end: int) -> bytearray:
         """Its bytes from `start` to before `end`.
@@ -34,22 +42,61 @@ class StoredFile:
             return
         arrived = start
 
-        def attempt() -> None:
+        def take(response: httpx.Response) -> None:
             nonlocal arrived
-            headers = {"Range": f"bytes={arrived}-{end - 1}"}
-            with self._transport.stream("GET", self._path, headers=headers) as response:
-                if response.status_code != 206:
-                    raise APIConnectionError(
-                        f"{self._path} was answered whole where a range was asked for",
-                        code="invalid_reply",
-                        remedy="look for a proxy between client and server that drops Range",
-                    )
-                for part in response.iter_raw():
-                    sink(part)
-                    arrived += len(part)
+            for part in response.iter_raw():
+                sink(part)
+                arrived += len(part)
 
         while arrived < end:
-            self._transport.retrying(attempt)
+            self._transport.retrying(lambda: self._ask(arrived, end, take))
+
+    def _ask(self, start: int, end: int, take: Callable[[httpx.Response], None]) -> None:
+        """One request for what is still missing: to the store where the server sends us there, else to the server."""
+        wanted = {"Range": f"bytes={start}-{end - 1}"}
+        known = self._address is not None
+        if not known:
+            # A file that is read whole at once is not worth a second request.
+            elsewhere = self._transport.store.usable and self.size_bytes > WHOLE_FILE_BYTES
+            with self._transport.stream(
+                "GET",
+                self._path,
+                headers=wanted,
+                params={"direct": "true"} if elsewhere else {},
+                follow_redirects=False,
+            ) as response:
+                if response.status_code != 307:
+                    self._check_range(response)
+                    take(response)
+                    return
+                self._address = response.headers.get("location")
+        if self._address is not None:
+            self._ask_store(self._address, wanted, take, fresh=not known)
+
+    def _ask_store(
+        self, address: str, wanted: dict[str, str], take: Callable[[httpx.Response], None], *, fresh: bool
+    ) -> None:
+        """One request to the store; an address that is no longer good is forgotten, and the caller asks for another."""
+        store = self._transport.store
+        try:
+            with store.stream("GET", address, headers=wanted) as response:
+                if response.status_code != 206:
+                    raise StoreRefused("the object store does not know ranges")
+                take(response)
+        except StoreUnreachable:
+            self._address, store.usable = None, False
+        except StoreRefused:
+            self._address = None
+            if fresh:
+                store.usable = False
+
+    def _check_range(self, response: httpx.Response) -> None:
+        if response.status_code != 206:
+            raise APIConnectionError(
+                f"{self._path} was answered whole where a range was asked for",
+                code="invalid_reply",
+                remedy="look for a proxy between client and server that drops Range",
+            )
 
     def _fetch(self, start: int, end: int) -> bytearray:
         data = bytearray(end - start)

@@ -41,16 +41,19 @@ class Payload:
         assert self.path is not None
         return self.path.read_bytes()
 
-    def chunks(self) -> Iterator[bytes]:
-        """All of it in parts, anew for each attempt to send it."""
+    def chunks(self, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """All of it, or the bytes from `start` to before `end`, in parts, anew for each attempt to send it."""
+        end = self.size_bytes if end is None else end
         if self.data is not None:
-            for first in range(0, len(self.data), CHUNK_BYTES):
-                yield self.data[first : first + CHUNK_BYTES]
+            for first in range(start, end, CHUNK_BYTES):
+                yield self.data[first : min(first + CHUNK_BYTES, end)]
             return
         assert self.path is not None
         with self.path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
+            file.seek(start)
+            while start < end and (chunk := file.read(min(CHUNK_BYTES, end - start))):
                 yield chunk
+                start += len(chunk)
 
 
 def existing_file(path: Path, param: str) -> Path:

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
-from ipaddress import ip_address
+from threading import Event
 from typing import Any, TypeVar
 
 import httpx
@@ -24,6 +24,7 @@ from curvature_client._errors import (
     refusal,
     status_error,
 )
+from curvature_client._store import Store, is_loopback
 from curvature_protocol.errors import Problem
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -61,8 +62,8 @@ class Transport:
         self.timeout = httpx.Timeout(timeout) if not isinstance(timeout, httpx.Timeout) else timeout
         self.max_retries = max_retries
         self._owns_client = http_client is None
-        # A proxy from the environment never leads to this machine's own loopback.
-        self._client = http_client or httpx.Client(trust_env=not _is_loopback(self.base_url))
+        self._client = http_client or httpx.Client(trust_env=not is_loopback(self.base_url))
+        self.store = Store(self.timeout)
         api_key = api_key or os.environ.get("CURVATURE_API_KEY")
         self._headers = {"User-Agent": f"curvature-client/{_version()}"}
         if api_key:
@@ -70,6 +71,7 @@ class Transport:
 
     def close(self) -> None:
         """Close the connections, if they are our own."""
+        self.store.close()
         if self._owns_client:
             self._client.close()
 
@@ -90,7 +92,13 @@ class Transport:
         return httpx.Timeout(connect=usual.connect, read=read, write=usual.write, pool=usual.pool)
 
     def request(
-        self, method: str, path: str, *, body: Callable[[], Any] | None = None, **arguments: Any
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Callable[[], Any] | None = None,
+        patience: int = 1,
+        **arguments: Any,
     ) -> httpx.Response:
         """Send one request, again where that may help.
 
@@ -98,6 +106,7 @@ class Transport:
             method: the verb.
             path: below the server's address.
             body: makes the body for each attempt (a stream can be read only once).
+            patience: as in `retrying`.
             arguments: `params`, `json`, `content`, `headers`, `timeout` as in httpx.
 
         Raises:
@@ -111,7 +120,7 @@ class Transport:
                 response.read()
                 return response
 
-        return self.retrying(attempt)
+        return self.retrying(attempt, patience)
 
     @contextmanager
     def stream(
@@ -130,10 +139,14 @@ class Transport:
                 raise _error_of(response)
             yield response
 
-    def retrying(self, attempt: Callable[[], T]) -> T:
-        """Call until it succeeds, with growing, jittered pauses, `max_retries` times more."""
+    def retrying(self, attempt: Callable[[], T], patience: int = 1, stopped: Event | None = None) -> T:
+        """Call until it succeeds, with growing, jittered pauses, `max_retries` times more, or `patience` times that.
+
+        Pauses end early when `stopped` is set.
+        """
         return tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(self.max_retries + 1),
+            sleep=tenacity.sleep if stopped is None else tenacity.sleep_using_event(stopped),
+            stop=tenacity.stop_after_attempt(self.max_retries * patience + 1),
             wait=_pause,
             retry=tenacity.retry_if_exception(may_pass),
             reraise=True,
@@ -229,16 +242,6 @@ def _check_url(url: str) -> None:
             param="base_url",
             remedy="pass base_url=, or set CURVATURE_URL",
         )
-
-
-def _is_loopback(url: str) -> bool:
-    host = httpx.URL(url).host
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _version() -> str:

@@ -1,28 +1,37 @@
-"""Sending what the server lacks."""
+"""Sending what the server lacks: small payloads in one request, large ones part by part."""
 
 from collections.abc import Iterator
 from typing import Any
 
+from curvature_client._parted_uploads import PartedUpload
 from curvature_client._payloads import Payload
 from curvature_client._progress import ProgressBar
 from curvature_client._transport import Transport
 from curvature_protocol.artefacts import SINGULAR, Artefact, ArtefactKind
 
+IN_PARTS_BYTES = 32 * 2**20
+"""What is larger goes in parts, so that a broken connection costs no more than one of them."""
+
 
 def upload(transport: Transport, kind: ArtefactKind, payload: Payload, progress: bool | None) -> None:
     """Upload a payload under its hash, with a bar where somebody sees it."""
     with ProgressBar(progress) as bar:
+        if payload.size_bytes > IN_PARTS_BYTES and PartedUpload(transport, kind, payload, bar).run():
+            return
+        _upload_whole(transport, kind, payload, bar)
 
-        def body() -> Any:
-            bar.upload(f"the {SINGULAR[kind]}", payload.size_bytes)
-            return _counted(payload.chunks(), bar)
 
-        response = transport.request(
-            "PUT",
-            f"/v1/{kind}/{payload.sha256}",
-            body=body,
-            headers={"Content-Length": str(payload.size_bytes), "Content-Type": "application/octet-stream"},
-        )
+def _upload_whole(transport: Transport, kind: ArtefactKind, payload: Payload, bar: ProgressBar) -> None:
+    def body() -> Any:
+        bar.upload(f"the {SINGULAR[kind]}", payload.size_bytes)
+        return _counted(payload.chunks(), bar)
+
+    response = transport.request(
+        "PUT",
+        f"/v1/{kind}/{payload.sha256}",
+        body=body,
+        headers={"Content-Length": str(payload.size_bytes), "Content-Type": "application/octet-stream"},
+    )
     transport.parse(response, Artefact)
 
 

@@ -22,6 +22,7 @@ from curvature_protocol.requests import (
 )
 from curvature_protocol.results import Manifest, Provenance, ResultGroup, Source, StoredPart, TensorEntry
 from curvature_protocol.sweeps import Sweep, SweepPage, SweepRequest, SweepRows, SweepRowView, SweepStates
+from curvature_protocol.uploads import PartAddress, Upload, UploadPart, UploadRequest
 
 __all__ = [
     "FAMILIES",
@@ -49,6 +50,7 @@ __all__ = [
     "LossReference",
     "LossRequest",
     "Manifest",
+    "PartAddress",
     "Plan",
     "PlanJob",
     "Problem",
@@ -66,6 +68,9 @@ __all__ = [
     "SweepRows",
     "SweepStates",
     "TensorEntry",
+    "Upload",
+    "UploadPart",
+    "UploadRequest",
     "Webhook",
     "WorkerView",
     "family_of",

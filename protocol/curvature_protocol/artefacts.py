@@ -22,3 +22,7 @@ class Artefact(Reply):
     kind: ArtefactKind
     size_bytes: int = Field(ge=0)
     created_at: datetime
+    verified: bool = Field(
+        default=True,
+        description="false where the bytes went to the store itself: the first worker that fetches them hashes them",
+    )

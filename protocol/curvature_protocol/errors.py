@@ -67,7 +67,7 @@ FAMILIES: dict[str, ErrorFamily] = {
     "loss_not_found": _N,
     "result_not_found": _N,  # no such label in this job's result
     "sweep_not_found": _N,
-    "upload_not_found": _N,  # finished, given up, or never begun
+    "upload_not_found": _N,  # given up, or never begun
     "result_not_ready": _C,  # the job has not succeeded (yet)
     "job_finished": _C,  # too late to cancel
     "job_not_finished": _C,  # it is to be retried or deleted while it runs

@@ -11,6 +11,9 @@ name), and `targets`."""
 
 TARGETS = "targets"
 
+UPLOADS = "uploads"
+"""Object-store prefix of uploads on their way."""
+
 
 def bell_queue(*, gpu: bool = False, tag: str | None = None) -> str:
     """The Celery queue whose workers can do jobs with these requirements."""
@@ -32,6 +35,16 @@ def event_stream(job_id: str) -> str:
 def artefact_key(kind: str, sha256: str) -> str:
     """Object-store key of an upload."""
     return f"{kind}/{sha256}"
+
+
+def upload_key(upload_id: str) -> str:
+    """Object-store key of an upload whose bytes are not known to be right yet; its parts lie below it."""
+    return f"{UPLOADS}/{upload_id}"
+
+
+def upload_part_key(upload_id: str, number: int) -> str:
+    """Object-store key of one part of an upload that comes through the API."""
+    return f"{UPLOADS}/{upload_id}/{number}"
 
 
 def admitted_key(sha256: str, admission_version: str) -> str:

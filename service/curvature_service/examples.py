@@ -60,6 +60,36 @@ JOB_REQUESTS: dict[str, dict[str, Any]] = {
     },
 }
 
+UPLOAD_ID = "b1946ac92492d2347c6235b4d2611184"
+UPLOAD_REQUEST: dict[str, Any] = {
+    "large model": {
+        "summary": "A model of 100 MB",
+        "value": {"kind": "models", "sha256": MODEL_SHA256, "size_bytes": 104857600},
+    }
+}
+UPLOAD_PART: dict[str, Any] = {"number": 1, "size_bytes": 16777216, "sha256": BATCH_SHA256}
+UPLOAD: dict[str, Any] = {
+    "id": UPLOAD_ID,
+    "kind": "models",
+    "sha256": MODEL_SHA256,
+    "size_bytes": 104857600,
+    "part_bytes": 16777216,
+    "direct": False,
+    "parts": [UPLOAD_PART],
+    "assembling": False,
+    "expires_at": "2026-01-16T09:30:00Z",
+    "artefact": None,
+}
+FINISHED_UPLOAD: dict[str, Any] = {**UPLOAD, "parts": [], "artefact": {**ARTEFACT["models"], "size_bytes": 104857600}}
+KNOWN_UPLOAD: dict[str, Any] = {**FINISHED_UPLOAD, "id": None, "expires_at": None}
+ASSEMBLING_UPLOAD: dict[str, Any] = {**UPLOAD, "assembling": True}
+PART_ADDRESS: dict[str, Any] = {
+    "number": 1,
+    "url": f"https://bucket.s3.eu-central-1.amazonaws.com/curvature/uploads/{UPLOAD_ID}?partNumber=1&uploadId=…",
+    "headers": {"Content-Length": "16777216", "x-amz-checksum-sha256": "YDA64iuYhhvM47KPM+7BvnWKIXyGycBr4bB9uJ8ZFHU="},
+    "expires_at": "2026-01-15T09:45:00Z",
+}
+
 JOB: dict[str, Any] = {
     "id": JOB_ID,
     "kind": "analysis",
@@ -362,6 +392,18 @@ PROBLEMS: dict[str, dict[str, Any]] = {
             "the idempotency key 'k1' was used with another body",
             "Idempotency-Key",
             "use a new key for a new request",
+        ),
+        _problem(
+            "upload_not_found",
+            f"there is no upload '{UPLOAD_ID}' (any more)",
+            "upload_id",
+            "begin it again: POST /v1/uploads",
+        ),
+        _problem(
+            "upload_incomplete",
+            "2 of the 7 parts are missing: 3, 7",
+            "upload_id",
+            f"send them; GET /v1/uploads/{UPLOAD_ID} lists those that have arrived",
         ),
         _problem(
             "unknown_extension",

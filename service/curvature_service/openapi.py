@@ -9,6 +9,7 @@ from pydantic.json_schema import models_json_schema
 from curvature_protocol.errors import Problem, status_of
 from curvature_protocol.events import JobEvent
 from curvature_protocol.requests import JobRequest
+from curvature_protocol.uploads import UploadRequest
 from curvature_service import examples
 from curvature_service.errors import MEDIA_TYPE
 
@@ -27,6 +28,13 @@ RANGE_HEADER: dict[str, Any] = {
     ]
 }
 
+REDIRECT: dict[int | str, dict[str, Any]] = {
+    307: {
+        "description": "With `direct`, where the store can sign addresses: the bytes are at `Location`, for a while, "
+        "to be fetched with the same `Range` and without the API key"
+    }
+}
+
 JobIdPath = Annotated[str, Path(description="The job's id", examples=[examples.JOB_ID])]
 
 _TAGS = [
@@ -36,6 +44,7 @@ _TAGS = [
         "name": "losses",
         "description": "Uploaded loss functions: TorchScript of (outputs, targets), returning each sample's loss [N].",
     },
+    {"name": "uploads", "description": "Large uploads, part by part: they go on after a broken connection."},
     {"name": "jobs", "description": "Submit, watch, list and cancel."},
     {"name": "plans", "description": "What a job would do, what it costs and how much memory it takes."},
     {"name": "results", "description": "What a succeeded job computed."},
@@ -53,7 +62,12 @@ class DocumentedApp(FastAPI):
         if self.openapi_schema is None:
             document = super().openapi()
             document["tags"] = _TAGS
-            modes = [(JobRequest, "validation"), (Problem, "serialization"), (JobEvent, "serialization")]
+            modes = [
+                (JobRequest, "validation"),
+                (UploadRequest, "validation"),
+                (Problem, "serialization"),
+                (JobEvent, "serialization"),
+            ]
             _, found = models_json_schema(modes, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
             _admit_bare_names(found["$defs"][JobRequest.__name__]["properties"])
             document["components"]["schemas"] = {**found["$defs"], **document["components"]["schemas"]}

@@ -11,15 +11,15 @@ from fastapi.concurrency import run_in_threadpool
 from redis import RedisError
 
 from curvature_protocol.names import bell_queue
-from curvature_service.artefacts.service import UPLOADS
 from curvature_service.resources import Resources
 from curvature_state import broker, events
 from curvature_state.leftovers import remove_leftovers
 from curvature_state.reconciling import find_waiting, take_back_expired
+from curvature_state.uploads import KEPT_SECONDS, remove_stale_uploads
 
 logger = logging.getLogger("curvature.service")
 
-_ABANDONED_SECONDS = 24 * 3600
+_ABANDONED_SECONDS = float(KEPT_SECONDS)
 _SWEEP_EVERY = 300
 _LONG_SWEEP_EVERY = 20 * _SWEEP_EVERY
 """The results are many, and all are looked at."""
@@ -58,8 +58,10 @@ def reconcile_once(resources: Resources) -> None:
 
 
 def remove_abandoned_uploads(resources: Resources) -> None:
-    """Temporary keys of uploads that this or an earlier process did not live to finish."""
-    resources.objects.delete_older(UPLOADS, time.time() - _ABANDONED_SECONDS)
+    """Uploads that nobody goes on with, and what processes that did not live to finish one left in the store."""
+    removed = remove_stale_uploads(resources.database, resources.objects, time.time() - _ABANDONED_SECONDS)
+    if removed:
+        logger.info("%d uploads that nobody went on with were removed", removed)
 
 
 def remove_leftover_results(resources: Resources) -> None:

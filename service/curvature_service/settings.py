@@ -1,5 +1,7 @@
 """Settings of the API process."""
 
+from typing import Literal
+
 from pydantic import Field, field_validator
 
 from curvature_protocol.requests import signing_key
@@ -15,6 +17,12 @@ class ServiceSettings(StateSettings):
     require_key: bool = False
     """Whether requests need a key although none is set here; else those without one are the tenant `default`'s."""
     max_upload_bytes: int = 64 * 2**30
+    upload_part_bytes: int = Field(default=16 * 2**20, ge=5 * 2**20)
+    """Size of the parts of large uploads; S3 takes none below 5 MiB. Uploads of more than 10,000 have larger ones."""
+    direct_transfers: Literal["auto", "off"] = "auto"
+    """Whether clients may be sent to the store itself, where that can sign addresses (S3)."""
+    storage_public_endpoint: str | None = None
+    """The store's address as clients see it, if it is not the one that API and workers use."""
     inline_batch_bytes: int = 4 * 2**20
     inline_result_bytes: int = 2**20
     max_wait_seconds: float = 60.0

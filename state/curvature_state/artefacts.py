@@ -1,15 +1,21 @@
 """Records of uploads."""
 
+import logging
 from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
+from typing import Any, cast
 
-from sqlalchemy import select, tuple_, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import ColumnElement, CursorResult, and_, delete, exists, select, tuple_, update
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from curvature_protocol.artefacts import Artefact, ArtefactKind
+from curvature_protocol.names import artefact_key
 from curvature_state.database import Database
-from curvature_state.tables import ArtefactRow
+from curvature_state.objects import ObjectStore
+from curvature_state.tables import ArtefactRow, UploadRow
+
+logger = logging.getLogger("curvature.state")
 
 Reference = tuple[ArtefactKind, str]
 """(kind, SHA-256)"""
@@ -72,12 +78,23 @@ def find_artefact(database: Database, kind: ArtefactKind, sha256: str) -> Artefa
 
 
 def record_artefact(database: Database, kind: ArtefactKind, sha256: str, size_bytes: int) -> Artefact:
-    """Record an upload whose bytes are stored; uploading the same bytes twice at once is no error."""
-    row = ArtefactRow(kind=kind, sha256=sha256, size_bytes=size_bytes, created_at=datetime.now(UTC))
+    """Record an upload whose bytes are stored and right; uploading the same bytes twice at once is no error.
+
+    It stays unverified while a direct upload of the same hash may yet put other bytes into its place.
+    """
+    row = ArtefactRow(
+        kind=kind, sha256=sha256, size_bytes=size_bytes, created_at=datetime.now(UTC), verified=True, pinned=False
+    )
     try:
         with database.write() as session:
             session.add(row)
     except IntegrityError:
+        with database.write() as session:
+            session.execute(
+                update(ArtefactRow)
+                .where(_is(kind, sha256), ArtefactRow.verified.is_(False), ~_is_being_replaced(kind, sha256))
+                .values(verified=True, size_bytes=size_bytes)
+            )
         found = find_artefact(database, kind, sha256)
         if found is not None:
             return found
@@ -85,7 +102,74 @@ def record_artefact(database: Database, kind: ArtefactKind, sha256: str, size_by
     return _view(row)
 
 
+def announce_artefact(database: Database, kind: ArtefactKind, sha256: str, size_bytes: int) -> bool:
+    """Record an upload whose bytes nobody has hashed, before they get their place; False if there is a record."""
+    row = ArtefactRow(
+        kind=kind, sha256=sha256, size_bytes=size_bytes, created_at=datetime.now(UTC), verified=False, pinned=False
+    )
+    try:
+        with database.write() as session:
+            session.add(row)
+    except IntegrityError:
+        return False
+    return True
+
+
+def confirm_artefact(database: Database, kind: ArtefactKind, sha256: str) -> None:
+    """The stored bytes were hashed and found right."""
+    with database.read() as session:
+        row = session.get(ArtefactRow, (kind, sha256))
+    if row is None or row.verified:
+        return
+    with database.write() as session:
+        session.execute(
+            update(ArtefactRow).where(_is(kind, sha256), ~_is_being_replaced(kind, sha256)).values(verified=True)
+        )
+
+
+def judge_artefact(database: Database, objects: ObjectStore, kind: ArtefactKind, sha256: str, right: bool) -> None:
+    """Take notice of what somebody found who hashed the stored bytes: wrong ones go, to be uploaded again.
+
+    Where the record cannot be written, the next one who hashes them says the same.
+    """
+    try:
+        if right:
+            confirm_artefact(database, kind, sha256)
+        elif (artefact := find_artefact(database, kind, sha256)) is not None and forget_artefact(database, artefact):
+            objects.delete(artefact_key(kind, sha256))
+    except SQLAlchemyError as error:
+        logger.warning("what was found of %s/%s could not be written down: %s", kind, sha256, error)
+
+
+def forget_artefact(database: Database, artefact: Artefact) -> bool:
+    """Remove a record whose bytes are lost or wrong, so that they can be uploaded again; False if it is another now."""
+    with database.write() as session:
+        same = ArtefactRow.created_at == artefact.created_at
+        done = session.execute(delete(ArtefactRow).where(_is(artefact.kind, artefact.sha256), same))
+        return cast("CursorResult[Any]", done).rowcount > 0
+
+
+def _is(kind: ArtefactKind, sha256: str) -> ColumnElement[bool]:
+    return and_(ArtefactRow.kind == kind, ArtefactRow.sha256 == sha256)
+
+
+def _is_being_replaced(kind: ArtefactKind, sha256: str) -> ColumnElement[bool]:
+    """Whether a direct upload is about to be given the artefact's place."""
+    return exists().where(
+        UploadRow.kind == kind,
+        UploadRow.sha256 == sha256,
+        UploadRow.store_id.is_not(None),
+        UploadRow.assembling_until.is_not(None),
+    )
+
+
 def _view(row: ArtefactRow) -> Artefact:
     return Artefact.model_validate(
-        {"sha256": row.sha256, "kind": row.kind, "size_bytes": row.size_bytes, "created_at": row.created_at}
+        {
+            "sha256": row.sha256,
+            "kind": row.kind,
+            "size_bytes": row.size_bytes,
+            "created_at": row.created_at,
+            "verified": row.verified,
+        }
     )

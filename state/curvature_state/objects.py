@@ -1,7 +1,8 @@
 """Bytes by key: a local folder, memory, or S3, through one small interface over obstore."""
 
 import os
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+import shutil
+from collections.abc import AsyncIterable, AsyncIterator, Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -9,17 +10,30 @@ from urllib.parse import unquote, urlsplit
 import obstore
 from obstore.store import LocalStore, MemoryStore, from_url
 
+from curvature_state.s3 import Bucket
+
 PART_BYTES = 8 * 2**20
 """Size of the parts in which objects are written and read; S3 takes none below 5 MiB."""
 SENT_BYTES = 2**20
 """Size of the parts that go out to clients: each is copied a few times on its way through the web server."""
+_MOST_PARTS = 10_000
+"""S3's limit on the parts of one object."""
 
 
 class ObjectStore:
-    """One store; keys are relative paths with forward slashes."""
+    """One store; keys are relative paths with forward slashes.
 
-    def __init__(self, url: str) -> None:
+    Args:
+        url: `file:///folder`, `memory:///` or `s3://bucket/prefix`.
+        public_endpoint: the store's address as clients see it, if it is another one than the store's own; S3 only.
+
+    Attributes:
+        bucket: what S3 alone can do; None for other stores.
+    """
+
+    def __init__(self, url: str, public_endpoint: str | None = None) -> None:
         parts = urlsplit(url)
+        self.bucket: Bucket | None = None
         self._folder: Path | None = None
         self._store: obstore.store.ObjectStore
         if parts.scheme == "file":
@@ -28,13 +42,17 @@ class ObjectStore:
             self._store = LocalStore(prefix=self._folder)
         elif parts.scheme == "memory":
             self._store = MemoryStore()
+        elif parts.scheme == "s3":
+            self.bucket = Bucket(url, public_endpoint)
+            self._store = self.bucket.open_store()
         else:
             self._store = from_url(url)
 
     def ping(self) -> None:
         """Raise if the store cannot be written or does not answer."""
         if self._folder is None:
-            self.head("ping")
+            # Not by asking for an object: a bucket that is not there answers the same as an object that is not.
+            obstore.list_with_delimiter(self._store, "ping")
         elif not (self._folder.is_dir() and os.access(self._folder, os.W_OK | os.X_OK)):
             raise RuntimeError(f"the folder {self._folder} is gone or cannot be written")
 
@@ -51,10 +69,16 @@ class ObjectStore:
                 size += len(chunk)
         return size
 
-    async def put_async_stream(self, key: str, chunks: AsyncIterable[bytes]) -> int:
-        """`put_stream` for an asynchronous source: nothing is stored if it raises."""
+    async def put_async_stream(self, key: str, chunks: AsyncIterable[bytes | memoryview], most_bytes: int = 0) -> int:
+        """`put_stream` for an asynchronous source: nothing is stored if it raises.
+
+        Args:
+            key: where to.
+            chunks: the bytes.
+            most_bytes: how many may come, where they may be more than 78 GiB.
+        """
         size = 0
-        async with obstore.open_writer_async(self._store, key, buffer_size=PART_BYTES) as writer:
+        async with obstore.open_writer_async(self._store, key, buffer_size=_part_bytes(most_bytes)) as writer:
             async for chunk in chunks:
                 await writer.write(chunk)
                 size += len(chunk)
@@ -78,7 +102,7 @@ class ObjectStore:
                 os.replace(path, target)  # noqa: PTH105 (rename across folders, atomic)
                 return size
         with path.open("rb") as file:
-            obstore.put(self._store, key, file)
+            obstore.put(self._store, key, file, chunk_size=_part_bytes(size))
         return size
 
     def put_bytes(self, key: str, data: bytes) -> None:
@@ -87,7 +111,11 @@ class ObjectStore:
 
     def move(self, source: str, target: str) -> None:
         """Give stored bytes their final key (a rename in a folder, copy and delete elsewhere)."""
-        obstore.rename(self._store, source, target)
+        if self.bucket is not None:
+            self.bucket.copy(source, target)
+            self.delete(source)
+        else:
+            obstore.rename(self._store, source, target)
 
     def get_bytes(self, key: str) -> bytes:
         """All bytes of a small object.
@@ -124,26 +152,41 @@ class ObjectStore:
         with suppress(FileNotFoundError):
             obstore.delete(self._store, key)
 
+    def delete_below(self, prefix: str) -> None:
+        """Remove all objects below a prefix, however many."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder / prefix, ignore_errors=True)
+            return
+        for page in obstore.list(self._store, prefix=prefix):
+            obstore.delete(self._store, [str(item["path"]) for item in page])
+
     def list(self, prefix: str) -> Iterator[tuple[str, float]]:
         """(key, age of last change as a POSIX time) below a prefix."""
         for page in obstore.list(self._store, prefix=prefix):
             for item in page:
                 yield str(item["path"]), item["last_modified"].timestamp()
 
-    def delete_older(self, prefix: str, before: float) -> None:
-        """Remove what lies below a prefix and was last changed before a POSIX time.
+    def delete_older(self, prefix: str, before: float, kept: Collection[str] = ()) -> None:
+        """Remove what lies below a prefix and was last changed before a POSIX time, but keys of `kept` and below them.
 
-        In a folder, that includes parts of uploads whose process was killed: the store does not list those.
+        That includes parts of uploads whose process was killed: the store does not list those.
         """
         for key, changed_at in list(self.list(prefix)):
-            if changed_at < before:
+            if changed_at < before and not any(key == name or key.startswith(f"{name}/") for name in kept):
                 self.delete(key)
-        self.delete_torn(prefix, before)
+        self.delete_torn(prefix, before, kept)
 
-    def delete_torn(self, prefix: str, before: float) -> None:
-        """Remove what a process killed while writing left in a folder, last changed before a POSIX time."""
+    def delete_torn(self, prefix: str, before: float, kept: Collection[str] = ()) -> None:
+        """Remove what a process killed while writing left below a prefix, last changed before a POSIX time."""
+        if self.bucket is not None:
+            self.bucket.abort_older(prefix, before, kept)
         if self._folder is not None:
             for path in (self._folder / prefix).rglob("*#*"):
                 with suppress(FileNotFoundError):
                     if path.stat().st_mtime < before:
                         path.unlink()
+
+
+def _part_bytes(size: int) -> int:
+    """The size of the parts in which so many bytes are written."""
+    return max(PART_BYTES, -(-size // _MOST_PARTS))

@@ -210,9 +210,10 @@ class SweepRow(Base):
 
 
 class UploadRow(Base):
-    """A large upload on its way, part by part."""
+    """A large upload on its way, part by part; a day longer than that if it succeeded."""
 
     __tablename__ = "uploads"
+    __table_args__ = (UniqueConstraint("tenant", "kind", "sha256"),)
 
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
     tenant: Mapped[str] = mapped_column(String(64))
@@ -224,10 +225,15 @@ class UploadRow(Base):
     """The store's own name of a multipart upload whose parts go to it directly."""
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     touched_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    assembling_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    """Whoever puts the parts together renews it."""
+    finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    failure: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    """The problem for which it came to nothing."""
 
 
 class UploadPartRow(Base):
-    """One part of an upload, stored and hashed."""
+    """One part of an upload through the API, stored and hashed."""
 
     __tablename__ = "upload_parts"
 
@@ -236,7 +242,6 @@ class UploadPartRow(Base):
     """From 1, as S3 counts."""
     sha256: Mapped[str] = mapped_column(String(64))
     size_bytes: Mapped[int] = mapped_column(BigInteger)
-    etag: Mapped[str | None] = mapped_column(String(255))
 
 
 class WebhookRow(Base):

@@ -2,7 +2,7 @@
 
 import pytest
 from tests.service.server import LiveServer, settings_in
-from tests.state.servers import PostgresServer, RedisServer
+from tests.state.servers import PostgresServer, RedisServer, S3Server
 
 from curvature_state import migrate
 
@@ -32,6 +32,25 @@ def postgres():
         yield server
     finally:
         server.close()
+
+
+@pytest.fixture(scope="session")
+def s3_process():
+    server = S3Server()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def s3_server(s3_process, monkeypatch):
+    """An S3 server with one empty bucket, and the environment that leads to it."""
+    s3_process.empty()
+    for name, value in s3_process.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_process
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ def test_an_upload_is_stored_under_its_hash(server):
         "kind": "models",
         "size_bytes": len(MODEL),
         "created_at": None,
+        "verified": True,
     }
     assert server.stored() == [f"models/{sha256(MODEL)}"]
 
@@ -174,6 +175,6 @@ def test_a_large_upload_reads_back_whole(client):
 
 def test_a_store_that_cannot_be_written_is_503(serve):
     server = serve()
-    (server.folder / "uploads").write_text("a file where a folder must be")
+    (server.folder / "models").write_text("a file where a folder must be")
     problem = expect_problem(server.client.put(f"/v1/models/{sha256(MODEL)}", content=MODEL), 503, "unavailable")
     assert problem["detail"] == "the server's object store does not answer"

@@ -48,6 +48,12 @@ def test_the_issues_endpoints_are_there():
     wanted = {
         *(f"{verb} /v1/{kind}/{{sha256}}" for verb in ("put", "head", "get") for kind in kinds),
         *(f"{verb} /v1/{kind}/{{sha256}}/content" for verb in ("head", "get") for kind in kinds),
+        "post /v1/uploads",
+        "get /v1/uploads/{upload_id}",
+        "delete /v1/uploads/{upload_id}",
+        "put /v1/uploads/{upload_id}/parts/{number}",
+        "post /v1/uploads/{upload_id}/parts/{number}",
+        "post /v1/uploads/{upload_id}/complete",
         "post /v1/plans",
         "get /v1/plans/{job_id}",
         "post /v1/jobs",

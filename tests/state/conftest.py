@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 from sqlalchemy import text
-from tests.state.servers import PostgresServer, RedisServer
+from tests.state.servers import PostgresServer, RedisServer, S3Server
 
 from curvature_state import Database, migrate
 from curvature_state.database import make_engine, newest_revision
@@ -81,3 +81,22 @@ def redis_connection(redis_server):
     connection.flushall()
     yield connection
     connection.close()
+
+
+@pytest.fixture(scope="session")
+def s3_process():
+    server = S3Server()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def s3_server(s3_process, monkeypatch):
+    """An S3 server with one empty bucket, and the environment that leads to it."""
+    s3_process.empty()
+    for name, value in s3_process.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_process

@@ -1,16 +1,20 @@
-"""Real servers for tests: a Redis-protocol one and PostgreSQL, on private Unix sockets in folders of short names."""
+"""Real servers for tests: a Redis-protocol one and PostgreSQL, on private Unix sockets in short folders; S3."""
 
 import os
 import pwd
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
+import threading
 import uuid
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
+import httpx
 import psycopg
 import redis
 from psycopg import sql
@@ -121,3 +125,67 @@ class PostgresServer:
             shutil.copytree(installed, copied, symlinks=True)
             return copied / "bin"
         return installed / "bin"
+
+
+class S3Server:
+    """An S3 server on loopback that keeps its objects in memory: moto's, which checks no signature and no checksum."""
+
+    BUCKET = "curvature"
+
+    def __init__(self) -> None:
+        self.endpoint = ""
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, Path(__file__).with_name("s3_stand_in.py"), "-H", "127.0.0.1", "-p", "0"]
+        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        log = self._process.stderr
+        assert log is not None
+        for line in log:
+            if found := re.search(r"Running on (http://127\.0\.0\.1:\d+)", line):
+                self.endpoint = found[1]
+                break
+        else:
+            raise RuntimeError("the S3 server did not start")
+        threading.Thread(target=log.read, daemon=True).start()  # it logs every request
+        self.empty()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables by which it is found."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "secret of the test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def url(self, prefix: str = "some/prefix") -> str:
+        return f"s3://{self.BUCKET}/{prefix}"
+
+    def empty(self) -> None:
+        """Forget all objects; the bucket is there."""
+        httpx.post(f"{self.endpoint}/moto-api/reset", trust_env=False).raise_for_status()
+        httpx.put(f"{self.endpoint}/{self.BUCKET}", headers=_SIGNED, trust_env=False).raise_for_status()
+
+    def objects(self) -> list[str]:
+        """Keys of all objects of the bucket."""
+        listed = httpx.get(f"{self.endpoint}/{self.BUCKET}?list-type=2", headers=_SIGNED, trust_env=False)
+        return re.findall("<Key>(.*?)</Key>", listed.text)
+
+    def unfinished(self) -> list[str]:
+        """Keys of all multipart uploads under way."""
+        listed = httpx.get(f"{self.endpoint}/{self.BUCKET}?uploads", headers=_SIGNED, trust_env=False)
+        return re.findall("<Key>(.*?)</Key>", listed.text)
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+            if self._process.stderr is not None:
+                self._process.stderr.close()
+            self._process = None
+
+
+_SIGNED = {"Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request"}
+"""What moto's server looks at in a request, to tell services apart; it checks no signature."""

@@ -49,8 +49,30 @@ def test_damaged_bytes_are_refused_and_not_kept(cache, store, tmp_path):
     store.put_bytes(artefact_key("models", SHA), b"other")
     with pytest.raises(JobRefused) as caught:
         cache.fetch_upload("models", SHA, go_on)
-    assert caught.value.code == "hash_mismatch"
+    assert (caught.value.code, caught.value.param) == ("hash_mismatch", "model")
+    assert hashlib.sha256(b"other").hexdigest() in caught.value.detail
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_what_hashing_found_is_passed_on(store, tmp_path):
+    store.put_bytes(artefact_key("batches", SHA), b"other")
+    said = []
+    cache = ArtefactCache(store, tmp_path / "cache", 20_000, lambda *verdict: said.append(verdict))
+    cache.fetch_upload("models", SHA, go_on)
+    cache.fetch_upload("models", SHA, go_on)  # from the disk: nothing new
+    with pytest.raises(JobRefused):
+        cache.fetch_upload("batches", SHA, go_on)
+    assert said == [("models", SHA, True), ("batches", SHA, False)]
+
+
+def test_bytes_that_are_replaced_while_they_are_read_are_read_again(store, tmp_path):
+    key = artefact_key("models", SHA)
+    store.put_bytes(key, b"other")
+    said = []
+    cache = ArtefactCache(store, tmp_path / "cache", 20_000, lambda *verdict: said.append(verdict))
+    path = cache.fetch_upload("models", SHA, lambda: store.put_bytes(key, DATA))
+    assert path.read_bytes() == DATA
+    assert said == [("models", SHA, True)]
 
 
 @pytest.mark.parametrize(("kind", "code"), [("models", "model_not_found"), ("batches", "batch_not_found")])

@@ -19,6 +19,8 @@ _READ_BYTES = 2**20
 
 Check = Callable[[], None]
 """Called between pieces of a long transfer; raises what is to end it."""
+Verdict = Callable[[ArtefactKind, str, bool], None]
+"""Told of an upload that came over the network whether its bytes are those of its hash."""
 
 
 class ArtefactCache:
@@ -27,8 +29,8 @@ class ArtefactCache:
     A store that is a folder on this machine is read in place.
     """
 
-    def __init__(self, objects: ObjectStore, folder: Path, limit_bytes: int) -> None:
-        self._objects, self._folder, self._limit = objects, folder, limit_bytes
+    def __init__(self, objects: ObjectStore, folder: Path, limit_bytes: int, verdict: Verdict | None = None) -> None:
+        self._objects, self._folder, self._limit, self._verdict = objects, folder, limit_bytes, verdict
         folder.mkdir(parents=True, exist_ok=True)
 
     def fetch_upload(self, kind: ArtefactKind, sha256: str, check: Check) -> Path:
@@ -38,7 +40,7 @@ class ArtefactCache:
             JobRefused: if it is gone, damaged, or the store does not answer.
         """
         what = SINGULAR[kind]
-        path = self._fetch(artefact_key(kind, sha256), sha256, check)
+        path = self._fetch(artefact_key(kind, sha256), (kind, sha256), check)
         if path is None:
             raise JobRefused(
                 f"{what}_not_found", f"the {what} {sha256} is no longer stored", param=what, remedy="upload it again"
@@ -53,7 +55,7 @@ class ArtefactCache:
         """
         return self._fetch(key, None, check)
 
-    def _fetch(self, key: str, sha256: str | None, check: Check) -> Path | None:
+    def _fetch(self, key: str, upload: tuple[ArtefactKind, str] | None, check: Check) -> Path | None:
         local = self._objects.local_path(key)
         if local is not None:
             return local if local.is_file() else None
@@ -64,8 +66,10 @@ class ArtefactCache:
         part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         try:
             found = self._download(key, part, check)
-            if sha256 is not None and found != sha256:
-                raise JobRefused("hash_mismatch", f"the stored {key} is damaged", remedy="upload it again")
+            if upload is not None:
+                if found != upload[1]:  # once more: they may have been replaced by the right ones in the middle
+                    found = self._download(key, part, check)
+                self._judge(*upload, found)
             part.replace(path)
         except FileNotFoundError:
             return None
@@ -75,6 +79,23 @@ class ArtefactCache:
             part.unlink(missing_ok=True)
         self._shrink(path)
         return path
+
+    def _judge(self, kind: ArtefactKind, sha256: str, found: str) -> None:
+        """Pass on whether the bytes are right.
+
+        Raises:
+            JobRefused: they are not.
+        """
+        if self._verdict is not None:
+            self._verdict(kind, sha256, found == sha256)
+        if found != sha256:
+            what = SINGULAR[kind]
+            raise JobRefused(
+                "hash_mismatch",
+                f"the {what} that was uploaded as {sha256} has the SHA-256 {found}; it was removed",
+                param=what,
+                remedy="submit the job again: the client uploads it anew",
+            )
 
     def _download(self, key: str, target: Path, check: Check) -> str:
         """Copy an object to a file; returns its SHA-256."""

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Event
 
@@ -12,6 +12,7 @@ from curvature_protocol.catalogue import Catalogue
 from curvature_protocol.errors import Problem
 from curvature_protocol.jobs import JobStatus
 from curvature_state import Database, ObjectStore, holding
+from curvature_state.artefacts import judge_artefact
 from curvature_state.endings import Ending, confirm_cancel, fail
 from curvature_state.jobs import problem
 from curvature_state.turns import Claimant, ClaimedJob, claim_next, has_turn
@@ -52,11 +53,12 @@ class JobRunner:
         database = Database(settings.database_url)
         self._keeper = LeaseKeeper(database, settings)
         objects = ObjectStore(settings.storage_url)
+        judge = partial(judge_artefact, database, objects)
         self._tools = Tools(
             settings=settings,
             database=database,
             objects=objects,
-            cache=ArtefactCache(objects, scratch / "cache", settings.cache_bytes),
+            cache=ArtefactCache(objects, scratch / "cache", settings.cache_bytes, judge),
             pool=pool,
             reporter=Reporter(settings.redis_url),
             scratch=scratch,

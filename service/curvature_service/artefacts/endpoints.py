@@ -8,9 +8,9 @@ from curvature_protocol.names import artefact_key
 from curvature_service import examples
 from curvature_service.artefacts.paths import Sha256Path
 from curvature_service.artefacts.service import get_artefact, store_upload, too_large
+from curvature_service.delivery import Direct, deliver_object
 from curvature_service.models.endpoints import add_inspected_model
-from curvature_service.openapi import BYTES, RANGE_HEADER, answer, problems
-from curvature_service.ranges import stream_object
+from curvature_service.openapi import BYTES, RANGE_HEADER, REDIRECT, answer, problems
 from curvature_service.resources import ResourcesDependency
 
 _WHAT: dict[ArtefactKind, str] = {
@@ -92,10 +92,14 @@ def _add_content(router: APIRouter, kind: ArtefactKind) -> None:
         responses={
             200: {"description": "All bytes", "content": BYTES},
             206: {"description": "The range asked for", "content": BYTES},
+            **REDIRECT,
             **problems(absent, "range_not_satisfiable"),
         },
         openapi_extra=RANGE_HEADER,
     )
-    async def content(sha256: Sha256Path, request: Request, resources: ResourcesDependency) -> Response:
+    async def content(
+        sha256: Sha256Path, request: Request, resources: ResourcesDependency, direct: Direct = False
+    ) -> Response:
         artefact = await run_in_threadpool(get_artefact, resources, kind, sha256)
-        return stream_object(request, resources.objects, artefact_key(kind, sha256), artefact.size_bytes, etag=sha256)
+        key = artefact_key(kind, sha256)
+        return await deliver_object(request, resources, key, artefact.size_bytes, etag=sha256, direct=direct)

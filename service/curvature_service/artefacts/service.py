@@ -1,7 +1,6 @@
-"""Uploads: streamed to the store under a temporary key, made visible only when the hash is right."""
+"""Uploads: streamed to the store, which keeps them only if the hash is right."""
 
 import hashlib
-import uuid
 from collections.abc import AsyncIterator
 
 from fastapi.concurrency import run_in_threadpool
@@ -12,8 +11,6 @@ from curvature_service.errors import ApiError
 from curvature_service.resources import Resources
 from curvature_state.artefacts import find_artefact, record_artefact
 
-UPLOADS = "uploads"
-
 
 async def store_upload(
     resources: Resources, kind: ArtefactKind, sha256: str, chunks: AsyncIterator[bytes]
@@ -23,20 +20,19 @@ async def store_upload(
     Raises:
         ApiError: `payload_too_large` as soon as the limit is passed, `hash_mismatch` at the end.
     """
-    if (known := await run_in_threadpool(find_stored, resources, kind, sha256)) is not None:
+    known = await run_in_threadpool(find_stored, resources, kind, sha256)
+    if known is not None and known.verified:
         return known, False
-    temporary = f"{UPLOADS}/{uuid.uuid4().hex}"
-    try:
-        size = await _store_hashed(resources, temporary, sha256, chunks)
-        if (twin := await run_in_threadpool(find_stored, resources, kind, sha256)) is not None:  # came whole meanwhile
-            return twin, False
-        await run_in_threadpool(resources.objects.move, temporary, artefact_key(kind, sha256))
-        return await run_in_threadpool(record_artefact, resources.database, kind, sha256, size), True
-    finally:
-        await run_in_threadpool(resources.objects.delete, temporary)
+    size = await store_hashed(resources, artefact_key(kind, sha256), sha256, chunks)
+    return await run_in_threadpool(record_artefact, resources.database, kind, sha256, size), known is None
 
 
-async def _store_hashed(resources: Resources, key: str, sha256: str, chunks: AsyncIterator[bytes]) -> int:
+async def store_hashed(resources: Resources, key: str, sha256: str, chunks: AsyncIterator[bytes]) -> int:
+    """Store what `chunks` yields if it is what the hash says, else nothing; returns its size.
+
+    Raises:
+        ApiError: `payload_too_large`, `hash_mismatch`.
+    """
     limit = resources.settings.max_upload_bytes
     digest = hashlib.sha256()
 
@@ -49,16 +45,21 @@ async def _store_hashed(resources: Resources, key: str, sha256: str, chunks: Asy
             digest.update(chunk)
             if chunk:
                 yield chunk
+        # Here, and not when all is written: a source that fails leaves nothing, so that no wrong bytes get the key.
+        if digest.hexdigest() != sha256:
+            raise mismatch(size, digest.hexdigest(), sha256)
 
-    size = await resources.objects.put_async_stream(key, hashed())
-    if digest.hexdigest() != sha256:
-        raise ApiError(
-            "hash_mismatch",
-            f"the {size} bytes that came have the SHA-256 {digest.hexdigest()}, not {sha256}",
-            param="sha256",
-            remedy="the upload was damaged or cut off: send it again",
-        )
-    return size
+    return await resources.objects.put_async_stream(key, hashed(), limit)
+
+
+def mismatch(size: int, found: str, sha256: str) -> ApiError:
+    """The refusal of bytes that are not those of their hash."""
+    return ApiError(
+        "hash_mismatch",
+        f"the {size} bytes that came have the SHA-256 {found}, not {sha256}",
+        param="sha256",
+        remedy="the upload was damaged or cut off: send it again",
+    )
 
 
 def too_large(limit: int) -> ApiError:
@@ -72,7 +73,8 @@ def too_large(limit: int) -> ApiError:
 
 def store_small(resources: Resources, kind: ArtefactKind, sha256: str, data: bytes) -> Artefact:
     """Store bytes that are in memory already, and of which `sha256` is the hash."""
-    if (known := find_stored(resources, kind, sha256)) is not None:
+    known = find_stored(resources, kind, sha256)
+    if known is not None and known.verified:
         return known
     resources.objects.put_bytes(artefact_key(kind, sha256), data)
     return record_artefact(resources.database, kind, sha256, len(data))

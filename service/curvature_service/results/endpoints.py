@@ -6,9 +6,9 @@ from fastapi.concurrency import run_in_threadpool
 from curvature_protocol.results import Manifest
 from curvature_service import examples
 from curvature_service.authentication import TenantDependency
+from curvature_service.delivery import Direct, deliver_object
 from curvature_service.jobs.service import find_job
-from curvature_service.openapi import BYTES, RANGE_HEADER, JobIdPath, answer, problems
-from curvature_service.ranges import stream_object
+from curvature_service.openapi import BYTES, RANGE_HEADER, REDIRECT, JobIdPath, answer, problems
 from curvature_service.resources import ResourcesDependency
 from curvature_service.results.service import find_file, read_manifest
 
@@ -44,14 +44,21 @@ async def get_result(job_id: JobIdPath, resources: ResourcesDependency, tenant: 
     responses={
         200: {"description": "The whole file", "content": BYTES},
         206: {"description": "The range asked for", "content": BYTES},
+        **REDIRECT,
         **problems("result_not_found", "result_not_ready", "range_not_satisfiable"),
     },
     openapi_extra=RANGE_HEADER,
 )
 async def get_file(
-    job_id: JobIdPath, label: str, request: Request, resources: ResourcesDependency, tenant: TenantDependency
+    job_id: JobIdPath,
+    label: str,
+    request: Request,
+    resources: ResourcesDependency,
+    tenant: TenantDependency,
+    direct: Direct = False,
 ) -> Response:
     """Stream the file, or a part of it."""
     job = await find_job(resources, tenant, job_id)
     key, size = await run_in_threadpool(find_file, resources, job, label)
-    return stream_object(request, resources.objects, key, size, etag=f"{job.id}-{job.attempt}-{label}")
+    etag = f"{job.id}-{job.attempt}-{label}"
+    return await deliver_object(request, resources, key, size, etag=etag, direct=direct)

@@ -119,6 +119,10 @@ def upgrade() -> None:
         sa.Column("store_id", sa.Text),
         sa.Column("created_at", MOMENT, nullable=False),
         sa.Column("touched_at", MOMENT, nullable=False),
+        sa.Column("assembling_until", MOMENT),
+        sa.Column("finished_at", MOMENT),
+        sa.Column("failure", sa.JSON),
+        sa.UniqueConstraint("tenant", "kind", "sha256"),
     )
     op.create_table(
         "upload_parts",
@@ -126,7 +130,6 @@ def upgrade() -> None:
         sa.Column("number", sa.Integer, primary_key=True),
         sa.Column("sha256", sa.String(64), nullable=False),
         sa.Column("size_bytes", sa.BigInteger, nullable=False),
-        sa.Column("etag", sa.String(255)),
     )
     op.create_table(
         "webhooks",
