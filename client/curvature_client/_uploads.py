@@ -1,8 +1,9 @@
 """Sending what the server lacks: small payloads in one request, large ones part by part."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from curvature_client._errors import NotFoundError
 from curvature_client._parted_uploads import PartedUpload
 from curvature_client._payloads import Payload
 from curvature_client._progress import ProgressBar
@@ -16,15 +17,38 @@ IN_PARTS_BYTES = 32 * 2**20
 def upload(transport: Transport, kind: ArtefactKind, payload: Payload, progress: bool | None) -> None:
     """Upload a payload under its hash, with a bar where somebody sees it."""
     with ProgressBar(progress) as bar:
-        if payload.size_bytes > IN_PARTS_BYTES and PartedUpload(transport, kind, payload, bar).run():
-            return
-        _upload_whole(transport, kind, payload, bar)
+        send(
+            transport,
+            kind,
+            payload,
+            begin=lambda: bar.upload(f"the {SINGULAR[kind]}", payload.size_bytes),
+            sent=bar.uploaded,
+        )
 
 
-def _upload_whole(transport: Transport, kind: ArtefactKind, payload: Payload, bar: ProgressBar) -> None:
+def send(
+    transport: Transport,
+    kind: ArtefactKind,
+    payload: Payload,
+    *,
+    begin: Callable[[], object],
+    sent: Callable[[int], object],
+) -> None:
+    """Upload a payload under its hash.
+
+    Args:
+        transport: the server.
+        kind: what the payload is.
+        payload: its bytes.
+        begin: called before every attempt.
+        sent: told of bytes that went out; what either raises ends the upload.
+    """
+    if payload.size_bytes > IN_PARTS_BYTES and PartedUpload(transport, kind, payload, begin, sent).run():
+        return
+
     def body() -> Any:
-        bar.upload(f"the {SINGULAR[kind]}", payload.size_bytes)
-        return _counted(payload.chunks(), bar)
+        begin()
+        return _counted(payload.chunks(), sent)
 
     response = transport.request(
         "PUT",
@@ -35,7 +59,16 @@ def _upload_whole(transport: Transport, kind: ArtefactKind, payload: Payload, ba
     transport.parse(response, Artefact)
 
 
-def _counted(chunks: Iterator[bytes], bar: ProgressBar) -> Iterator[bytes]:
+def is_stored(transport: Transport, kind: ArtefactKind, sha256: str) -> bool:
+    """Whether the server has it already."""
+    try:
+        transport.request("HEAD", f"/v1/{kind}/{sha256}")
+    except NotFoundError:
+        return False
+    return True
+
+
+def _counted(chunks: Iterator[bytes], sent: Callable[[int], object]) -> Iterator[bytes]:
     for chunk in chunks:
         yield chunk
-        bar.uploaded(len(chunk))
+        sent(len(chunk))
