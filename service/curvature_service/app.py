@@ -27,6 +27,7 @@ from curvature_service.reconciler import run_reconciler
 from curvature_service.resources import Resources
 from curvature_service.results.endpoints import router as results_router
 from curvature_service.settings import ServiceSettings
+from curvature_service.sweeps.endpoints import router as sweeps_router
 
 _DESCRIPTION = (
     "Individual gradients, GGN diagonals and Kronecker factors of any TorchScript model. Upload a model and a batch, "
@@ -71,6 +72,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         events_router,
         results_router,
         jobs_router,
+        sweeps_router,
         plans_router,
         extensions_router,
     ):
