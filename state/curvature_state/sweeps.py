@@ -138,7 +138,7 @@ def read_states(database: Database, sweep_id: str, total: int) -> str:
     query = select(JobRow.sweep_row, JobRow.status).where(JobRow.sweep_id == sweep_id)
     letters = [NO_JOB] * total
     with database.read() as session:
-        for place, status in session.execute(query).tuples():
+        for place, status in session.execute(query):
             assert place is not None
             letters[place] = LETTERS[JobStatus(status)]
     return "".join(letters)
@@ -194,7 +194,7 @@ def count_queued(database: Database, sweep_id: str) -> dict[tuple[bool, str | No
     found: dict[tuple[bool, str | None], tuple[str, int]] = {}
     with database.read() as session:
         for which in (JobRow.sweep_id == sweep_id, JobRow.parent_id.in_(over_data_sets)):
-            for job_id, count, gpu, tag in session.execute(kinds.where(which)).tuples():
+            for job_id, count, gpu, tag in session.execute(kinds.where(which)):
                 first, more = found.get((gpu, tag), (job_id, 0))
                 found[gpu, tag] = first, more + count
     return found
