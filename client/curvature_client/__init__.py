@@ -57,6 +57,7 @@ from curvature_client._inspections import Inspection
 from curvature_client._jobs import Job
 from curvature_client._plans import Plan
 from curvature_client._results import KroneckerFactors, Result, ResultGroup
+from curvature_client._sweeps import Sweep, SweepRow
 
 __all__ = [
     "KFAC",
@@ -104,6 +105,8 @@ __all__ = [
     "SqrtGGNExact",
     "SqrtGGNMC",
     "SumGradSquared",
+    "Sweep",
+    "SweepRow",
     "UnprocessableError",
     "Variance",
     "WaitTimeout",

@@ -1,7 +1,7 @@
 """The client: hands a model and a batch to a server, and gives back jobs and results."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +14,8 @@ from curvature_client._plans import Plan
 from curvature_client._progress import has_audience
 from curvature_client._results import Result
 from curvature_client._submission import AnalysisRequest, Submission
+from curvature_client._sweep_submission import SweepArguments, submit_sweep
+from curvature_client._sweeps import Sweep, Sweeps
 from curvature_client._transport import DEFAULT_TIMEOUT, Transport
 from curvature_protocol.catalogue import Catalogue
 from curvature_protocol.health import Health
@@ -51,6 +53,7 @@ class Client:
         self._transport = Transport(base_url, api_key, timeout, max_retries, http_client)
         self._progress = progress
         self.jobs = Jobs(self._transport, progress)
+        self.sweeps = Sweeps(self._transport, progress)
 
     @property
     def base_url(self) -> str:
@@ -195,6 +198,42 @@ class Client:
         )
         with Submission(self._transport, request, self._progress) as submission:
             return submission.send(0.0)
+
+    def sweep(
+        self,
+        *,
+        grid: Mapping[str, Any] | None = None,
+        rows: Iterable[Mapping[str, Any]] | None = None,
+        metadata: Mapping[str, str] | None = None,
+        webhook: str | Mapping[str, Any] | None = None,
+        format: str = "auto",
+        **base: Any,
+    ) -> Sweep:
+        """Submit many jobs at once and return the sweep: all are accepted, or none.
+
+        client.sweep(grid={"model": [a, b], "seed": range(10)}, batch=batch, extensions=["diag_ggn_mc"])
+        client.sweep(rows=[{"model": a, "batch": first}, {"model": b, "batch": second}], extensions=["variance"])
+
+        Each model is converted once, so that it takes every batch it is combined with, and each file uploaded once.
+
+        Args:
+            grid: argument of `submit` → its values, every combination of which is a row, the last axis fastest. Values
+                are a list, or a dictionary of names and values; names are the rows' coordinates. A value without a name
+                is known by itself (numbers, words), by its file's name, or by its place.
+            rows: one dictionary of arguments of `submit` per row, in place of a grid; "coordinates" in it, a
+                dictionary, is what the row is known by.
+            metadata: notes of your own, kept with the sweep.
+            webhook: where the server tells that every job is over: an address, or {"url": …, "secret": …}.
+            format: as in `analyze`.
+            base: arguments of `submit` that all rows share: `model`, `batch`, `extensions`, `loss`, `seed`, ….
+
+        Raises:
+            UnprocessableError: a value does not fit; `param` is its place, e.g. "grid.loss.2" or "rows.17.batch".
+            APIStatusError: the server refused the sweep, as the class of its family.
+            ModelConversionError: a module could be neither exported nor scripted nor traced.
+        """
+        arguments = SweepArguments(grid, rows, base, metadata, webhook, format)
+        return Sweep(self._transport, submit_sweep(self._transport, arguments, self._progress), progress=self._progress)
 
     def plan(
         self,

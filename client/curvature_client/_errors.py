@@ -104,7 +104,7 @@ class PermissionDeniedError(APIStatusError):
 
 
 class NotFoundError(APIStatusError):
-    """There is no such job, model, batch or result (404)."""
+    """There is no such job, sweep, model, batch or result (404)."""
 
     status_code = 404
 
@@ -169,9 +169,10 @@ class ModelConversionError(CurvatureError):
 
 
 class WaitTimeout(CurvatureError, TimeoutError):
-    """The job was not finished in time; it goes on."""
+    """The job, or the sweep, was not finished in time; it goes on."""
 
     job_id: str | None = None
+    sweep_id: str | None = None
 
 
 FAMILY_CLASSES: dict[ErrorFamily, type[APIStatusError]] = {

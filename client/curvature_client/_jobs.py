@@ -252,7 +252,7 @@ class Job:
                 after = self._await_news(min(left, POLL_SECONDS), after, bar)
                 heard_at, failures = time.monotonic(), 0
             except CurvatureError as error:
-                if not _may_be_waited_out(error):
+                if not may_be_waited_out(error):
                     raise
                 failures += 1
                 silent = time.monotonic() - heard_at
@@ -305,7 +305,7 @@ class Job:
         return error
 
 
-def _may_be_waited_out(error: CurvatureError) -> bool:
+def may_be_waited_out(error: CurvatureError) -> bool:
     """Whether the server, or what stands before it, may answer later: everything but a refusal of the request."""
     failed = isinstance(error, APIStatusError) and error.status_code >= 500
     return failed or may_pass(error) or isinstance(error, APIConnectionError)

@@ -53,6 +53,16 @@ class ProgressBar:
             now = self._bar.n if self._bar.n == self._bar.total else self._bar.n + 1
             self._bar.set_description_str(f"uploading part {now}")
 
+    def rows(self, total: int, over: int, failed: int) -> None:
+        """How many of a sweep's rows are over, and how many of these failed."""
+        if self._bar is None:
+            self._begin("sweep", total, unit="job")
+        if self._bar is not None:
+            self._bar.n = over
+            if failed:
+                self._bar.set_postfix_str(f"{failed} failed", refresh=False)
+            self._bar.refresh()
+
     def job(self, event: JobEvent) -> None:
         """A job's state or progress."""
         if event.status in FINAL:

@@ -68,14 +68,14 @@ class AnalysisRequest:
             "loss": loss if function is None else function.request(),
             "reduction": reduction,
             "seed": self.seed,
-            "parameters": _checked_parameters(self.parameters),
+            "parameters": checked_parameters(self.parameters),
             "eval": self.eval,
             "verify": self.verify,
             "priority": self.priority,
             "cache": self.cache,
             "requires": read_requirements(self.requires),
             "webhook": read_webhook(self.webhook),
-            "metadata": _checked_metadata(self.metadata),
+            "metadata": checked_metadata(self.metadata),
         }
 
 
@@ -117,8 +117,7 @@ class Submission:
         except BaseException:
             self._folder.cleanup()
             raise
-        notes = [note[:MOST_WARNING_CHARACTERS] for note in model.converted.notes[:MOST_WARNINGS]]
-        self._body = {**body, "model": model.converted.payload.sha256, "warnings": notes}
+        self._body = {**body, "model": model.converted.payload.sha256, "warnings": shortened(model.converted.notes)}
         # One key for all attempts: however often the request is repeated, there is one job.
         self._key = uuid.uuid4().hex
 
@@ -201,6 +200,11 @@ class _OneBatch:
         return True
 
 
+def shortened(notes: Sequence[str]) -> list[str]:
+    """As much of the notes as a request may bring."""
+    return [note[:MOST_WARNING_CHARACTERS] for note in notes[:MOST_WARNINGS]]
+
+
 def _further_batch(key: tuple[int, str], given: Any) -> Batch:
     """Another batch; what is wrong with it names its place among the options."""
     try:
@@ -211,7 +215,12 @@ def _further_batch(key: tuple[int, str], given: Any) -> Batch:
         raise
 
 
-def _checked_parameters(parameters: str | Sequence[str]) -> str | list[str]:
+def checked_parameters(parameters: str | Sequence[str]) -> str | list[str]:
+    """A keyword, or patterns of names as a list.
+
+    Raises:
+        UnprocessableError: something else was given.
+    """
     if isinstance(parameters, str):
         return parameters
     found = list(parameters) if isinstance(parameters, Iterable) else [parameters]
@@ -225,7 +234,12 @@ def _checked_parameters(parameters: str | Sequence[str]) -> str | list[str]:
     return found
 
 
-def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+def checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """Notes of the user's own.
+
+    Raises:
+        UnprocessableError: they are no strings.
+    """
     found = dict(metadata or {})
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, str):

@@ -11,6 +11,7 @@ from curvature_client._client import Client
 from curvature_client._errors import CurvatureError, WaitTimeout
 from curvature_client._jobs import Job
 from curvature_client._results import Result, checked_target
+from curvature_client._sweep_commands import Url, sweep, sweeps_app
 from curvature_client._tables import table
 from curvature_protocol.jobs import FINAL, JobStatus
 
@@ -23,6 +24,8 @@ app = typer.Typer(
 )
 jobs_app = typer.Typer(invoke_without_command=True, help="List jobs; show, cancel, retry or save one.")
 app.add_typer(jobs_app, name="jobs")
+app.command("sweep")(sweep)
+app.add_typer(sweeps_app, name="sweeps")
 
 _PARTS = {
     "serve": "Run the whole service on this machine: API, worker and broker.",
@@ -31,7 +34,6 @@ _PARTS = {
 }
 """Commands (or groups of commands) that other parts of the distribution bring, and what the help says of them."""
 
-Url = Annotated[str | None, typer.Option("--url", help="the server's address; else CURVATURE_URL")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="safetensors file to write")]
 
 
@@ -43,7 +45,8 @@ def main() -> None:
     except CurvatureError as error:
         typer.echo(f"curvature: {error}", err=True)
         if isinstance(error, WaitTimeout):
-            typer.echo(f"curvature: see `curvature jobs show {error.job_id}`", err=True)
+            what = f"jobs show {error.job_id}" if error.sweep_id is None else f"sweeps show {error.sweep_id}"
+            typer.echo(f"curvature: see `curvature {what}`", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("curvature: interrupted", err=True)

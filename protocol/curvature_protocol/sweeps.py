@@ -1,7 +1,7 @@
 """Sweeps: many jobs in one request, as a grid or as explicit rows."""
 
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -12,6 +12,19 @@ from curvature_protocol.requests import Webhook
 
 MOST_ROWS = 100_000
 
+LETTERS: dict[JobStatus, str] = {
+    JobStatus.WAITING: "w",
+    JobStatus.QUEUED: "q",
+    JobStatus.RUNNING: "r",
+    JobStatus.CANCELLING: "x",
+    JobStatus.SUCCEEDED: "s",
+    JobStatus.FAILED: "f",
+    JobStatus.CANCELLED: "c",
+}
+"""How `SweepStates` writes a row's state."""
+NO_JOB = "-"
+"""The same of a row whose job was deleted."""
+
 
 class SweepRequest(Message):
     """The body of `POST /v1/sweeps`.
@@ -21,10 +34,10 @@ class SweepRequest(Message):
     """
 
     base: dict[str, JsonValue] = Field(default_factory=dict, description="fields of a job request that rows share")
-    grid: dict[str, tuple["SweepValue", ...]] | None = Field(
-        default=None, description="field of a job request → its values"
+    grid: dict[str, Annotated[tuple["SweepValue", ...], Field(min_length=1)]] | None = Field(
+        default=None, min_length=1, description="field of a job request → its values"
     )
-    rows: tuple["SweepItem", ...] | None = Field(default=None, max_length=MOST_ROWS)
+    rows: tuple["SweepItem", ...] | None = Field(default=None, min_length=1, max_length=MOST_ROWS)
     metadata: dict[str, str] = Field(default_factory=dict, max_length=32)
     webhook: Webhook | None = Field(default=None, description="told once, when every job is over")
 
@@ -39,14 +52,23 @@ class SweepValue(Message):
     """One value on an axis."""
 
     value: JsonValue
-    name: JsonValue = Field(default=None, description="the coordinate; null: the value itself")
+    name: JsonValue = Field(
+        default=None,
+        description="the coordinate; null: the value itself, if that is text, a number or a boolean; of a reference "
+        "its `sha256`, of a loss its `name`, and else the value's place on the axis",
+    )
+    fields: dict[str, JsonValue] = Field(
+        default_factory=dict, description="further fields that come with this value, e.g. `warnings` with a model"
+    )
 
 
 class SweepItem(Message):
     """One explicit row."""
 
     fields: dict[str, JsonValue] = Field(description="fields of a job request")
-    coordinates: dict[str, JsonValue] = Field(default_factory=dict, description="what tells it from the others")
+    coordinates: dict[str, JsonValue] = Field(
+        default_factory=dict, description="what tells it from the others; none: its fields, as with unnamed values"
+    )
 
 
 class Sweep(Reply):
@@ -68,6 +90,13 @@ class SweepPage(Reply):
     next_cursor: str | None = None
 
 
+class RowResult(Reply):
+    """What of a succeeded row's manifest fits into a table."""
+
+    loss: float | None = Field(description="L; null when it is not finite")
+    timings_ms: dict[str, float] = Field(default_factory=dict)
+
+
 class SweepRowView(Reply):
     """One row: its job, and where that stands."""
 
@@ -76,6 +105,10 @@ class SweepRowView(Reply):
     coordinates: dict[str, Any]
     status: JobStatus
     error: Problem | None = None
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    result: RowResult | None = Field(default=None, description="only where asked for, and of a succeeded row")
 
 
 class SweepRows(Reply):
@@ -86,6 +119,9 @@ class SweepRows(Reply):
 
 
 class SweepStates(Reply):
-    """`GET /v1/sweeps/{id}/states`: a letter per row, in order: w, q, r, x (cancelling), s, f, c (cancelled)."""
+    """`GET /v1/sweeps/{id}/states`: where all rows stand, in few bytes."""
 
-    states: str
+    states: str = Field(
+        description="a letter per row, in order: w(aiting), q(ueued), r(unning), x (cancelling), s(ucceeded), "
+        "f(ailed), c(ancelled), - (deleted)"
+    )

@@ -27,6 +27,7 @@ from curvature_service.reconciler import run_reconciler
 from curvature_service.resources import Resources
 from curvature_service.results.endpoints import router as results_router
 from curvature_service.settings import ServiceSettings
+from curvature_service.sweeps.endpoints import router as sweeps_router
 from curvature_service.uploads.endpoints import router as uploads_router
 from curvature_service.webhooks.deliverer import run_deliverer
 
@@ -74,6 +75,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         events_router,
         results_router,
         jobs_router,
+        sweeps_router,
         plans_router,
         uploads_router,
         extensions_router,

@@ -89,16 +89,27 @@ async def _api_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    first = _most_telling(error.errors())
-    path = ".".join(_parts(first["loc"], error.body))
+    return _response(request, invalid_form(error.errors(), error.body))
+
+
+def invalid_form(errors: Sequence[Any], body: Any, origin: str | None = None) -> ApiError:
+    """The refusal of a body of the wrong form.
+
+    Args:
+        errors: pydantic's.
+        body: what it looked at.
+        origin: where the field at fault came from, if that is elsewhere than in the body.
+    """
+    first = _most_telling(errors)
+    parts = _parts(first["loc"], body)
+    path = ".".join(parts if origin is None else [origin, *parts[1:]])
     message = str(first["msg"]).removeprefix("Value error, ")
     came = first.get("input")
     secret = first["loc"][-1:] == ("secret",)
     unshown = came is None or first["type"] == "missing" or isinstance(came, dict | list | bytes) or secret
     shown = "" if unshown else f"; got {str(came)[:_SHOWN_CHARACTERS]!r}"
     detail = f"{path}: {message}{shown}" if path else message
-    remedy = "see /docs for the request's form"
-    return _response(request, ApiError("invalid_request", detail, param=path or None, remedy=remedy))
+    return ApiError("invalid_request", detail, param=path or None, remedy="see /docs for the request's form")
 
 
 def _most_telling(errors: Sequence[Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ MODEL_SHA256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
 BATCH_SHA256 = "60303ae22b998861bce3b28f33eec1be758a213c86c93c076dbe9f558c11c752"
 LOSS_SHA256 = "fcde2b2edba56bf408601fb721fe9b5c338d10ee429ea04fae5511b68fbf8fb9"
 JOB_ID = "3f2a9c0d5be84f6f9a3f2f4d1c7e8b90"
+SWEEP_ID = "b1946ac92492d2347c6235b4d2611184"
 
 ARTEFACT: dict[ArtefactKind, dict[str, Any]] = {
     "models": {
@@ -213,6 +214,64 @@ EVENT_STREAM = (
     '"attempt":1,"progress":{"phase":"computing","done":3,"total":10}}\n\n'
 )
 
+SWEEP_REQUESTS: dict[str, dict[str, Any]] = {
+    "grid": {
+        "summary": "Two losses and three seeds: six rows, the seed fastest",
+        "value": {
+            "base": {"model": MODEL_SHA256, "batch": {"sha256": BATCH_SHA256}, "extensions": ["diag_ggn_mc"]},
+            "grid": {
+                "loss": [{"value": "cross_entropy"}, {"value": {"sha256": LOSS_SHA256}, "name": "my loss"}],
+                "seed": [{"value": 0}, {"value": 1}, {"value": 2}],
+            },
+            "metadata": {"run": "baseline"},
+        },
+    },
+    "rows": {
+        "summary": "Two rows that differ in what they compute",
+        "value": {
+            "base": {"model": MODEL_SHA256, "batch": {"sha256": BATCH_SHA256}},
+            "rows": [
+                {"fields": {"extensions": ["variance"]}, "coordinates": {"what": "variance"}},
+                {"fields": {"extensions": ["kfac"], "priority": 9}, "coordinates": {"what": "factors"}},
+            ],
+        },
+    },
+}
+SWEEP: dict[str, Any] = {
+    "id": SWEEP_ID,
+    "created_at": "2026-01-15T09:30:01Z",
+    "total": 6,
+    "counts": {"queued": 2, "running": 1, "succeeded": 2, "failed": 1},
+    "done": False,
+    "axes": ["loss", "seed"],
+    "metadata": {"run": "baseline"},
+}
+SWEEP_PAGE: dict[str, Any] = {"items": [SWEEP], "next_cursor": None}
+SWEEP_ROWS: dict[str, Any] = {
+    "items": [
+        {
+            "row": 0,
+            "job_id": JOB_ID,
+            "coordinates": {"loss": "cross_entropy", "seed": 0},
+            "status": "succeeded",
+            "error": None,
+            "created_at": "2026-01-15T09:30:01Z",
+            "started_at": "2026-01-15T09:30:01.030000Z",
+            "finished_at": "2026-01-15T09:30:02.200000Z",
+            "result": {"loss": 0.3127, "timings_ms": {"queue": 30.0, "fetch": 2.1, "child": 1140.5, "store": 1.7}},
+        }
+    ],
+    "next_row": 1,
+}
+SWEEP_STATES: dict[str, Any] = {"states": "sfsrqq"}
+SWEEP_EVENT_STREAM = (
+    f'event: counts\ndata: {{"id":"{SWEEP_ID}","created_at":"2026-01-15T09:30:01Z","total":6,"counts":{{"queued":6}},'
+    '"done":false,"axes":["loss","seed"],"metadata":{}}\n\n'
+    "id: 1768469401031-0\nevent: state\n"
+    f'data: {{"event":"state","job_id":"{JOB_ID}","status":"running","at":"2026-01-15T09:30:01.031Z","attempt":1,'
+    f'"sweep":"{SWEEP_ID}"}}\n\n'
+)
+
 MANIFEST: dict[str, Any] = {
     "job_id": JOB_ID,
     "attempt": 1,
@@ -384,6 +443,7 @@ PROBLEMS: dict[str, dict[str, Any]] = {
         _problem("loss_not_found", f"no loss with the SHA-256 {LOSS_SHA256} is stored", "loss", _UPLOAD),
         _problem("range_not_satisfiable", "the range bytes=9- lies outside the object's 7 bytes", "Range"),
         _problem("job_not_found", f"there is no job {JOB_ID!r}", "job_id", "GET /v1/jobs lists the jobs"),
+        _problem("sweep_not_found", f"there is no sweep {SWEEP_ID!r}", "sweep_id", "GET /v1/sweeps lists the sweeps"),
         _problem("job_finished", f"job {JOB_ID} has succeeded already", "job_id"),
         _problem("result_not_ready", f"there is no result: job {JOB_ID} is running", "job_id", "wait for it"),
         _problem("result_not_found", f"job {JOB_ID} has no result labelled 'kfac'", "label", "its labels: variance"),

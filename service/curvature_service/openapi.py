@@ -9,6 +9,7 @@ from pydantic.json_schema import models_json_schema
 from curvature_protocol.errors import Problem, status_of
 from curvature_protocol.events import JobEvent
 from curvature_protocol.requests import JobRequest
+from curvature_protocol.sweeps import SweepRequest
 from curvature_protocol.uploads import UploadRequest
 from curvature_service import examples
 from curvature_service.errors import MEDIA_TYPE
@@ -36,6 +37,7 @@ REDIRECT: dict[int | str, dict[str, Any]] = {
 }
 
 JobIdPath = Annotated[str, Path(description="The job's id", examples=[examples.JOB_ID])]
+SweepIdPath = Annotated[str, Path(description="The sweep's id", examples=[examples.SWEEP_ID])]
 
 _TAGS = [
     {"name": "models", "description": "Uploaded model files, known by the SHA-256 of their bytes."},
@@ -46,6 +48,7 @@ _TAGS = [
     },
     {"name": "uploads", "description": "Large uploads, part by part: they go on after a broken connection."},
     {"name": "jobs", "description": "Submit, watch, list and cancel."},
+    {"name": "sweeps", "description": "Many jobs at once: as a grid, or row by row."},
     {"name": "plans", "description": "What a job would do, what it costs and how much memory it takes."},
     {"name": "results", "description": "What a succeeded job computed."},
     {"name": "extensions", "description": "What can be computed."},
@@ -63,10 +66,8 @@ class DocumentedApp(FastAPI):
             document = super().openapi()
             document["tags"] = _TAGS
             modes = [
-                (JobRequest, "validation"),
-                (UploadRequest, "validation"),
-                (Problem, "serialization"),
-                (JobEvent, "serialization"),
+                *((kind, "validation") for kind in (JobRequest, SweepRequest, UploadRequest)),
+                *((kind, "serialization") for kind in (Problem, JobEvent)),
             ]
             _, found = models_json_schema(modes, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
             _admit_bare_names(found["$defs"][JobRequest.__name__]["properties"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
-from sqlalchemy import Table, bindparam, func, select, update
+from sqlalchemy import ColumnElement, Table, bindparam, func, select, update
 from sqlalchemy.orm import Session
 
 from curvature_protocol.errors import Problem
@@ -24,6 +24,8 @@ MAX_ATTEMPTS = 5
 """After so many that failed for a passing reason, a job fails."""
 PASSING = frozenset({"worker_crashed", "unavailable"})
 """Errors that another attempt may not meet."""
+RETRIED = (JobStatus.FAILED, JobStatus.CANCELLED)
+"""States from which a job is taken up again when somebody asks for it."""
 _FIRST_PAUSE_SECONDS = 1.0
 
 
@@ -153,16 +155,19 @@ def request_cancel(database: Database, job_id: str) -> Ending | None:
     """Queued → cancelled, running → cancelling, and a data set's shards alike; otherwise nothing. None: no such job."""
     with database.write() as session:
         row, _ = _locked(session, job_id)
-        if row is None:
-            return None
-        others: tuple[Job, ...] = ()
-        if row.status in (JobStatus.QUEUED, JobStatus.WAITING):
-            others = _cancel_parts(session, row)
-            _end(session, row, JobStatus.CANCELLED)
-        elif row.status == JobStatus.RUNNING:
-            row.status = JobStatus.CANCELLING
-        session.flush()
-        return Ending(view(row), others)
+        return None if row is None else stop(session, row)
+
+
+def stop(session: Session, row: JobRow) -> Ending:
+    """`request_cancel` of a row that is locked."""
+    others: tuple[Job, ...] = ()
+    if row.status in (JobStatus.QUEUED, JobStatus.WAITING):
+        others = _cancel_parts(session, row)
+        _end(session, row, JobStatus.CANCELLED)
+    elif row.status == JobStatus.RUNNING:
+        row.status = JobStatus.CANCELLING
+    session.flush()
+    return Ending(view(row), others)
 
 
 def retry(database: Database, job_id: str) -> Ending | None:
@@ -177,20 +182,29 @@ def retry(database: Database, job_id: str) -> Ending | None:
         row, _ = _locked(session, job_id)
         if row is None:
             return None
-        if row.status not in (JobStatus.FAILED, JobStatus.CANCELLED):
+        if row.status not in RETRIED:
             return Ending(view(row))
-        shards = _parts_of(session, row, [JobStatus.FAILED, JobStatus.CANCELLED])
+        shards = parts_to_retry(session, row)
         enter_queue(session, row.tenant, len(shards) or 1)
-        for shard in shards:
-            _requeue(shard)
-        _requeue(row)
-        if row.parts is not None:
-            session.flush()
-            row.parts_left = _count_left(session, row)
-            row.status = JobStatus.WAITING if row.parts_left else JobStatus.QUEUED
+        return take_up(session, row, shards)
+
+
+def parts_to_retry(session: Session, row: JobRow) -> Sequence[JobRow]:
+    """The shards of a failed or cancelled job that are to be computed again, locked."""
+    return _parts_of(session, row, RETRIED)
+
+
+def take_up(session: Session, row: JobRow, shards: Sequence[JobRow]) -> Ending:
+    """`retry` of a row that is locked; `shards` are its `parts_to_retry`."""
+    for each in (*shards, row):
+        _requeue(each)
+    if row.parts is not None:
         session.flush()
-        rearm(session, [row.id])
-        return Ending(view(row), tuple(view(shard) for shard in shards))
+        row.parts_left = _count_left(session, row)
+        row.status = JobStatus.WAITING if row.parts_left else JobStatus.QUEUED
+    session.flush()
+    rearm(session, [row.id])
+    return Ending(view(row), tuple(view(shard) for shard in shards))
 
 
 def _locked(session: Session, job_id: str) -> tuple[JobRow | None, JobRow | None]:
@@ -254,6 +268,23 @@ def _requeue(row: JobRow) -> None:
     """Queue a job anew, as if it had not been tried."""
     row.status, row.handed_back = JobStatus.QUEUED, row.attempt
     row.error = row.finished_at = row.not_before = None
+
+
+def requeue_all(session: Session, *which: ColumnElement[bool]) -> None:
+    """The same of many jobs without shards."""
+    values: dict[str, Any] = {"status": JobStatus.QUEUED, "handed_back": JobRow.attempt}
+    cleared = dict.fromkeys(("error", "finished_at", "not_before"))
+    query = update(JobRow).where(*which).values(**values, **cleared)
+    session.execute(query.execution_options(synchronize_session=False))
+
+
+def stop_all(session: Session, *which: ColumnElement[bool]) -> None:
+    """`stop` of many jobs without shards."""
+    now = datetime.now(UTC)
+    running = update(JobRow).where(*which, JobRow.status == JobStatus.RUNNING).values(status=JobStatus.CANCELLING)
+    queued = update(JobRow).where(*which, JobRow.status == JobStatus.QUEUED)
+    for query in (running, queued.values(status=JobStatus.CANCELLED, finished_at=now)):
+        session.execute(query.execution_options(synchronize_session=False))
 
 
 def _count_down(parent: JobRow) -> tuple[Job, ...]:

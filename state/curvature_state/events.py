@@ -1,6 +1,6 @@
 """A job's events: a short Redis stream per job. Losing it loses no job, only the bar's movement."""
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -51,9 +51,9 @@ def publish_all(connection: "redis.Redis", jobs: Iterable[Job]) -> None:
 
 
 async def follow(
-    connection: "redis.asyncio.Redis", job_id: str, after: str, block_seconds: float
-) -> AsyncIterator[tuple[str, JobEvent]]:
-    """Events after stream id `after`, until a final state or `block_seconds` without any.
+    connection: "redis.asyncio.Redis", job_id: str, after: str, block_seconds: float, *, until_final: bool = True
+) -> AsyncGenerator[tuple[str, JobEvent], None]:
+    """Events after stream id `after`, until a final state (of a job) or `block_seconds` without any.
 
     Raises:
         redis.RedisError: if Redis does not answer.
@@ -67,8 +67,27 @@ async def follow(
             after = _text(entry_id)
             event = _event(fields)
             yield after, event
-            if event.status in FINAL:
+            if until_final and event.status in FINAL:
                 return
+
+
+async def newest(connection: "redis.asyncio.Redis", job_id: str) -> str:
+    """Stream id of the last event, "0" before the first.
+
+    Raises:
+        redis.RedisError: if Redis does not answer.
+    """
+    found: Any = await connection.xrevrange(event_stream(job_id), count=1)
+    return _text(found[0][0]) if found else "0"
+
+
+async def has_news(connection: "redis.asyncio.Redis", job_id: str, after: str, block_seconds: float) -> bool:
+    """Whether there is an event after stream id `after`, or comes within `block_seconds`.
+
+    Raises:
+        redis.RedisError: if Redis does not answer.
+    """
+    return bool(await connection.xread({event_stream(job_id): after}, count=1, block=max(1, int(block_seconds * 1000))))
 
 
 async def read_event(connection: "redis.asyncio.Redis", job_id: str, event_id: str) -> JobEvent | None:

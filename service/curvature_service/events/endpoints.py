@@ -19,6 +19,25 @@ router = APIRouter(prefix="/jobs/{job_id}/events", tags=["jobs"])
 
 _STREAM_ID = re.compile(r"[0-9]{1,18}(-[0-9]{1,18})?")
 
+LastEventId = Annotated[str | None, Header(description="`id` of the last event seen")]
+
+
+def checked_event_id(last_event_id: str | None) -> str:
+    """The stream id after which events are wanted.
+
+    Raises:
+        ApiError: `invalid_request`, for what is no id of an event.
+    """
+    after = last_event_id or "0"
+    if not _STREAM_ID.fullmatch(after):
+        raise ApiError(
+            "invalid_request",
+            f"Last-Event-ID {after[:50]!r} is none of ours",
+            param="Last-Event-ID",
+            remedy="pass the id of an event that came from here, or none",
+        )
+    return after
+
 
 @router.get(
     "",
@@ -35,18 +54,11 @@ async def job_events(
     job_id: JobIdPath,
     resources: ResourcesDependency,
     tenant: TenantDependency,
-    last_event_id: Annotated[str | None, Header(description="`id` of the last event seen")] = None,
+    last_event_id: LastEventId = None,
     wait: Annotated[float | None, Query(ge=0, description="seconds after which the stream ends in any case")] = None,
 ) -> EventSourceResponse:
     """Follow one job."""
-    after = last_event_id or "0"
-    if not _STREAM_ID.fullmatch(after):
-        raise ApiError(
-            "invalid_request",
-            f"Last-Event-ID {after[:50]!r} is none of ours",
-            param="Last-Event-ID",
-            remedy="pass the id of an event of this job, or none",
-        )
+    after = checked_event_id(last_event_id)
     await find_job(resources, tenant, job_id)
 
     async def stream() -> AsyncIterator[ServerSentEvent]:

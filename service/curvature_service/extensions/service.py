@@ -3,7 +3,7 @@
 import difflib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,27 +65,43 @@ def check_request(catalogue: Catalogue, request: JobRequest) -> None:
     """Check names and options.
 
     Raises:
-        ApiError: `unknown_extension`, `invalid_option`, `unknown_loss`.
+        ApiError: `unknown_extension`, `invalid_option`, `unknown_loss`, `whole_batch_required`.
     """
+    check_extensions(catalogue, request.extensions)
+    if isinstance(request.batch, DataSet):
+        check_merging(catalogue, request.extensions)
+    if isinstance(request.loss, LossRequest):  # what a function needs, only the engine can say
+        check_loss(catalogue, request.loss)
+
+
+def check_extensions(catalogue: Catalogue, extensions: Sequence[ExtensionRequest]) -> None:
+    """Check extensions' names and options."""
     entries = {entry.name: entry for entry in catalogue.extensions}
-    for place, extension in enumerate(request.extensions):
+    for place, extension in enumerate(extensions):
         entry = entries.get(extension.name)
         if entry is None:
             raise _unknown(extension.name, place, list(entries))
         _check_options(extension.name, extension.options, f"extensions.{place}.options", entry.options)
-        if isinstance(request.batch, DataSet):
-            _check_merges(entry, extension, f"extensions.{place}")
-    if not isinstance(request.loss, LossRequest):  # what a function needs, only the engine can say
-        return
-    losses = {loss.name: loss for loss in catalogue.losses}
-    if request.loss.name not in losses:
+
+
+def check_loss(catalogue: Catalogue, loss: LossRequest) -> None:
+    """Check a loss's name and options."""
+    losses = {entry.name: entry for entry in catalogue.losses}
+    if loss.name not in losses:
         raise ApiError(
             "unknown_loss",
-            f"there is no loss {request.loss.name!r}",
+            f"there is no loss {loss.name!r}",
             param="loss.name",
             remedy=f"known losses: {', '.join(losses)}",
         )
-    _check_options(request.loss.name, request.loss.options, "loss.options", losses[request.loss.name].options)
+    _check_options(loss.name, loss.options, "loss.options", losses[loss.name].options)
+
+
+def check_merging(catalogue: Catalogue, extensions: Sequence[ExtensionRequest]) -> None:
+    """Check that extensions, known ones, can be had of a data set."""
+    entries = {entry.name: entry for entry in catalogue.extensions}
+    for place, extension in enumerate(extensions):
+        _check_merges(entries[extension.name], extension, f"extensions.{place}")
 
 
 def _check_merges(entry: ExtensionEntry, extension: ExtensionRequest, where: str) -> None:

@@ -2,15 +2,14 @@
 
 import asyncio
 import base64
-import json
 import re
 import time
-from datetime import UTC, datetime
 
 from fastapi.concurrency import run_in_threadpool
 from redis import RedisError
 
 from curvature_protocol.jobs import FINAL, InlineResult, Job, JobKind, JobPage, JobStatus
+from curvature_service.cursors import cursor_after, read_cursor
 from curvature_service.errors import ApiError
 from curvature_service.jobs.submission import announce, full
 from curvature_service.resources import Resources
@@ -23,7 +22,6 @@ from curvature_state.tenants import QueueFull
 POLL_SECONDS = 1.0
 
 _JOB_ID = re.compile(r"[0-9a-f]{32}")
-_LONGEST_CURSOR = 200
 
 
 async def find_job(resources: Resources, tenant: str | None, job_id: str) -> Job:
@@ -140,30 +138,9 @@ async def page(
     resources: Resources, tenant: str, kind: JobKind, status: JobStatus | None, limit: int, cursor: str | None
 ) -> JobPage:
     """One page of a tenant's jobs of a kind, newest first."""
-    before = None if cursor is None else _read_cursor(cursor)
+    before = None if cursor is None else read_cursor(cursor)
     jobs = await run_in_threadpool(
         list_jobs, resources.database, tenant=tenant, kind=kind, status=status, limit=limit + 1, before=before
     )
     shown = jobs[:limit]
-    return JobPage(items=tuple(shown), next_cursor=_write_cursor(shown[-1]) if len(jobs) > limit else None)
-
-
-def _write_cursor(job: Job) -> str:
-    return base64.urlsafe_b64encode(json.dumps([job.created_at.isoformat(), job.id]).encode()).decode()
-
-
-def _read_cursor(cursor: str) -> tuple[datetime, str]:
-    try:
-        if len(cursor) > _LONGEST_CURSOR:
-            raise ValueError("too long")
-        moment, job_id = json.loads(base64.urlsafe_b64decode(cursor.encode()))
-        if not _JOB_ID.fullmatch(job_id):
-            raise ValueError("no job id")
-        return datetime.fromisoformat(moment).astimezone(UTC), job_id
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ApiError(
-            "invalid_request",
-            f"the cursor {cursor[:50]!r} was not made by this server",
-            param="cursor",
-            remedy="pass next_cursor of the previous page, or none",
-        ) from error
+    return JobPage(items=tuple(shown), next_cursor=cursor_after(shown, len(jobs)))

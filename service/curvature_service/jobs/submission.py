@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from curvature_protocol.artefacts import SINGULAR
@@ -12,6 +12,7 @@ from curvature_protocol.names import bell_queue
 from curvature_protocol.requests import (
     BatchReference,
     DataSet,
+    DataSetPart,
     ExtensionRequest,
     InlineBatch,
     JobRequest,
@@ -62,7 +63,7 @@ def submit(
             check_url(resources.settings, request.webhook.url)
         if inline is not None and isinstance(reference, BatchReference):
             store_small(resources, "batches", reference.sha256, inline)
-        for (artefact_kind, sha256), param in _references(stored):
+        for (artefact_kind, sha256), param in references_in(stored):
             get_artefact(resources, artefact_kind, sha256, param=param)
         if kind == JobKind.ANALYSIS:
             new = with_cached_result(resources, known, new)
@@ -102,19 +103,18 @@ def new_job(
         metadata=request.metadata,
         kind=kind,
         requires=request.requires,
-        artefacts=frozenset(reference for reference, _ in _references(request)),
+        artefacts=frozenset(reference for reference, _ in references_in(request)),
         webhook=request.webhook,
     )
-    return replace(job, parts=tuple(_shards(job, request))) if parts else job
+    return replace(job, parts=tuple(shards(job, parts))) if parts else job
 
 
-def _shards(job: NewJob, request: JobRequest) -> Iterator[NewJob]:
+def shards(job: NewJob, parts: Sequence[DataSetPart]) -> Iterator[NewJob]:
     """One job per part of a data set; each knows where its samples stand in the whole."""
-    assert isinstance(request.batch, DataSet)
     common = {**job.request, "metadata": {}, "warnings": [], "webhook": None}
     others = frozenset(r for r in job.artefacts if r[0] != "batches")
     first = 0
-    for place, part in enumerate(request.batch.parts):
+    for place, part in enumerate(parts):
         where = {"index": place, "first_sample": first, "samples": part.samples}
         yield NewJob(
             {**common, "batch": {"sha256": part.sha256}, "part": where},
@@ -170,7 +170,7 @@ def create(resources: Resources, new: NewJob, request: JobRequest) -> Created:
     try:
         return create_job(resources.database, new)
     except ArtefactMissing as error:
-        param = dict(_references(request)).get((error.kind, error.sha256))
+        param = dict(references_in(request)).get((error.kind, error.sha256))
         raise missing(error, param) from error
     except QueueFull as error:
         raise full(error) from error
@@ -229,7 +229,7 @@ def inline_too_large(limit: int, came: str) -> ApiError:
     )
 
 
-def _references(request: JobRequest) -> Iterator[tuple[Reference, str]]:
+def references_in(request: JobRequest) -> Iterator[tuple[Reference, str]]:
     """Every upload that a request refers to, and the field that names it."""
     yield ("models", request.model), "model"
     if isinstance(request.batch, BatchReference):
