@@ -8,7 +8,7 @@ kind of device, and the engine's version. Numbers' formats are those of model an
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sqlalchemy import bindparam, select
@@ -28,17 +28,26 @@ class Cached:
     label: str
 
 
-def find_digest(database: Database, sha256: str, engine_version: str) -> str | None:
-    """The canonical digest of a model file, if a worker has computed it."""
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model file as a version of the engine loads it, in eval mode or in the mode that it was saved in."""
+
+    sha256: str
+    eval: bool
+    engine_version: str
+
+
+def find_digest(database: Database, model: LoadedModel) -> str | None:
+    """The canonical digest of a model, if a worker has computed it."""
     with database.read() as session:
-        row = session.get(ModelDigestRow, (sha256, engine_version))
+        row = session.get(ModelDigestRow, (model.sha256, model.eval, model.engine_version))
         return None if row is None else row.digest
 
 
-def record_digest(database: Database, sha256: str, engine_version: str, digest: str) -> None:
-    """Note the canonical digest of a model file."""
+def record_digest(database: Database, model: LoadedModel, digest: str) -> None:
+    """Note the canonical digest of a model."""
     with database.write() as session:
-        insert_new(session, ModelDigestRow, [{"sha256": sha256, "engine_version": engine_version, "digest": digest}])
+        insert_new(session, ModelDigestRow, [{**asdict(model), "digest": digest}])
 
 
 def cache_keys(request: Mapping[str, Any], catalogue: Catalogue, digest: str, device: str) -> dict[str, str]:

@@ -174,6 +174,8 @@ class ModelDigestRow(Base):
     __tablename__ = "model_digests"
 
     sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    eval: Mapped[bool] = mapped_column(Boolean, primary_key=True)
+    """Whether it was loaded in eval mode: a file saved in training mode is another model otherwise."""
     engine_version: Mapped[str] = mapped_column(String(32), primary_key=True)
     digest: Mapped[str] = mapped_column(String(64))
 

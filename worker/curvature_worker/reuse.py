@@ -6,7 +6,7 @@ from pathlib import Path
 
 from curvature_protocol.jobs import JobKind
 from curvature_protocol.results import Manifest
-from curvature_state.cache import Cached, cache_keys, find_cached, find_digest, record_digest
+from curvature_state.cache import Cached, LoadedModel, cache_keys, find_cached, find_digest, record_digest
 from curvature_state.manifests import read_manifest
 from curvature_state.turns import ClaimedJob
 from curvature_worker.computing import compute
@@ -35,12 +35,14 @@ def look_up(tools: Tools, contact: Contact, job: ClaimedJob, model: Path | None)
     if job.kind not in (JobKind.ANALYSIS, JobKind.SHARD) or not request.get("cache", False) or request["verify"]:
         return Reuse()
     catalogue = tools.catalogue()
-    digest = find_digest(tools.database, request["model"], catalogue.engine_version)
+    loaded = LoadedModel(request["model"], request["eval"], catalogue.engine_version)
+    digest = tools.digests.get(loaded) or find_digest(tools.database, loaded)
     if digest is None:
         if model is None:
             return Reuse()
         digest = _compute_digest(tools, contact, job, model)
-        record_digest(tools.database, request["model"], catalogue.engine_version, digest)
+        record_digest(tools.database, loaded, digest)
+    tools.digests[loaded] = digest
     keys = cache_keys(request, catalogue, digest, tools.settings.device.partition(":")[0])
     cached = find_cached(tools.database, job.tenant, keys.values())
     manifests: dict[tuple[str, int], Manifest] = {}

@@ -1,12 +1,13 @@
 """What attempts work with."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 
 from curvature_protocol.catalogue import Catalogue
 from curvature_state import Database, ObjectStore
+from curvature_state.cache import LoadedModel
 from curvature_worker.cache import ArtefactCache
 from curvature_worker.pool import ChildPool
 from curvature_worker.reporter import Reporter
@@ -20,6 +21,7 @@ class Tools:
     Attributes:
         catalogue: what this worker can compute.
         has_larger: whether a worker that lives has more memory than this one.
+        digests: canonical digests of models seen before.
     """
 
     settings: WorkerSettings
@@ -32,3 +34,4 @@ class Tools:
     stopping: Event
     catalogue: Callable[[], Catalogue]
     has_larger: Callable[[int], bool]
+    digests: dict[LoadedModel, str] = field(default_factory=dict)

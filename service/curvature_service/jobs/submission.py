@@ -25,7 +25,7 @@ from curvature_service.resources import Resources
 from curvature_service.webhooks.urls import check_url
 from curvature_state import broker, events
 from curvature_state.artefacts import ArtefactMissing, Reference
-from curvature_state.cache import cache_keys, find_cached, find_digest
+from curvature_state.cache import LoadedModel, cache_keys, find_cached, find_digest
 from curvature_state.jobs import Created, NewJob, ReadyResult, create_job, find_by_key
 from curvature_state.manifests import from_cache, read_manifest, sources_of, store_manifest
 from curvature_state.tenants import QueueFull
@@ -133,7 +133,7 @@ def with_cached_result(resources: Resources, catalogue: Catalogue, new: NewJob) 
     request = new.request
     if not request["cache"] or request["verify"]:
         return new
-    digest = find_digest(resources.database, request["model"], catalogue.engine_version)
+    digest = find_digest(resources.database, LoadedModel(request["model"], request["eval"], catalogue.engine_version))
     if digest is None:
         return new
     for device in _devices(resources, gpu=request["requires"]["gpu"]):

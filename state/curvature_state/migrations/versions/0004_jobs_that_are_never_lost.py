@@ -82,6 +82,7 @@ def upgrade() -> None:
     op.create_table(
         "model_digests",
         sa.Column("sha256", sa.String(64), primary_key=True),
+        sa.Column("eval", sa.Boolean, primary_key=True),
         sa.Column("engine_version", sa.String(32), primary_key=True),
         sa.Column("digest", sa.String(64), nullable=False),
     )
