@@ -1,5 +1,9 @@
 """A data set in parts gives what one batch of all its samples gives."""
 
+import gc
+import os
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -355,3 +359,23 @@ def test_narrower_formats_agree_to_their_rounding(dtype, tmp_path):
             if label != "gradient_noise_scale":
                 check_close(tensors[label][key], tensor, tolerance, (label, key))
     assert merged.info["dtype"] == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's count of resident pages")
+def test_merging_holds_a_block_and_one_part_s_share_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(merging, "_BLOCK_BYTES", 2**24)
+    layers = 12
+    torch.manual_seed(0)
+    program = engine.load(torch.jit.script(nn.Sequential(*(nn.Linear(1000, 1000) for _ in range(layers)))))
+    x, targets = torch.randn(4, 1000), torch.randint(0, 1000, (4,))
+    requests = ["grad", "variance"]
+    parts = analyze_parts(program, (x,), targets, requests, (2, 2), tmp_path)
+    gc.collect()
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before, peak = resident(), []
+    engine.merge(requests, parts, results_dir=tmp_path, progress=lambda *at: peak.append(resident()))
+    assert (tmp_path / "variance.safetensors").stat().st_size > layers * 4 * 10**6
+    assert max(peak) - before < 5 * 2**24

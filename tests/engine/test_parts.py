@@ -112,7 +112,7 @@ BATCH = (torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64))
     [
         ("batch_dot", "batch_dot", "takes all samples together"),
         ("kfra", "kfra", "takes all samples together"),
-        ({"name": "kfra", "label": "mine"}, "mine", "mine takes all samples together"),
+        ({"name": "kfra", "label": "mine"}, "mine", "mine .kfra. cannot be merged: it takes all samples together"),
         ({"name": "batch_grad", "options": {"subsampling": [0]}}, "batch_grad.subsampling", "samples of one batch"),
         ({"name": "diag_hessian", "options": {"subsampling": [0]}}, "diag_hessian.subsampling", "samples of one batch"),
         ({"name": "batch_dot", "options": {"against": BATCH}}, "batch_dot.against", "another batch"),
@@ -191,9 +191,9 @@ def own(like, **fields):
 @pytest.mark.parametrize(
     ("extension", "under_mean", "under_sum"),
     [
-        (own(SUM_GRAD_SQUARED), "does not declare its degree", None),
+        (own(SUM_GRAD_SQUARED), "it does not declare its degree", None),
         (own(SUM_GRAD_SQUARED, degree=2.0), None, None),
-        (own(BATCH_GRAD), "does not declare its degree", None),
+        (own(BATCH_GRAD), "it does not declare its degree", None),
         (own(VARIANCE, degree=2.0), "declares no merger", "declares no merger"),
         (own(KFLR, degree=1.0), "declares no merger", "declares no merger"),
         (own(SUM_GRAD_SQUARED, merging="whole batch"), "takes all samples together", "takes all samples together"),

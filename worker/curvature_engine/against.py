@@ -3,27 +3,22 @@
 It has a forward pass, a probe and a Z of its own; program, loss, reduction and parameters are the request's.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from torch import Tensor
-
+from curvature_engine.batches import take_batch
 from curvature_engine.contributions import Contribution
 from curvature_engine.errors import EngineError
 from curvature_engine.extensions import Against
 from curvature_engine.losses import LossSpec
 from curvature_engine.orders import Order
 from curvature_engine.preparation import Limits, Preparer
-from curvature_engine.program import Inputs, Parameter
+from curvature_engine.program import Parameter
 from curvature_engine.requests import Request
 
-Take = Callable[[Inputs, Tensor], tuple[Inputs, Tensor]]
-"""Checks a batch and brings it to the device."""
 
-
-def take_up_others(order: Order, spec: LossSpec, selected: dict[str, Parameter], take: Take) -> None:
+def take_up_others(order: Order, spec: LossSpec, selected: dict[str, Parameter]) -> None:
     """Run and probe every batch that a request names as `against`; one that several name, once.
 
     Raises:
@@ -35,16 +30,16 @@ def take_up_others(order: Order, spec: LossSpec, selected: dict[str, Parameter],
         if given is None:
             continue
         if id(given) not in known:
-            known[id(given)] = _take_up(order, spec, selected, take, request, given)
+            known[id(given)] = _take_up(order, spec, selected, request, given)
         order.against[request.label] = known[id(given)]
 
 
-def _take_up(
-    order: Order, spec: LossSpec, selected: dict[str, Parameter], take: Take, request: Request, given: Any
-) -> Against:
+def _take_up(order: Order, spec: LossSpec, selected: dict[str, Parameter], request: Request, given: Any) -> Against:
     own = replace(order, requests=[request], progress=None, warnings=[], against={})
     try:
-        prepared = Preparer(own, spec, selected).prepare(*take(*given), Limits())
+        inputs, targets = given
+        inputs, targets = take_batch(inputs, targets, order.program.device)
+        prepared = Preparer(own, spec, selected).prepare(inputs, targets, Limits())
     except EngineError as error:
         raise EngineError(
             error.code,

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from curvature_engine.against import take_up_others
+from curvature_engine.batches import take_batch
 from curvature_engine.budget import Budget, check_whole_number
 from curvature_engine.contributions import Relief
 from curvature_engine.errors import DoesNotFit, EngineError, lacks_memory
-from curvature_engine.execution import map_tensors
 from curvature_engine.losses import BoundLoss, LossSpec
 from curvature_engine.orders import Order, Progress
 from curvature_engine.parts import DataSetPart, check_mergeable
 from curvature_engine.passes import BackwardPasses
 from curvature_engine.plans import Plan, size
+from curvature_engine.precision import dtype_name
 from curvature_engine.preparation import Limits, Prepared, Preparer
 from curvature_engine.program import Inputs, Parameter, load
 from curvature_engine.recovery import Attempt
@@ -171,12 +172,12 @@ class _Analyzer:
 
     @contextmanager
     def _prepared(self, inputs: Inputs, targets: Tensor, limits: Limits) -> Iterator[Prepared]:
-        inputs, targets = self._taken(inputs, targets)
+        inputs, targets = take_batch(inputs, targets, self.program.device)
         selected = select(self.program, self.parameters)
         if self.order.part is not None:
             _check_names(selected)
         with _differentiable(selected):
-            take_up_others(self.order, self.spec, selected, self._taken)
+            take_up_others(self.order, self.spec, selected)
             yield Preparer(self.order, self.spec, selected).prepare(inputs, targets, limits)
 
     @contextmanager
@@ -233,7 +234,7 @@ class _Analyzer:
             "reduction": self.spec.reduction,
             "Z": bound.Z,
             "seed": self.seed,
-            "dtype": _name(prepared.outputs.dtype),
+            "dtype": dtype_name(prepared.outputs.dtype),
             "device": str(self.program.device),
             "engine_version": __version__,
             "format": self.program.format,
@@ -248,28 +249,6 @@ class _Analyzer:
                 "probed": prepared.probed,
             }
         return Analysis(value, groups, self.warnings, info, prepared.plan)
-
-    # Preparation
-
-    def _taken(self, inputs: Inputs, targets: Tensor) -> tuple[Inputs, Tensor]:
-        """A batch, checked and on the device."""
-        inputs, targets = self._placed(inputs), self._placed(targets)
-        _check_not_empty(inputs, targets)
-        return inputs, targets
-
-    def _placed(self, value: Any) -> Any:
-        return map_tensors(self._placed_tensor, value)
-
-    def _placed_tensor(self, tensor: Tensor) -> Tensor:
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
-            raise EngineError(
-                "invalid_inputs",
-                f"inputs and targets must be dense tensors; got {tensor.layout} on {tensor.device}, "
-                f"{_name(tensor.dtype)}",
-                param="inputs",
-                remedy="call to_dense() or dequantize()",
-            )
-        return tensor.detach().to(self.program.device)
 
     def _warn(self, *, program_loss: Tensor, used_dropout: bool) -> None:
         self.warnings.extend(self.program.front.notes)
@@ -317,7 +296,7 @@ class _Analyzer:
                     "approximation": request.options.get("approximation"),
                     "seed": self.seed if sampled else None,
                     "mc_samples": request.options.get("mc_samples") if sampled else None,
-                    "dtype": _name(dtype),
+                    "dtype": dtype_name(dtype),
                     "device": str(self.program.device),
                     "engine_version": __version__,
                     "samples_per_chunk": prepared.plan.samples_per_chunk,
@@ -388,33 +367,3 @@ def _let_go(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _check_not_empty(inputs: Any, targets: Any) -> None:
-    if not isinstance(targets, Tensor):
-        raise EngineError(
-            "invalid_targets",
-            f"targets must be one tensor; got {type(targets).__name__}",
-            param="targets",
-            remedy="pass a tensor with one row per sample",
-        )
-    values = (
-        list(inputs.values())
-        if isinstance(inputs, dict)
-        else list(inputs)
-        if isinstance(inputs, tuple | list)
-        else [inputs]
-    )
-    if not values:
-        raise EngineError("invalid_inputs", "there are no inputs", param="inputs", remedy="give what forward takes")
-    if targets.numel() == 0 or any(isinstance(v, Tensor) and v.numel() == 0 for v in values):
-        raise EngineError(
-            "empty_batch",
-            "the batch is empty: a tensor without elements came",
-            param="batch",
-            remedy="give at least one sample",
-        )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -5,6 +5,7 @@ from typing import Any
 from curvature_engine.extensions import EXTENSIONS
 from curvature_engine.losses import LOSSES
 from curvature_engine.options import options_schema
+from curvature_engine.parts import obstacle
 from curvature_engine.plugins import EXTENSION_GROUP, LOSS_GROUP, load_plugins
 from curvature_engine.version import __version__
 
@@ -32,6 +33,8 @@ def catalogue() -> dict[str, Any]:
                 "source": extension.source,
                 "merging": extension.merging,
                 "options": options_schema(extension.options),
+                "merging": extension.merging if obstacle(extension, "sum") is None else "whole batch",
+                "draws_when": extension.draws_when(),
                 **origin(EXTENSION_GROUP, extension.name),
             }
             for extension in EXTENSIONS.values()

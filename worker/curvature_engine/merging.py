@@ -12,13 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from curvature_engine.errors import EngineError
 from curvature_engine.extensions import KroneckerFactors
 from curvature_engine.extensions.mergers import OWN, Merger, State, companion
 from curvature_engine.losses.base import without_terms
 from curvature_engine.orders import Progress
 from curvature_engine.parts import LabelMerging, check_mergeable, plan_merging, whole_batch_required
-from curvature_engine.provenance import of_all, of_data_set
+from curvature_engine.provenance import misfit, of_all, of_data_set
 from curvature_engine.requests import Request, parse_requests
 from curvature_engine.results import Appended, Group
 from curvature_engine.stores import DTYPES, NAMES, Layout, ResultStore, TensorFile, open_tensors
@@ -49,7 +48,7 @@ class PartGroup:
     def tensors(self) -> TensorFile:
         """The state's tensors."""
         if self.path is None:
-            raise _misfit("a part's state has no file")
+            raise misfit("a part's state has no file")
         return open_tensors(self.path)
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -114,7 +113,7 @@ def merge(
             not fit together.
     """
     if not parts:
-        raise _misfit("there are no parts")
+        raise misfit("there are no parts")
     plan_merging(extensions, reduction=parts[0].info["reduction"])
     requests = parse_requests(extensions)
     info, warnings = of_data_set([part.info for part in parts])
@@ -206,7 +205,7 @@ class _Merging:
 
     def _check_rows(self, label: str, key: str, axis: int, place: int, first: Any, found: Any) -> None:
         if found is None or first is None or len(found[0]) <= axis or found[0][axis] != self._sizes[place]:
-            raise _misfit(f"{label}'s {key} has not the rows of part {place}")
+            raise misfit(f"{label}'s {key} has not the rows of part {place}")
         rest = [(*shape[:axis], *shape[axis + 1 :]) for shape, _ in (first, found)]
         if rest[0] != rest[1] or first[1] != found[1]:
             raise whole_batch_required(
@@ -296,7 +295,7 @@ class _StateLayout:
         for stored in names.values():
             claimed = file.places.get(stored)
             if claimed is None or (claimed.shape, claimed.dtype) != self.layout[stored]:
-                raise _misfit(f"{label}'s {stored} is not in part {place} as it is in part 0")
+                raise misfit(f"{label}'s {stored} is not in part {place} as it is in part 0")
         return {name: file[stored] for name, stored in names.items()}
 
     def blocks(self, block_bytes: int) -> Iterator[list[str]]:
@@ -331,15 +330,9 @@ def _state_of(group: Group, merger: Merger | None, share: PartGroup) -> _StateLa
 def _in_order(share: PartGroup, shapes: Mapping[str, Any]) -> list[str]:
     """The keys in the model's order, which the provenance keeps; a file's own is another."""
     if set(share.provenance) != set(shapes):
-        raise _misfit("a part holds other tensors than its provenance says")
+        raise misfit("a part holds other tensors than its provenance says")
     return list(share.provenance)
 
 
 def _parameter_of(key: str, kind: str) -> str:
     return key.rpartition("/")[0] if kind == "factors" else key
-
-
-def _misfit(reason: str) -> EngineError:
-    return EngineError(
-        "internal_error", f"the parts of the data set do not fit together: {reason}", remedy="compute the parts anew"
-    )

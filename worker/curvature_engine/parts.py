@@ -89,24 +89,26 @@ def _merging_of(request: Request, reduction: str) -> LabelMerging:
     for option in ("subsampling", "against"):
         if request.options.get(option) is not None:
             raise _option_refused(extension.name, option)
-    _check_declared(extension, label, reduction)
+    if reason := obstacle(extension, reduction):
+        named = label if label == extension.name else f"{label} ({extension.name})"
+        raise whole_batch_required(
+            label, f"{named} cannot be merged: {reason}", f"give all samples as one batch, or leave {label} out"
+        )
     how: Literal["append", "merge"] = "append" if extension.merging == "append" else "merge"
     merger = None if how == "append" else (extension.merger or Sum)()
     axis = extension.sample_axis if how == "append" else 0
     return LabelMerging(label, extension.name, how, axis, extension.degree or 0.0, merger)
 
 
-def _check_declared(extension: Extension, label: str, reduction: str) -> None:
-    """Whether an extension says all that merging takes."""
-    reason = None
+def obstacle(extension: Extension, reduction: str) -> str | None:
+    """What of merging an extension does not declare, or None."""
     if extension.merging == "whole batch":
-        reason = f"{label} takes all samples together"
-    elif extension.merger is None and (extension.merging == "welford" or extension.kind == "factors"):
-        reason = f"{extension.name} declares no merger for its {extension.merging} of {extension.kind}"
-    elif extension.degree is None and reduction == "mean":
-        reason = f"{extension.name} does not declare its degree, the power of Z that divides it under mean"
-    if reason is not None:
-        raise whole_batch_required(label, reason, f"give all samples as one batch, or leave {label} out")
+        return "it takes all samples together"
+    if extension.merger is None and (extension.merging == "welford" or extension.kind == "factors"):
+        return f"it declares no merger for its {extension.merging} of {extension.kind}"
+    if extension.degree is None and reduction == "mean":
+        return "it does not declare its degree, the power of Z that divides it under mean"
+    return None
 
 
 def _option_refused(extension: str, option: str) -> EngineError:

@@ -11,8 +11,8 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, get_args
 
 from curvature_engine.errors import EngineError, first_line
-from curvature_engine.extensions import EXTENSIONS, Accumulator, Extension
-from curvature_engine.extensions.base import Columns, Kind
+from curvature_engine.extensions import EXTENSIONS, Accumulator, Extension, Merger
+from curvature_engine.extensions.base import Columns, Kind, Merging
 from curvature_engine.losses import LOSSES, LossKind
 from curvature_engine.options import Options, complete_options
 from curvature_engine.rules import RULES
@@ -79,15 +79,28 @@ def _check_extension(point: EntryPoint, value: Any) -> None:
             f"is {type(value).__name__}, not a curvature_engine.Extension",
             "let the entry point name an Extension, as in docs/extending.md",
         )
-    fields = {"kind": (value.kind, get_args(Kind)), "columns": (value.columns, get_args(Columns))}
+    fields = {
+        "kind": (value.kind, get_args(Kind)),
+        "columns": (value.columns, get_args(Columns)),
+        "merging": (value.merging, get_args(Merging)),
+        "sample_axis": (value.sample_axis, (0, 1)),
+    }
     for field, (given, known) in fields.items():
         if given not in known:
-            raise _broken(point, f"has {field}={given!r}", f"choose one of {', '.join(known)}")
+            raise _broken(point, f"has {field}={given!r}", f"choose one of {', '.join(map(str, known))}")
+    if value.degree is not None and not isinstance(value.degree, int | float):
+        raise _broken(point, f"has degree={value.degree!r}", "give a number, e.g. 1 for what is linear in the loss")
+    if value.merger is not None and not (isinstance(value.merger, type) and issubclass(value.merger, Merger)):
+        raise _broken(point, "has a merger that is none", "give a subclass of curvature_engine.Merger")
     if not isinstance(value.accumulator, type) or not issubclass(value.accumulator, Accumulator):
         raise _broken(point, "has no accumulator", "give it a subclass of curvature_engine.Accumulator")
     if value.columns == "sampled" and "mc_samples" not in value.options:
         raise _broken(point, "takes sampled columns without an option mc_samples", "declare the option")
     _check_options(point, value.options)
+    try:
+        value.draws_when()
+    except Exception as error:
+        raise _broken(point, f"fails to adapt to its options: {first_line(error)}", "correct adapt") from error
 
 
 def _check_loss(point: EntryPoint, value: Any) -> None:

@@ -19,11 +19,11 @@ def of_data_set(infos: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], lis
     for place, info in enumerate(infos):
         for name in _ALIKE:
             if info[name] != first[name]:
-                raise _misfit(f"part {place} has {name} {info[name]!r}, part 0 {first[name]!r}")
+                raise misfit(f"part {place} has {name} {info[name]!r}, part 0 {first[name]!r}")
     samples = 0
     for place, part in enumerate(info["part"] for info in infos):
         if part["first_sample"] != samples:
-            raise _misfit(f"part {place} begins with sample {part['first_sample']}, not {samples}")
+            raise misfit(f"part {place} begins with sample {part['first_sample']}, not {samples}")
         samples += part["samples"]
     Z = float(sum(info["part"]["mean_Z"] for info in infos))
     together = {name: _all_of(info[name] for info in infos) for name in ("device", "engine_version")}
@@ -77,7 +77,8 @@ def _all_of(names: Any) -> str:
     return ", ".join(dict.fromkeys(str(name) for name in names))
 
 
-def _misfit(reason: str) -> EngineError:
+def misfit(reason: str) -> EngineError:
+    """Parts are not of one data set."""
     return EngineError(
         "internal_error", f"the parts of the data set do not fit together: {reason}", remedy="compute the parts anew"
     )

@@ -47,4 +47,5 @@ BATCH_LP = Extension(
     accumulator=BatchLp,
     options={"p": {"type": "number", "minimum": 1, "default": 1, "description": "which norm"}},
     merging="append",
+    degree=1,
 )

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
@@ -243,3 +244,20 @@ class Extension:
     def under(self, options: Mapping[str, Any]) -> "Extension":
         """The extension as complete options make it."""
         return self if self.adapt is None else replace(self, **self.adapt(options))
+
+    def draws_when(self) -> dict[str, list[Any]] | None:
+        """Option → values under which the seed enters the result: {} where it always does, None where it never does.
+
+        Options are asked that have a choice of values. Where several together decide, each is named with all values
+        under which the seed may enter: one that is taken to count and does not costs nothing but a computation.
+        """
+        options = self.options.items()
+        choices = {name: schema["enum"] for name, schema in options if "enum" in schema}
+        choices |= {name: [False, True] for name, schema in options if schema.get("type") == "boolean"}
+        defaults = {name: schema["default"] for name, schema in options}
+        combinations = [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+        drawn = [chosen for chosen in combinations if self.under({**defaults, **chosen}).columns == "sampled"]
+        found = {
+            name: [v for v in values if any(v == each[name] for each in drawn)] for name, values in choices.items()
+        }
+        return {n: values for n, values in found.items() if len(values) < len(choices[n])} if drawn else None
