@@ -113,15 +113,16 @@ def test_two_servers_migrate_at_once(postgres):
 
 _CYCLES = """
 import sys
-from curvature_state import Database, jobs
-from curvature_state.jobs import NewJob
+from curvature_protocol.jobs import Progress
+from curvature_state import Database, holding, jobs
+from curvature_state.endings import succeed
+from curvature_state.turns import Claimant, claim_next
 database = Database(sys.argv[1])
-for n in range(25):
-    job = jobs.create_job(database, NewJob({}, "d")).job
-    held = jobs.claim(database, job.id, "w", 30)
-    assert jobs.renew(database, job.id, held.attempt, 30, None) == "running"
-    jobs.list_jobs(database, status=None, limit=5, before=None)
-    assert jobs.succeed(database, job.id, held.attempt, [])
+for _ in range(25):
+    jobs.create_job(database, jobs.NewJob({}, "d"))
+    held = claim_next(database, Claimant("w"), 30)
+    assert holding.renew(database, held.id, held.attempt, 30, Progress(phase="computing"))
+    assert succeed(database, held.id, held.attempt)
 database.close()
 """
 
@@ -133,7 +134,7 @@ def test_many_processes_write_without_an_error(database_url):
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
     assert [(process.communicate()[1], process.returncode) for process in processes] == [("", 0)] * 4
     database = Database(database_url)
-    assert len(jobs.list_jobs(database, status=None, limit=1000, before=None)) == 100
+    assert len(jobs.list_jobs(database, tenant="default", status=None, limit=1000, before=None)) == 100
     database.close()
 
 
