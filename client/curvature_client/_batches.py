@@ -6,7 +6,9 @@ a safetensors or .npz file. Tensors may be torch's or NumPy's, on any device, in
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -18,6 +20,17 @@ import safetensors.numpy
 from curvature_client._errors import refusal
 from curvature_client._payloads import IN_MEMORY_BYTES, Payload, existing_file
 from curvature_protocol.names import INPUTS, TARGETS
+
+_TYPES = {
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    **{
+        f"{letter}{bits}": f"{word}{bits}" for letter, word in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)
+    },
+    "BF16": "bfloat16",
+    "BOOL": "bool",
+    "C64": "complex64",
+}
+"""safetensors' name of a type → torch's and NumPy's."""
 
 
 class Batch:
@@ -46,21 +59,47 @@ class Batch:
             return _save_torch(self._tensors, folder)
         return _save_numpy(self._tensors, folder)
 
+    @property
+    def samples(self) -> int:
+        """N: rows of the targets.
+
+        Raises:
+            UnprocessableError: the targets have no rows, or are not there.
+        """
+        shape = self.layout.get(TARGETS, ("", ()))[1]
+        if not shape:
+            raise refusal(
+                "invalid_targets",
+                "a batch's targets have a row for each sample; these have no axes"
+                if TARGETS in self.layout
+                else f"the batch has no targets; it holds {', '.join(self.layout) or 'nothing'}",
+                param=TARGETS,
+                remedy="give batches, not single samples, e.g. DataLoader(dataset, batch_size=64)",
+            )
+        return shape[0]
+
+    @cached_property
+    def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Tensor → its type and shape; of a file, by its header alone."""
+        if self._path is not None:
+            with _opened(self._path) as file:
+                slices = {name: file.get_slice(name) for name in sorted(file.keys())}
+                return {
+                    name: (_TYPES.get(each.get_dtype(), each.get_dtype()), tuple(each.get_shape()))
+                    for name, each in slices.items()
+                }
+        assert self._tensors is not None
+        found = {name: (_type_of(tensor), tuple(tensor.shape)) for name, tensor in self._tensors.items()}
+        return dict(sorted(found.items()))
+
     def example_inputs(self) -> tuple[Any, ...] | dict[str, Any]:
         """The inputs as torch tensors on the CPU: positional as a tuple, by name as a dictionary."""
         import torch
         from safetensors.torch import load_file
 
         if self._path is not None:
-            try:
+            with _opened(self._path):
                 tensors = load_file(self._path)
-            except safetensors.SafetensorError as error:
-                raise refusal(
-                    "invalid_batch",
-                    f"{self._path} is no safetensors file ({error})",
-                    param="batch",
-                    remedy="save it with safetensors.torch.save_file",
-                ) from None
         else:
             assert self._tensors is not None
             tensors = {
@@ -68,6 +107,24 @@ class Batch:
                 for name, tensor in self._tensors.items()
             }
         return _inputs_of(tensors)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            yield file
+    except safetensors.SafetensorError as error:
+        raise refusal(
+            "invalid_batch",
+            f"{path} is no safetensors file ({error})",
+            param="batch",
+            remedy="save it with safetensors.torch.save_file",
+        ) from None
+
+
+def _type_of(tensor: Any) -> str:
+    return str(tensor.dtype).removeprefix("torch.") if _is_torch(tensor) else tensor.dtype.newbyteorder("=").name
 
 
 def _split(given: Any) -> tuple[Any, Any]:

@@ -85,6 +85,9 @@ class Client:
         eval: bool = True,
         verify: bool = False,
         priority: int = 5,
+        cache: bool = True,
+        requires: Mapping[str, Any] | None = None,
+        webhook: str | Mapping[str, Any] | None = None,
         metadata: Mapping[str, str] | None = None,
         format: str = "auto",
         timeout: float | None = 600.0,
@@ -95,7 +98,9 @@ class Client:
             model: an nn.Module, an ExportedProgram, a ScriptModule, or the path of a TorchScript or .pt2 file. Yours is
                 never changed.
             batch: (inputs, targets), {"inputs": tensor or tuple or dictionary, "targets": tensor}, or the path of a
-                safetensors or .npz file; tensors of torch or NumPy, on any device.
+                safetensors or .npz file; tensors of torch or NumPy, on any device. Or a data set: an iterable of such
+                batches (a DataLoader, a generator, a list), each uploaded while the next is prepared, computed on
+                whichever workers are free, and merged to what one batch of all samples would give.
             extensions: names, dictionaries with name, label and options, or values such as `KFAC(mc_samples=4)`.
             loss: "cross_entropy", "mse", a dictionary, nn.CrossEntropyLoss(...) or nn.MSELoss(...); a function of
                 (outputs, targets) that returns each sample's loss [N], plain, scripted, or the path of its file; None
@@ -107,6 +112,9 @@ class Client:
             verify: hold every parameter's summed contributions against the ordinary gradient in this very job,
                 whatever was verified before; a mismatch fails it (`verification_failed`).
             priority: 0 (last) to 9 (first).
+            cache: take what was computed before, and keep this result for others.
+            requires: what a worker must have, of {"gpu": True, "tag": "a100", "memory_bytes": 8 * 2**30}.
+            webhook: where the server tells that the job is over: an address, or {"url": …, "secret": …}.
             metadata: notes of your own, kept with the job.
             format: how an nn.Module becomes a file: "auto" (the first that works of the following), "export" (with a
                 dynamic batch axis; held against the module's own outputs and gradients), "script" or "trace". The
@@ -122,7 +130,21 @@ class Client:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         request = AnalysisRequest(
-            model, batch, extensions, loss, reduction, seed, parameters, eval, verify, priority, metadata, format
+            model=model,
+            batch=batch,
+            extensions=extensions,
+            loss=loss,
+            reduction=reduction,
+            seed=seed,
+            parameters=parameters,
+            eval=eval,
+            verify=verify,
+            priority=priority,
+            cache=cache,
+            requires=requires,
+            webhook=webhook,
+            metadata=metadata,
+            format=format,
         )
         with Submission(self._transport, request, self._progress) as submission:
             try:
@@ -147,12 +169,29 @@ class Client:
         eval: bool = True,
         verify: bool = False,
         priority: int = 5,
+        cache: bool = True,
+        requires: Mapping[str, Any] | None = None,
+        webhook: str | Mapping[str, Any] | None = None,
         metadata: Mapping[str, str] | None = None,
         format: str = "auto",
     ) -> Job:
         """Submit a job and return it at once; arguments and errors as in `analyze`."""
         request = AnalysisRequest(
-            model, batch, extensions, loss, reduction, seed, parameters, eval, verify, priority, metadata, format
+            model=model,
+            batch=batch,
+            extensions=extensions,
+            loss=loss,
+            reduction=reduction,
+            seed=seed,
+            parameters=parameters,
+            eval=eval,
+            verify=verify,
+            priority=priority,
+            cache=cache,
+            requires=requires,
+            webhook=webhook,
+            metadata=metadata,
+            format=format,
         )
         with Submission(self._transport, request, self._progress) as submission:
             return submission.send(0.0)
@@ -169,16 +208,28 @@ class Client:
         parameters: str | Sequence[str] = "trainable",
         eval: bool = True,
         priority: int = 5,
+        requires: Mapping[str, Any] | None = None,
         timeout: float | None = 600.0,
         format: str = "auto",
     ) -> Plan:
         """What `analyze` would do with the same arguments: method, cost and memory of every parameter.
 
-        A forward pass finds it; nothing is computed. Arguments and errors as in `analyze`.
+        A forward pass finds it; nothing is computed. Arguments and errors as in `analyze`; of a data set, the plan is
+        its first batch's (a generator is refused: it would lose it).
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         request = AnalysisRequest(
-            model, batch, extensions, loss, reduction, seed, parameters, eval, False, priority, None, format
+            model=model,
+            batch=batch,
+            extensions=extensions,
+            loss=loss,
+            reduction=reduction,
+            seed=seed,
+            parameters=parameters,
+            eval=eval,
+            priority=priority,
+            requires=requires,
+            format=format,
         )
         with Submission(self._transport, request, self._progress, plan=True) as submission:
             try:
@@ -207,7 +258,7 @@ class Client:
 
         Args:
             model: as in `analyze`, or the SHA-256 of a model uploaded before.
-            batch: as in `analyze`; without it, an nn.Module can only be scripted.
+            batch: as in `analyze`, of a data set the first batch; without it, an nn.Module can only be scripted.
             eval: as in `analyze`.
             format: as in `analyze`.
             timeout: seconds to wait.

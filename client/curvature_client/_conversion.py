@@ -6,13 +6,14 @@ exported, or else scripted, or else traced with the batch's inputs. The user's m
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from curvature_client._batches import Batch
 from curvature_client._errors import ModelConversionError, refusal
-from curvature_client._exporting import export, quiet, save_export
+from curvature_client._exporting import check_outputs, export, quiet, save_export
 from curvature_client._payloads import IN_MEMORY_BYTES, Payload, existing_file
 
 FORMATS = ("auto", "export", "script", "trace")
@@ -22,12 +23,32 @@ EVAL_COPY = "the model was in training mode; an eval-mode copy was analyzed (eva
 TRACED_TRAINING = "the model was traced in training mode (eval=False): layers like dropout are fixed in the trace"
 
 
+@dataclass(frozen=True)
+class Converted:
+    """A model's file.
+
+    Attributes:
+        notes: what the user should know about how it came to be.
+        way: "export", "script" or "trace"; None where the model went as it was given.
+    """
+
+    payload: Payload
+    notes: list[str]
+    way: str | None = None
+
+
 def convert(model: Any, batch: Batch, folder: Path, *, eval: bool, format: str = "auto") -> tuple[Payload, list[str]]:
-    """The model's file, and what the user should know about how it came to be.
+    """The model's file for one batch, and what the user should know about it; otherwise as `convert_for`."""
+    found = convert_for(model, [batch], folder, eval=eval, format=format)
+    return found.payload, found.notes
+
+
+def convert_for(model: Any, batches: Sequence[Batch], folder: Path, *, eval: bool, format: str = "auto") -> Converted:
+    """The model's file.
 
     Args:
         model: a path, an ExportedProgram, a ScriptModule, or an nn.Module.
-        batch: gives the inputs to export or trace with.
+        batches: the first gives the inputs to export or trace with; what comes of it is held against the module on all.
         folder: holds the file while it is sent.
         eval: whether a module in training mode is put into eval mode.
         format: "auto", or one of "export", "script", "trace" for an nn.Module.
@@ -40,14 +61,14 @@ def convert(model: Any, batch: Batch, folder: Path, *, eval: bool, format: str =
         raise _invalid_format(f"format is one of {', '.join(FORMATS)}; got {format!r}")
     if isinstance(model, str | os.PathLike):
         _check_unconverted(format, "a file")
-        return Payload.of_file(existing_file(Path(model), "model")), []
+        return Converted(Payload.of_file(existing_file(Path(model), "model")), [])
     try:
         import torch
     except ModuleNotFoundError:
         torch = None  # type: ignore[assignment]
     if torch is not None and isinstance(model, torch.export.ExportedProgram):
         _check_unconverted(format, "an exported program")
-        return _keep(save_export(model, folder)), []
+        return Converted(_keep(save_export(model, folder)), [])
     if torch is None or not isinstance(model, torch.nn.Module):
         raise refusal(
             "invalid_model",
@@ -58,8 +79,8 @@ def convert(model: Any, batch: Batch, folder: Path, *, eval: bool, format: str =
     if isinstance(model, torch.jit.ScriptModule):
         # Its mode is in the file; the worker puts it into eval mode and says so.
         _check_unconverted(format, "a ScriptModule")
-        return _save(model, folder), []
-    return _from_module(model, batch, folder, eval, format)
+        return Converted(_save(model, folder), [])
+    return _from_module(model, batches, folder, eval, format)
 
 
 def _check_unconverted(format: str, what: str) -> None:
@@ -71,7 +92,7 @@ def _invalid_format(message: str) -> Exception:
     return refusal("invalid_option", message, param="format", remedy="leave format out, or pass the nn.Module itself")
 
 
-def _from_module(module: Any, batch: Batch, folder: Path, eval: bool, format: str) -> tuple[Payload, list[str]]:
+def _from_module(module: Any, batches: Sequence[Batch], folder: Path, eval: bool, format: str) -> Converted:
     module, notes = _unwrap(module)
     try:
         duplicate = copy.deepcopy(module).cpu()
@@ -89,7 +110,7 @@ def _from_module(module: Any, batch: Batch, folder: Path, eval: bool, format: st
     failures: dict[str, Exception] = {}
     for way in FORMATS[1:] if format == "auto" else (format,):
         try:
-            payload, more = _WAYS[way](duplicate, batch, folder)
+            payload, more = _WAYS[way](duplicate, batches, folder)
         except Exception as error:  # noqa: BLE001 (the compilers' errors have many types)
             failures[way] = error
             continue
@@ -98,14 +119,16 @@ def _from_module(module: Any, batch: Batch, folder: Path, eval: bool, format: st
             notes.append(f"the model was traced (torch.jit.trace): what its code decides is fixed as decided{reasons}")
             if training and not eval:
                 notes.append(TRACED_TRAINING)
-        return payload, notes + more
+        return Converted(payload, notes + more, way)
     reasons = " nor ".join(f"{_PARTICIPLES[way]} ({_first_line(error)})" for way, error in failures.items())
     neither = "neither " if len(failures) > 1 else "not "
     raise ModelConversionError(
         f"{type(module).__name__} could be {neither}{reasons}".replace("be not", "not be"),
         code="model_conversion",
         param="model",
-        remedy="pass a model file of your own, or check that the model accepts the batch's inputs",
+        remedy="pass a model file of your own, or check that the model accepts the batch's inputs"
+        if len(batches) == 1
+        else "pass a model file of your own, or give parts of one shape and size (DataLoader's drop_last=True)",
     ) from next(reversed(failures.values()))
 
 
@@ -130,11 +153,12 @@ def _refuse_parametrizations(module: Any) -> None:
             raise RuntimeError(f"{name or 'it'} has parametrizations, which torch.jit.script does not support")
 
 
-def _export(module: Any, batch: Batch, folder: Path) -> tuple[Payload, list[str]]:
-    return _keep(export(module, batch.example_inputs(), folder)), []
+def _export(module: Any, batches: Sequence[Batch], folder: Path) -> tuple[Payload, list[str]]:
+    inputs, *further = (batch.example_inputs() for batch in batches)
+    return _keep(export(module, inputs, folder, further)), []
 
 
-def _script(module: Any, batch: Batch, folder: Path) -> tuple[Payload, list[str]]:
+def _script(module: Any, batches: Sequence[Batch], folder: Path) -> tuple[Payload, list[str]]:
     import torch
 
     _refuse_parametrizations(module)
@@ -143,14 +167,16 @@ def _script(module: Any, batch: Batch, folder: Path) -> tuple[Payload, list[str]
     return _save(scripted, folder), []
 
 
-def _trace(module: Any, batch: Batch, folder: Path) -> tuple[Payload, list[str]]:
+def _trace(module: Any, batches: Sequence[Batch], folder: Path) -> tuple[Payload, list[str]]:
     import torch
 
-    inputs = batch.example_inputs()
+    inputs, *further = (batch.example_inputs() for batch in batches)
     arguments = {"example_kwarg_inputs": inputs} if isinstance(inputs, dict) else {"example_inputs": inputs}
     with quiet() as caught, torch.random.fork_rng(devices=[]):
         traced = torch.jit.trace(module, check_trace=False, **arguments)  # type: ignore[no-untyped-call]
     kind = torch.jit.TracerWarning  # type: ignore[attr-defined]
+    for each in further:
+        check_outputs(module, traced, each, "trace")
     tracer_warnings = {_first_line(w.message) for w in caught if issubclass(w.category, kind)}
     return _save(traced, folder), [f"tracing warned: {text}" for text in sorted(tracer_warnings)]
 

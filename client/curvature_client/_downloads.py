@@ -3,7 +3,7 @@
 Where the object store can sign addresses, large files come from there and not through the server.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import httpx
@@ -11,15 +11,19 @@ import httpx
 from curvature_client._errors import APIConnectionError
 from curvature_client._store import StoreRefused, StoreUnreachable
 from curvature_client._transport import Transport
+from curvature_protocol.results import Manifest, StoredPart
 
 WHOLE_FILE_BYTES = 2**20
 """A smaller file is read whole at its first use: one request instead of one per tensor."""
 
 
 class StoredFile:
-    """One `{label}.safetensors` on the server, or at an address of the object store that the server gives out."""
+    """One `{label}.safetensors` on the server, or at an address of the object store that the server gives out.
 
-    def __init__(self, transport: Transport, path: str, size_bytes: int) -> None:
+    Of a file whose size is not known, only what is asked for is read.
+    """
+
+    def __init__(self, transport: Transport, path: str, size_bytes: int | None) -> None:
         self._transport, self._path, self.size_bytes = transport, path, size_bytes
         self._whole: bytearray | None = None
         self._address: str | None = None
@@ -31,7 +35,7 @@ class StoredFile:
         Raises:
             APIConnectionError: the connection broke, and again after all retries.
         """
-        if self._whole is None and self.size_bytes <= WHOLE_FILE_BYTES:
+        if self._whole is None and self.size_bytes is not None and self.size_bytes <= WHOLE_FILE_BYTES:
             self._whole = self._fetch(0, self.size_bytes)
         return self._fetch(start, end) if self._whole is None else self._whole[start:end]
 
@@ -57,7 +61,8 @@ class StoredFile:
         known = self._address is not None
         if not known:
             # A file that is read whole at once is not worth a second request.
-            elsewhere = self._transport.store.usable and self.size_bytes > WHOLE_FILE_BYTES
+            size_bytes = end - start if self.size_bytes is None else self.size_bytes
+            elsewhere = self._transport.store.usable and size_bytes > WHOLE_FILE_BYTES
             with self._transport.stream(
                 "GET",
                 self._path,
@@ -124,6 +129,36 @@ class InlineFile:
     def stream(self, start: int, end: int, sink: Callable[[bytes], object]) -> None:
         """Hand the bytes over."""
         sink(self._data[start:end])
+
+
+class ResultFiles:
+    """The files that a result's tensors lie in: its own, and those of its data set's shards.
+
+    Args:
+        transport: the server.
+        manifest: the result's.
+        inline: label → file that came inside the reply.
+    """
+
+    def __init__(self, transport: Transport, manifest: Manifest, inline: Mapping[str, bytes] | None = None) -> None:
+        self._transport = transport
+        self._own: dict[str, File] = {
+            group.label: StoredFile(transport, _path(manifest.job_id, group.label), group.file_bytes)
+            for group in manifest.groups
+        }
+        self._own.update({label: InlineFile(data) for label, data in (inline or {}).items()})
+
+    def of(self, label: str) -> "File":
+        """A group's own file."""
+        return self._own[label]
+
+    def of_part(self, part: StoredPart) -> "File":
+        """The file of the shard that keeps a part of a tensor."""
+        return StoredFile(self._transport, _path(part.job_id, part.label), None)
+
+
+def _path(job_id: str, label: str) -> str:
+    return f"/v1/jobs/{job_id}/result/{label}.safetensors"
 
 
 class File(Protocol):

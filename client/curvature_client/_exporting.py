@@ -6,7 +6,7 @@ outputs are compared on the whole batch, and gradients on two samples, before an
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,14 @@ _TOLERANCES = {"torch.float64": 1e-9, "torch.float32": 1e-4}
 _HALF_TOLERANCE = 5e-2
 
 
-def export(module: Any, inputs: Inputs, folder: Path) -> Path:
+def export(module: Any, inputs: Inputs, folder: Path, further: Sequence[Inputs] = ()) -> Path:
     """Export, check and save a module that computes like the one it was copied from.
+
+    Args:
+        module: on the CPU; left as it is.
+        inputs: of one batch.
+        folder: holds the file.
+        further: inputs of other batches that the program must take, too.
 
     Raises:
         Exception: whatever torch raises where it cannot, and RuntimeError where the export computes something else.
@@ -32,35 +38,39 @@ def export(module: Any, inputs: Inputs, folder: Path) -> Path:
     if any(part.training for part in module.modules()):
         raise RuntimeError("a module that is kept in training mode draws random numbers")
     N = _samples(inputs)
+    sizes = {N, *map(_samples, further)}
     small = _mapped(inputs, lambda t: _two(t) if t.dim() and t.shape[0] == N else t)
     positional, keyword = ((), small) if isinstance(small, dict) else (small, {})
     batched = {0: torch.export.Dim.DYNAMIC}
     axes = _mapped(inputs, lambda t: batched if t.dim() and t.shape[0] == N else None)
     with quiet(), torch.random.fork_rng(devices=[]):
-        with _general(N):
+        with _general(1 in sizes):
             program = torch.export.export(module, _cloned(positional), _cloned(keyword), dynamic_shapes=axes)
-        if N == 1 and _takes_several(program):
+        if 1 in sizes and _takes_several(program):
+            if len(sizes) > 1:
+                raise RuntimeError("it treats one sample differently from several, and batches of both kinds came")
             small = inputs
             positional, keyword = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
             program = torch.export.export(module, _cloned(positional), _cloned(keyword))
         program.example_inputs = None  # the user's data are no part of the model
         path = save_export(program, folder)
         exported = program.module()
-        _check_outputs(module, exported, inputs)
+        for each in (inputs, *further):
+            check_outputs(module, exported, each, "exported program")
         _check_gradients(module, exported, small)
     return path
 
 
 @contextmanager
-def _general(N: int) -> Iterator[None]:
-    """Export for sizes from 0 on where the batch has one sample.
+def _general(one: bool) -> Iterator[None]:
+    """Export for sizes from 0 on where a batch has one sample.
 
     By default torch derives what the program does from sizes of at least 2, writes that down as the range of the batch
     axis, and one sample is refused. Told not to, it says "from 2 on" only where the module itself asks.
     """
     import torch.fx.experimental._config as config
 
-    if N > 1:
+    if not one:
         yield
         return
     with config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
@@ -95,16 +105,21 @@ def _two(tensor: Any) -> Any:
     return tensor[:_SAMPLES] if tensor.shape[0] >= _SAMPLES else torch.cat([tensor] * _SAMPLES)
 
 
-def _check_outputs(module: Any, exported: Any, inputs: Inputs) -> None:
+def check_outputs(module: Any, converted: Any, inputs: Inputs, name: str) -> None:
+    """Hold what a module became against itself.
+
+    Raises:
+        Exception: whatever either raises, and RuntimeError where they differ.
+    """
     import torch
 
     found = []
-    for each in (module, exported):
+    for each in (module, converted):
         with torch.no_grad(), _restored(each):
             found.append([output.clone() for output in _outputs(each, inputs)])
     ours, theirs = found
     if len(ours) != len(theirs) or not all(_close(a, b) for a, b in zip(ours, theirs, strict=True)):
-        raise RuntimeError("the exported program's outputs are not the module's")
+        raise RuntimeError(f"the {name}'s outputs are not the module's")
 
 
 def _check_gradients(module: Any, exported: Any, inputs: Inputs) -> None:

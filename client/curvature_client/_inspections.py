@@ -9,6 +9,7 @@ from typing import Any
 
 from curvature_client._batches import Batch
 from curvature_client._conversion import convert
+from curvature_client._datasets import DataSet, read_batch
 from curvature_client._errors import NotFoundError, WaitTimeout, job_cancelled, job_failed, refusal
 from curvature_client._payloads import Payload
 from curvature_client._tables import dimensions, table
@@ -115,7 +116,10 @@ class _NoBatch(Batch):
 
 
 def _batch(given: Any) -> Batch:
-    return _NoBatch() if given is None else Batch(given)
+    if given is None:
+        return _NoBatch()
+    batch = read_batch(given)
+    return batch.first() if isinstance(batch, DataSet) else batch
 
 
 def _row(parameter: InspectedParameter) -> tuple[str, ...]:

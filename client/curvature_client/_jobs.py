@@ -40,12 +40,13 @@ PAGE_SIZE = 200
 class Job:
     """One job on the server. Its attributes are as of the last look; `refresh` looks again.
 
-    `status` is one of queued, running, cancelling, succeeded, failed, cancelled.
+    `status` is one of waiting (for the shards of its data set), queued, running, cancelling, succeeded, failed,
+    cancelled.
     """
 
     def __init__(self, transport: Transport, view: JobView, *, progress: bool | None = None) -> None:
         self._transport, self._view, self._progress_shown = transport, view, progress
-        self._result: Result | None = None if view.result is None else inline_result(view.result)
+        self._result: Result | None = None if view.result is None else inline_result(transport, view.result)
 
     @property
     def id(self) -> str:
@@ -59,7 +60,7 @@ class Job:
 
     @property
     def progress(self) -> Progress | None:
-        """Phase, columns done, columns in all."""
+        """Phase, columns (of a data set: shards) done, and how many in all."""
         return self._view.progress
 
     @property
@@ -108,6 +109,31 @@ class Job:
     def finished_at(self) -> datetime | None:
         """When it was over."""
         return self._view.finished_at
+
+    @property
+    def parts(self) -> int | None:
+        """Over a data set: how many shards it has."""
+        return self._view.parts
+
+    @property
+    def parent(self) -> str | None:
+        """Of a shard: the id of the job over the data set."""
+        return self._view.parent
+
+    @property
+    def sweep(self) -> str | None:
+        """The id of the sweep that it belongs to."""
+        return self._view.sweep
+
+    @property
+    def coordinates(self) -> dict[str, Any] | None:
+        """What tells it from the sweep's other jobs."""
+        return None if self._view.coordinates is None else dict(self._view.coordinates)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether age and size limits leave its result alone."""
+        return self._view.pinned
 
     @property
     def done(self) -> bool:
@@ -175,21 +201,33 @@ class Job:
         self._view = self._transport.parse(self._transport.request("POST", f"{self._path}/cancel"), JobView)
         return self
 
+    def retry(self) -> "Job":
+        """Queue a failed or cancelled job once more; of one over a data set, the shards that have not succeeded.
+
+        Raises:
+            ConflictError: it has succeeded, or is not over.
+            RateLimitError: there is no room in the queue.
+        """
+        self._view = self._transport.parse(self._transport.request("POST", f"{self._path}/retry"), JobView)
+        self._result = None
+        return self
+
     def events(self) -> Iterator[JobEvent]:
-        """Changes of state and progress from the beginning, as they happen, until the job is over."""
+        """Changes of state and progress from the beginning, as they happen, until the job is over for good."""
         after: str | None = None
-        told: tuple[JobStatus, int] | None = None
+        told: tuple[JobStatus, int, Progress | None] | None = None
         failures = 0
         while True:
             try:
                 for event_id, event in self._stream(after, POLL_SECONDS):
                     failures, after = 0, event_id or after
-                    state = (event.status, event.attempt)
+                    shards = event.progress if event.status == JobStatus.WAITING else None
+                    state = (event.status, event.attempt, shards)
                     if event.event == "state" and state == told:  # told anew by each connection
                         continue
                     told = state
                     yield event
-                    if event.status in FINAL:
+                    if event.status in FINAL and not self._was_taken_up_after(event):
                         return
             except APIConnectionError as error:
                 failures += 0 if isinstance(error, APITimeoutError) else 1
@@ -250,6 +288,11 @@ class Job:
                     yield message.id, JobEvent.model_validate_json(message.data)
                 except ValidationError:
                     continue  # an event of a newer server
+
+    def _was_taken_up_after(self, event: JobEvent) -> bool:
+        """Whether an end was not the last: the job was retried."""
+        view = self.refresh()._view
+        return (view.status, view.attempt) != (event.status, event.attempt)
 
     def _still_going(self, reason: str) -> WaitTimeout:
         error = WaitTimeout(

@@ -13,7 +13,7 @@ from threading import Event, Lock
 
 from curvature_client._errors import APIConnectionError, APIStatusError, BadRequestError, CurvatureError, NotFoundError
 from curvature_client._payloads import Payload
-from curvature_client._progress import ProgressBar
+from curvature_client._progress import UploadWatcher
 from curvature_client._store import StoreRefused, StoreUnreachable
 from curvature_client._transport import Transport
 from curvature_protocol.artefacts import SINGULAR, ArtefactKind
@@ -32,7 +32,7 @@ _BEGIN_AGAIN = frozenset({"upload_not_found", "upload_incomplete"})
 class PartedUpload:
     """Sends one payload in parts."""
 
-    def __init__(self, transport: Transport, kind: ArtefactKind, payload: Payload, bar: ProgressBar) -> None:
+    def __init__(self, transport: Transport, kind: ArtefactKind, payload: Payload, bar: UploadWatcher) -> None:
         self._transport, self._kind, self._payload, self._bar = transport, kind, payload, bar
         self._lock = Lock()
         self._stopped = Event()

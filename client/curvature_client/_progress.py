@@ -4,16 +4,28 @@ import sys
 import time
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from curvature_protocol.events import JobEvent
 from curvature_protocol.jobs import FINAL, JobStatus
 
-_BEFORE_RUNNING = ("", JobStatus.QUEUED.value)
+_BEFORE_RUNNING = ("", JobStatus.QUEUED.value, "shards")
+
+
+class UploadWatcher(Protocol):
+    """Who is told of an upload."""
+
+    def upload(self, what: str, size_bytes: int) -> None:
+        """An upload begins, perhaps anew."""
+        ...
+
+    def uploaded(self, count: int) -> None:
+        """So many bytes went out."""
+        ...
 
 
 class ProgressBar:
-    """One job's bar: what happens now, and how many columns of how many are through.
+    """One job's bar: what happens now, and how many columns, shards or parts of how many are through.
 
     Args:
         shown: True or False; None shows it where a person looks on.
@@ -42,18 +54,30 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.update(count)
 
+    def parts(self, total: int) -> None:
+        """The upload of a data set's parts begins; 0 where nobody knows how many there are."""
+        self._begin("uploading part 1", total or None, unit="part")
+
+    def part_sent(self) -> None:
+        """One more is there."""
+        if self._bar is not None:
+            self._bar.update()
+            if self._bar.n != self._bar.total:
+                self._bar.set_description_str(f"uploading part {self._bar.n + 1}")
+
     def job(self, event: JobEvent) -> None:
         """A job's state or progress."""
         if event.status in FINAL:
             self._end()
             return
-        progress = event.progress if event.status == JobStatus.RUNNING and event.event == "progress" else None
+        computing = event.status == JobStatus.RUNNING and event.event == "progress"
+        progress = event.progress if computing or event.status == JobStatus.WAITING else None
         if progress is None and event.status == JobStatus.RUNNING and self._phase not in _BEFORE_RUNNING:
             return  # the phase is known better
         phase = event.status.value if progress is None else progress.phase
         total = 0 if progress is None else progress.total
         if phase != self._phase or (self._bar is not None and total and self._bar.total != total):
-            self._begin(phase, total or None, unit="column")
+            self._begin(phase, total or None, unit="shard" if phase == "shards" else "column")
             self._since = event.at
         if self._bar is not None:
             # By the server's clock: events of the past come all at once, and must not look like speed.

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,6 +15,27 @@ from curvature_protocol.results import TensorEntry
 _NUMPY_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "I64": "int64", "I32": "int32", "BOOL": "bool"}
 
 
+class Remote(Protocol):
+    """A tensor on the server."""
+
+    @property
+    def entry(self) -> TensorEntry:
+        """What the manifest says of it."""
+        ...
+
+    def read(self) -> np.ndarray:
+        """All of it."""
+        ...
+
+    def read_rows(self, first: int, last: int) -> np.ndarray:
+        """Rows `first` to before `last` of the first axis."""
+        ...
+
+    def stream(self, sink: Callable[[bytes], object]) -> None:
+        """Hand its bytes over, in its own order and type, piece by piece."""
+        ...
+
+
 @dataclass(frozen=True)
 class RemoteTensor:
     """One tensor inside a stored file."""
@@ -22,55 +43,61 @@ class RemoteTensor:
     entry: TensorEntry
     source: File
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its axes."""
-        return self.entry.shape
-
-    @property
-    def nbytes(self) -> int:
-        """Its size."""
-        return self.entry.byte_end - self.entry.byte_start
-
-    @property
-    def dtype_name(self) -> str:
-        """Its type as NumPy and torch spell it.
-
-        Raises:
-            CurvatureError: if this client does not know the type.
-        """
-        name = _NUMPY_NAMES.get(self.entry.dtype)
-        if name is None:
-            raise CurvatureError(
-                f"{self.entry.name} has the type {self.entry.dtype}, which this client does not know",
-                code="unsupported_dtype",
-                remedy="update the package curvature, or read the file with safetensors",
-            )
-        return name
-
     def read(self) -> np.ndarray:
         """All of it."""
-        return self._array(self.entry.byte_start, self.entry.byte_end, self.shape)
+        return self._array(self.entry.byte_start, self.entry.byte_end, self.entry.shape)
 
     def read_rows(self, first: int, last: int) -> np.ndarray:
         """Rows `first` to before `last` of the first axis."""
-        row_bytes = prod(self.shape[1:]) * np.dtype(self.dtype_name).itemsize
+        inner = self.entry.shape[1:]
+        row_bytes = prod(inner) * stored_type(self.entry).itemsize
         start = self.entry.byte_start + first * row_bytes
-        return self._array(start, start + (last - first) * row_bytes, (last - first, *self.shape[1:]))
+        return self._array(start, start + (last - first) * row_bytes, (last - first, *inner))
+
+    def stream(self, sink: Callable[[bytes], object]) -> None:
+        """Hand its bytes over."""
+        if self.entry.byte_end > self.entry.byte_start:
+            self.source.stream(self.entry.byte_start, self.entry.byte_end, sink)
 
     def _array(self, start: int, end: int, shape: tuple[int, ...]) -> np.ndarray:
-        little_endian = np.dtype(self.dtype_name).newbyteorder("<")
         if end == start:
-            return np.zeros(shape, little_endian)
-        return np.frombuffer(self.source.read(start, end), little_endian).reshape(shape)
+            return np.zeros(shape, stored_type(self.entry))
+        return np.frombuffer(self.source.read(start, end), stored_type(self.entry)).reshape(shape)
 
 
-def read_index(tensor: RemoteTensor, index: Any) -> np.ndarray | None:
+def type_name(entry: TensorEntry) -> str:
+    """A tensor's type as NumPy and torch spell it.
+
+    Raises:
+        CurvatureError: if this client does not know the type.
+    """
+    name = _NUMPY_NAMES.get(entry.dtype)
+    if name is None:
+        raise CurvatureError(
+            f"{entry.name} has the type {entry.dtype}, which this client does not know",
+            code="unsupported_dtype",
+            remedy="update the package curvature, or read the file with safetensors",
+        )
+    return name
+
+
+def stored_type(entry: TensorEntry) -> np.dtype:
+    """NumPy's type of the bytes in the file; errors as `type_name`."""
+    return np.dtype(type_name(entry)).newbyteorder("<")
+
+
+def stored_bytes(entry: TensorEntry) -> int:
+    """A tensor's size."""
+    return sum(piece.byte_end - piece.byte_start for piece in entry.parts or (entry,))
+
+
+def read_index(tensor: Remote, index: Any) -> np.ndarray | None:
     """`tensor[index]` by reading only the rows it needs; None where that takes the whole."""
     first, rest = (index[0], index[1:]) if isinstance(index, tuple) and index else (index, ())
-    if not tensor.shape or any(not _is_plain(part) for part in rest):
+    shape = tensor.entry.shape
+    if not shape or any(not _is_plain(part) for part in rest):
         return None
-    length = tensor.shape[0]
+    length = shape[0]
     if _is_integer(first):
         row = int(first) + length if int(first) < 0 else int(first)
         if not 0 <= row < length:
@@ -96,14 +123,14 @@ def _is_plain(part: Any) -> bool:
 class LazyArray(np.lib.mixins.NDArrayOperatorsMixin):
     """A stored tensor as NumPy sees it, read at its first use; for Pythons without torch."""
 
-    def __init__(self, remote: RemoteTensor) -> None:
+    def __init__(self, remote: Remote) -> None:
         self._remote = remote
         self._array: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Its axes; reads nothing."""
-        return self._remote.shape
+        return self._remote.entry.shape
 
     @property
     def ndim(self) -> int:
@@ -118,12 +145,12 @@ class LazyArray(np.lib.mixins.NDArrayOperatorsMixin):
     @property
     def dtype(self) -> np.dtype:
         """Its type; reads nothing."""
-        return np.dtype(self._remote.dtype_name)
+        return np.dtype(type_name(self._remote.entry))
 
     @property
     def nbytes(self) -> int:
         """Its size; reads nothing."""
-        return self._remote.nbytes
+        return stored_bytes(self._remote.entry)
 
     def fetch(self) -> np.ndarray:
         """The array itself."""

@@ -16,9 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from curvature_client._downloads import File, InlineFile, StoredFile
+from curvature_client._downloads import ResultFiles
 from curvature_client._errors import CurvatureError, refusal
-from curvature_client._remote import LazyArray, RemoteTensor
+from curvature_client._remote import LazyArray, Remote, RemoteTensor, stored_bytes
+from curvature_client._shards import PartedTensor
 from curvature_client._transport import Transport
 from curvature_protocol.jobs import InlineResult
 from curvature_protocol.results import Manifest, TensorEntry
@@ -41,8 +42,8 @@ class ResultGroup(Mapping[str, Any]):
     Shared parameters answer to all their names. Without torch, tensors are arrays of NumPy.
     """
 
-    def __init__(self, entry: GroupEntry, file: File, aliases: Mapping[str, str]) -> None:
-        self._entry, self._file, self._aliases = entry, file, aliases
+    def __init__(self, entry: GroupEntry, files: ResultFiles, aliases: Mapping[str, str]) -> None:
+        self._entry, self._files, self._aliases = entry, files, aliases
         self._made: dict[str, Any] = {}
         self._by_parameter: dict[str, dict[str | None, TensorEntry]] = {}
         for tensor in entry.tensors:
@@ -77,7 +78,14 @@ class ResultGroup(Mapping[str, Any]):
     @property
     def nbytes(self) -> int:
         """The size of all its tensors."""
-        return sum(tensor.byte_end - tensor.byte_start for tensor in self._entry.tensors)
+        return sum(map(stored_bytes, self._entry.tensors))
+
+    @property
+    def cached_from(self) -> str | None:
+        """The job that computed it before, if it was taken from the cache."""
+        if self._entry.source is not None:
+            return self._entry.source.job_id
+        return next((t.provenance.cached_from for t in self._entry.tensors if t.provenance.cached_from), None)
 
     def entry(self, parameter: str, factor: str | None = None) -> TensorEntry:
         """The manifest's entry of one tensor: shape, place, provenance."""
@@ -107,8 +115,13 @@ class ResultGroup(Mapping[str, Any]):
     def _tensor(self, entry: TensorEntry) -> Any:
         """The tensor of an entry, made at its first use and kept with what it fetched."""
         if entry.name not in self._made:
-            self._made[entry.name] = _lazy(RemoteTensor(entry, self._file))
+            self._made[entry.name] = _lazy(self._remote(entry))
         return self._made[entry.name]
+
+    def _remote(self, entry: TensorEntry) -> Remote:
+        if entry.parts:
+            return PartedTensor(entry, self._files.of_part)
+        return RemoteTensor(entry, self._files.of(self.label))
 
     def _only(self) -> Any:
         """The one tensor of a quantity without parameters."""
@@ -128,12 +141,9 @@ class Result(Mapping[str, Any]):
         manifest: every tensor's name, shape, type, place, convention and provenance.
     """
 
-    def __init__(self, manifest: Manifest, files: Mapping[str, File]) -> None:
+    def __init__(self, manifest: Manifest, files: ResultFiles) -> None:
         self.manifest = manifest
-        self._files = files
-        self._groups = {
-            group.label: ResultGroup(group, files[group.label], manifest.aliases) for group in manifest.groups
-        }
+        self._groups = {group.label: ResultGroup(group, files, manifest.aliases) for group in manifest.groups}
 
     @property
     def loss(self) -> float:
@@ -150,6 +160,12 @@ class Result(Mapping[str, Any]):
         """The size of all tensors."""
         return sum(group.nbytes for group in self._groups.values())
 
+    @property
+    def from_cache(self) -> dict[str, str]:
+        """Label → the job that computed it before, of what was taken from the cache."""
+        found = {label: group.cached_from for label, group in self._groups.items()}
+        return {label: job_id for label, job_id in found.items() if job_id is not None}
+
     def __getitem__(self, label: str) -> Any:
         if label not in self._groups:
             raise KeyError(f"there is no result labelled {label!r}; there are {', '.join(self._groups)}")
@@ -163,7 +179,9 @@ class Result(Mapping[str, Any]):
         return len(self._groups)
 
     def __repr__(self) -> str:
-        return f"<Result of job {self.manifest.job_id}: loss {self.loss:.6g}; {', '.join(self)}; {_size(self.nbytes)}>"
+        cached = f"; from the cache: {', '.join(self.from_cache)}" if self.from_cache else ""
+        holds = f"{', '.join(self)}; {_size(self.nbytes)}{cached}"
+        return f"<Result of job {self.manifest.job_id}: loss {self.loss:.6g}; {holds}>"
 
     def fetch_all(self, *, max_bytes: int = 8 * 2**30) -> "Result":
         """Read every tensor into memory; afterwards nothing needs the server.
@@ -195,8 +213,7 @@ class Result(Mapping[str, Any]):
             with part.open("wb") as file:
                 file.write(self._header())
                 for label, tensor in self._ordered():
-                    if tensor.byte_end > tensor.byte_start:
-                        self._files[label].stream(tensor.byte_start, tensor.byte_end, file.write)
+                    self._groups[label]._remote(tensor).stream(file.write)
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
@@ -208,7 +225,7 @@ class Result(Mapping[str, Any]):
         place = 0
         for label, tensor in self._ordered():
             name = label if tensor.parameter is None else f"{label}/{tensor.name}"
-            end = place + tensor.byte_end - tensor.byte_start
+            end = place + stored_bytes(tensor)
             header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [place, end]}
             place = end
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -241,21 +258,20 @@ def checked_target(path: str | os.PathLike[str]) -> Path:
 
 def stored_result(transport: Transport, manifest: Manifest) -> Result:
     """The result as the server stores it."""
-    base = f"/v1/jobs/{manifest.job_id}/result"
-    files = {g.label: StoredFile(transport, f"{base}/{g.label}.safetensors", g.file_bytes) for g in manifest.groups}
-    return Result(manifest, files)
+    return Result(manifest, ResultFiles(transport, manifest))
 
 
-def inline_result(inline: InlineResult) -> Result:
+def inline_result(transport: Transport, inline: InlineResult) -> Result:
     """The result that came inside a job."""
-    return Result(inline.manifest, {label: InlineFile(base64.b64decode(data)) for label, data in inline.files.items()})
+    files = {label: base64.b64decode(data) for label, data in inline.files.items()}
+    return Result(inline.manifest, ResultFiles(transport, inline.manifest, files))
 
 
 def _item_bytes(tensor: TensorEntry) -> int:
-    return (tensor.byte_end - tensor.byte_start) // max(1, math.prod(tensor.shape))
+    return stored_bytes(tensor) // max(1, math.prod(tensor.shape))
 
 
-def _lazy(remote: RemoteTensor) -> Any:
+def _lazy(remote: Remote) -> Any:
     if not _has_torch():
         return LazyArray(remote)
     from curvature_client._tensors import LazyTensor

@@ -10,13 +10,15 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from curvature_client._batches import Batch
-from curvature_client._conversion import convert
+from curvature_client._datasets import DataSet, UploadedDataSet, read_batch
 from curvature_client._errors import APIStatusError, CurvatureError, NotFoundError, PayloadTooLargeError, refusal
 from curvature_client._extensions import ExtensionLike, list_of, read_extensions, take_batches
+from curvature_client._fitting import FittedModel
 from curvature_client._functions import LossFunction, read_function
 from curvature_client._jobs import Job
 from curvature_client._losses import read_loss
 from curvature_client._payloads import Payload
+from curvature_client._requirements import read_requirements, read_webhook
 from curvature_client._transport import Transport
 from curvature_client._uploads import upload
 from curvature_protocol.artefacts import SINGULAR, ArtefactKind
@@ -46,10 +48,13 @@ class AnalysisRequest:
     seed: int
     parameters: str | Sequence[str]
     eval: bool
-    verify: bool
-    priority: int
-    metadata: Mapping[str, str] | None
-    format: str = "auto"
+    format: str
+    verify: bool = False
+    priority: int = 5
+    cache: bool = True
+    requires: Mapping[str, Any] | None = None
+    webhook: str | Mapping[str, Any] | None = None
+    metadata: Mapping[str, str] | None = None
 
     def body(self, function: LossFunction | None) -> dict[str, Any]:
         """What the server reads, but for model and batches; `function` is the loss, where it is one.
@@ -67,12 +72,22 @@ class AnalysisRequest:
             "eval": self.eval,
             "verify": self.verify,
             "priority": self.priority,
+            "cache": self.cache,
+            "requires": read_requirements(self.requires),
+            "webhook": read_webhook(self.webhook),
             "metadata": _checked_metadata(self.metadata),
         }
 
 
 class Submission:
-    """Sent at once, and again after uploading what the server turns out to lack."""
+    """Sent at once, and again after uploading what the server turns out to lack; a data set's parts go before.
+
+    Args:
+        transport: the server.
+        request: what the user asked for.
+        progress: whether to show a bar; None shows it where somebody sees it.
+        plan: ask for a plan instead of a result; of a data set, for that of its first batch.
+    """
 
     def __init__(
         self, transport: Transport, request: AnalysisRequest, progress: bool | None, *, plan: bool = False
@@ -82,31 +97,39 @@ class Submission:
         function = read_function(request.loss)
         extensions, others = take_batches(list_of(request.extensions))
         body = replace(request, extensions=extensions).body(function)
-        batch = Batch(request.batch)
+        batch = read_batch(request.batch)
+        if plan and isinstance(batch, DataSet):
+            batch = batch.first()
         further = {key: _further_batch(key, given) for key, given in others.items()}
+        self._parts: dict[str, tuple[ArtefactKind, Payload]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="curvature-")
         try:
             folder = Path(self._folder.name)
-            self._model, notes = convert(request.model, batch, folder, eval=request.eval, format=request.format)
-            self._batch = batch.payload(folder)
-            self._parts: dict[str, tuple[ArtefactKind, Payload]] = {
-                "model": ("models", self._model),
-                "batch": ("batches", self._batch),
-            }
             if function is not None:
                 self._parts["loss"] = ("losses", function.payload)
             for (place, option), other in further.items():
                 payload = other.payload(Path(tempfile.mkdtemp(dir=folder)))
                 self._parts[f"extensions.{place}.options.{option}"] = ("batches", payload)
                 body["extensions"][place]["options"][option] = {"sha256": payload.sha256}
+            model = FittedModel(request.model, folder, eval=request.eval, format=request.format)
+            self._batch = self._prepared(batch, model, folder)
+            self._parts["model"] = ("models", model.converted.payload)
         except BaseException:
             self._folder.cleanup()
             raise
-        notes = [note[:MOST_WARNING_CHARACTERS] for note in notes[:MOST_WARNINGS]]
-        self._body = {**body, "model": self._model.sha256, "warnings": notes}
+        notes = [note[:MOST_WARNING_CHARACTERS] for note in model.converted.notes[:MOST_WARNINGS]]
+        self._body = {**body, "model": model.converted.payload.sha256, "warnings": notes}
         # One key for all attempts: however often the request is repeated, there is one job.
         self._key = uuid.uuid4().hex
-        self._inline = self._batch.size_bytes <= INLINE_BATCH_BYTES
+
+    def _prepared(self, batch: Batch | DataSet, model: FittedModel, folder: Path) -> "_OneBatch | UploadedDataSet":
+        """The batch ready to be named in a request, the model converted on the way."""
+        if isinstance(batch, DataSet):
+            return UploadedDataSet(self._transport, batch, folder, self._progress, model.take)
+        model.take(batch)
+        payload = batch.payload(folder)
+        self._parts["batch"] = ("batches", payload)
+        return _OneBatch(payload)
 
     def __enter__(self) -> "Submission":
         return self
@@ -126,11 +149,9 @@ class Submission:
         while True:
             try:
                 return self._post(wait_seconds, kind)
-            except PayloadTooLargeError as error:
-                if not self._inline or error.param != "batch.data":
-                    raise
-                self._inline = False
-            except NotFoundError as error:
+            except (NotFoundError, PayloadTooLargeError) as error:
+                if self._batch.mend(error):
+                    continue
                 part = error.param or ""
                 if error.code not in _LACKING or part not in self._parts or part in uploaded:
                     raise
@@ -145,13 +166,10 @@ class Submission:
             return
 
     def _post(self, wait_seconds: float, kind: type[V]) -> V:
-        data = (
-            {"data": base64.b64encode(self._batch.read()).decode()} if self._inline else {"sha256": self._batch.sha256}
-        )
         response = self._transport.request(
             "POST",
             self._path,
-            json={**self._body, "batch": data},
+            json={**self._body, "batch": self._batch.reference()},
             params={"wait": wait_seconds} if wait_seconds else {},
             headers={"Idempotency-Key": self._key},
             timeout=self._transport.timeout_beyond(wait_seconds),
@@ -160,6 +178,27 @@ class Submission:
 
     def _job(self, view: JobView) -> Job:
         return Job(self._transport, view, progress=self._progress)
+
+
+class _OneBatch:
+    """A batch to be named in a request, or, if it is small, to ride inside it."""
+
+    def __init__(self, payload: Payload) -> None:
+        self._payload = payload
+        self._inline = payload.size_bytes <= INLINE_BATCH_BYTES
+
+    def reference(self) -> dict[str, Any]:
+        """As a request names it."""
+        if self._inline:
+            return {"data": base64.b64encode(self._payload.read()).decode()}
+        return {"sha256": self._payload.sha256}
+
+    def mend(self, error: APIStatusError) -> bool:
+        """Whether another request may do: this server wants it uploaded."""
+        if not self._inline or error.param != "batch.data" or not isinstance(error, PayloadTooLargeError):
+            return False
+        self._inline = False
+        return True
 
 
 def _further_batch(key: tuple[int, str], given: Any) -> Batch:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from curvature_client._remote import RemoteTensor, read_index
+from curvature_client._remote import Remote, read_index, stored_bytes, type_name
 
 SHOWN_BYTES = 64 * 2**20
 """A larger tensor is described, not downloaded, when something prints it."""
@@ -39,15 +39,15 @@ class LazyTensor(torch.Tensor):
     `tensor[10:20]` reads those rows alone. `shape`, `dtype`, `nbytes` and their like read nothing.
     """
 
-    _remote: RemoteTensor
+    _remote: Remote
     _fetched: torch.Tensor | None
 
     @staticmethod
-    def __new__(cls: type["LazyTensor"], remote: RemoteTensor) -> "LazyTensor":
-        dtype = getattr(torch, remote.dtype_name)
-        return torch.Tensor._make_wrapper_subclass(cls, remote.shape, dtype=dtype, device=torch.device("cpu"))
+    def __new__(cls: type["LazyTensor"], remote: Remote) -> "LazyTensor":
+        dtype = getattr(torch, type_name(remote.entry))
+        return torch.Tensor._make_wrapper_subclass(cls, remote.entry.shape, dtype=dtype, device=torch.device("cpu"))
 
-    def __init__(self, remote: RemoteTensor) -> None:
+    def __init__(self, remote: Remote) -> None:
         self._remote = remote
         self._fetched = None
 
@@ -63,8 +63,9 @@ class LazyTensor(torch.Tensor):
         return self.fetch()[index]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        if self._fetched is None and self._remote.nbytes > SHOWN_BYTES:
-            megabytes = self._remote.nbytes / 2**20
+        nbytes = stored_bytes(self._remote.entry)
+        if self._fetched is None and nbytes > SHOWN_BYTES:
+            megabytes = nbytes / 2**20
             return f"<{self._remote.entry.name}: {self.dtype} {list(self.shape)}, {megabytes:.0f} MiB, not fetched>"
         return repr(self.fetch())
 
