@@ -61,9 +61,9 @@ class ProgressBar:
     def part_sent(self) -> None:
         """One more is there."""
         if self._bar is not None:
-            self._bar.update()
-            if self._bar.n != self._bar.total:
-                self._bar.set_description_str(f"uploading part {self._bar.n + 1}")
+            self._bar.n += 1
+            now = self._bar.n if self._bar.n == self._bar.total else self._bar.n + 1
+            self._bar.set_description_str(f"uploading part {now}")
 
     def job(self, event: JobEvent) -> None:
         """A job's state or progress."""

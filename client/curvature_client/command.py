@@ -12,7 +12,7 @@ from curvature_client._errors import CurvatureError, WaitTimeout
 from curvature_client._jobs import Job
 from curvature_client._results import Result, checked_target
 from curvature_client._tables import table
-from curvature_protocol.jobs import JobStatus
+from curvature_protocol.jobs import FINAL, JobStatus
 
 app = typer.Typer(
     name="curvature",
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-jobs_app = typer.Typer(invoke_without_command=True, help="List jobs; show, cancel or save one.")
+jobs_app = typer.Typer(invoke_without_command=True, help="List jobs; show, cancel, retry or save one.")
 app.add_typer(jobs_app, name="jobs")
 
 _PARTS = {
@@ -79,7 +79,12 @@ def _stand_in() -> None:
 @app.command()
 def analyze(
     model: Annotated[Path, typer.Argument(help="TorchScript or torch.export file")],
-    batch: Annotated[Path, typer.Argument(help="safetensors or .npz file with inputs and targets")],
+    batches: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="BATCH...", help="safetensors or .npz files with inputs and targets; several: a data set"
+        ),
+    ],
     extensions: Annotated[list[str], typer.Option("--extension", "-e", help="what to compute; repeat for several")],
     output: Output,
     loss: Annotated[str | None, typer.Option(help="a name, or the file of a TorchScript loss function")] = None,
@@ -94,23 +99,32 @@ def analyze(
     verify: Annotated[
         bool, typer.Option("--verify", help="hold all sums of contributions against ordinary gradients in this job")
     ] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="compute everything anew, and keep it from others")
+    ] = False,
+    priority: Annotated[int, typer.Option(min=0, max=9, help="0 (last) to 9 (first)")] = 5,
+    gpu: Annotated[bool, typer.Option("--gpu", help="only on a worker with a GPU")] = False,
+    tag: Annotated[str | None, typer.Option(help="only on a worker with this tag")] = None,
     timeout: Annotated[float, typer.Option(help="seconds to wait")] = 600.0,
     url: Url = None,
 ) -> None:
-    """Analyze MODEL on BATCH and write the tensors to a safetensors file."""
+    """Analyze MODEL on one batch, or on a data set of several, and write the tensors to a safetensors file."""
     checked_target(output)
     options = {"mc_samples": mc_samples, "approximation": approximation, "against": against}
     with Client(url) as client:
         requests = _with_options(client, extensions, {k: v for k, v in options.items() if v is not None})
         result = client.analyze(
             model,
-            batch,
+            batches[0] if len(batches) == 1 else batches,
             requests,
             loss=loss,
             reduction=reduction,
             seed=seed,
             parameters=_chosen(parameters),
             verify=verify,
+            priority=priority,
+            cache=not no_cache,
+            requires={"gpu": gpu, "tag": tag},
             timeout=timeout,
         )
         _report(result, result.save(output))
@@ -189,7 +203,7 @@ def list_jobs(
     _table(
         ["JOB", "STATUS", "CREATED", "TOOK", "EXTENSIONS"],
         [
-            [job.id, job.status, f"{job.created_at.astimezone():%Y-%m-%d %H:%M:%S}", _duration(job), _labels(job)]
+            [job.id, _standing(job), f"{job.created_at.astimezone():%Y-%m-%d %H:%M:%S}", _duration(job), _labels(job)]
             for job in found
         ],
     )
@@ -201,14 +215,17 @@ def show_job(job_id: str, url: Url = None) -> None:
     with Client(url) as client:
         job = client.jobs.get(job_id)
     rows = [
-        ("status", job.status),
+        ("status", _standing(job)),
         ("created", f"{job.created_at.astimezone():%Y-%m-%d %H:%M:%S}"),
         ("took", _duration(job)),
         ("extensions", _labels(job)),
         ("model", job.request["model"]),
-        ("batch", job.request["batch"]["sha256"]),
+        ("batch", _batch_of(job)),
     ]
-    if job.progress is not None and not job.done:
+    rows += [("part of", job.parent)] if job.parent is not None else []
+    rows += [("sweep", job.sweep)] if job.sweep is not None else []
+    rows += [("at", f"{name}={value}") for name, value in (job.coordinates or {}).items()]
+    if job.progress is not None and job.status not in (JobStatus.WAITING, *FINAL):
         rows.append(("progress", f"{job.progress.phase} {job.progress.done}/{job.progress.total}"))
     rows += [("error", str(job.error))] if job.error is not None else []
     rows += [("warning", warning) for warning in job.warnings]
@@ -222,6 +239,13 @@ def cancel_job(job_id: str, url: Url = None) -> None:
     """Cancel one job."""
     with Client(url) as client:
         typer.echo(client.jobs.get(job_id).cancel().status)
+
+
+@jobs_app.command("retry")
+def retry_job(job_id: str, url: Url = None) -> None:
+    """Queue one failed or cancelled job once more; of a data set, the shards that have not succeeded."""
+    with Client(url) as client:
+        typer.echo(_standing(client.jobs.get(job_id).retry()))
 
 
 @jobs_app.command("save")
@@ -252,14 +276,18 @@ def _with_options(client: Client, names: list[str], options: dict[str, object]) 
 
 
 def _report(result: Result, path: Path) -> None:
-    typer.echo(f"loss {result.loss:.6g} ({_loss_of(result)}, {result.manifest.reduction})")
+    manifest = result.manifest
+    parts = "" if manifest.parts is None else f"; {manifest.samples:,} samples in {manifest.parts} parts"
+    typer.echo(f"loss {result.loss:.6g} ({_loss_of(result)}, {manifest.reduction}{parts})")
     rows = []
-    for group in result.manifest.groups:
+    for group in manifest.groups:
         count = len({tensor.parameter for tensor in group.tensors})
         what = "1 tensor" if group.kind == "tensor" else f"{count} parameters"
         missing = f", {len(group.missing)} without" if group.missing else ""
         rows.append([group.label, what + missing, group.convention])
     _table(["LABEL", "HOLDS", "CONVENTION"], rows)
+    if result.from_cache:
+        typer.echo(f"from the cache: {', '.join(f'{label} (job {job})' for label, job in result.from_cache.items())}")
     for warning in result.warnings:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(f"wrote {path} ({path.stat().st_size:,} bytes)")
@@ -275,6 +303,20 @@ def _loss_of(result: Result) -> str:
 
 def _shortened(value: Any) -> str:
     return f"{len(value)} numbers" if isinstance(value, list) and len(value) > 3 else str(value)
+
+
+def _standing(job: Job) -> str:
+    """The status; over a data set, with how many shards are there."""
+    if job.status != JobStatus.WAITING or job.progress is None:
+        return job.status
+    return f"{job.status} {job.progress.done}/{job.progress.total}"
+
+
+def _batch_of(job: Job) -> str:
+    parts = job.request["batch"].get("parts")
+    if parts is None:
+        return str(job.request["batch"]["sha256"])
+    return f"{len(parts)} parts, {sum(part['samples'] for part in parts):,} samples"
 
 
 def _labels(job: Job) -> str:

@@ -9,7 +9,7 @@ from fastapi.concurrency import run_in_threadpool
 from redis import RedisError
 
 from curvature_protocol.events import JobEvent
-from curvature_protocol.jobs import FINAL, Job, JobStatus
+from curvature_protocol.jobs import FINAL, Job, JobStatus, Progress
 from curvature_service.errors import DATABASE_AWAY
 from curvature_service.resources import Resources
 from curvature_state import events
@@ -17,6 +17,8 @@ from curvature_state.jobs import get_job
 
 POLL_SECONDS = 1.0
 _AT_ONCE = 0.001
+
+Standing = tuple[JobStatus, int, Progress | None]
 
 
 async def follow_job(
@@ -34,9 +36,9 @@ async def follow_job(
         try:
             async for event_id, event in events.follow(resources.async_redis, job_id, after, patience):
                 after = event_id
-                if event.event == "state" and (event.status, event.attempt) == told:
+                if event.event == "state" and _standing(event) == told:
                     continue
-                told = (event.status, event.attempt)
+                told = _standing(event)
                 yield event_id, event
                 if time.monotonic() > deadline:
                     return
@@ -45,8 +47,8 @@ async def follow_job(
         if told is not None and told[0] in FINAL:
             return
         job = await _read(resources, job_id)
-        if job is not None and (job.status, job.attempt) != told:
-            told = (job.status, job.attempt)
+        if job is not None and _standing(job) != told:
+            told = _standing(job)
             yield None, events.state_event(job)
         if job is not None and job.status in FINAL:
             return
@@ -55,13 +57,18 @@ async def follow_job(
             return
 
 
-async def _told_before(resources: Resources, job_id: str, after: str) -> tuple[JobStatus, int] | None:
+def _standing(told: Job | JobEvent) -> Standing:
+    """What of a job's state is news: of one that waits for its shards, also how many are there."""
+    return told.status, told.attempt, told.progress if told.status == JobStatus.WAITING else None
+
+
+async def _told_before(resources: Resources, job_id: str, after: str) -> Standing | None:
     """The state that a follower who saw event `after` knows of; an end is told again all the same."""
     try:
         seen = None if after == "0" else await events.read_event(resources.async_redis, job_id, after)
     except RedisError:
         return None
-    return None if seen is None or seen.status in FINAL else (seen.status, seen.attempt)
+    return None if seen is None or seen.status in FINAL else _standing(seen)
 
 
 async def _read(resources: Resources, job_id: str) -> Job | None:
