@@ -64,6 +64,50 @@ def test_jobs_can_be_listed_shown_saved(run, tmp_path):
     assert "has succeeded already" in refused.stderr
 
 
+@pytest.fixture
+def parts(run, tmp_path):
+    _, (x, y) = small()
+    for name, rows in (("part0", slice(0, 4)), ("part1", slice(4, 6))):
+        batch = {"inputs": x[rows].contiguous(), "targets": y[rows].contiguous()}
+        safetensors.torch.save_file(batch, tmp_path / f"{name}.safetensors")
+    return ["part0.safetensors", "part1.safetensors"]
+
+
+def test_several_files_are_a_data_set(run, parts, tmp_path):
+    words = ["-e", "batch_grad", "-e", "grad", "--priority", "7", "--no-cache"]
+    done = run("analyze", "model.pt", *parts, *words, "-o", "parts.safetensors")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "mean; 6 samples in 2 parts)" in done.stdout
+    assert "from the cache" not in done.stdout
+    assert run("analyze", "model.pt", "batch.safetensors", *words, "-o", "one.safetensors").returncode == 0
+    ours, theirs = (safetensors.torch.load_file(tmp_path / f"{n}.safetensors") for n in ("parts", "one"))
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor)
+    job_id = run("jobs").stdout.splitlines()[2].split()[0]
+    shown = run("jobs", "show", job_id).stdout
+    assert re.search(r"^batch +2 parts, 6 samples$", shown, re.MULTILINE)
+
+
+def test_what_came_from_the_cache_is_said(run):
+    words = ["analyze", "model.pt", "batch.safetensors", "-e", "batch_l2", "-o", "out.safetensors"]
+    run(*words)
+    assert re.search(r"^from the cache: batch_l2 \(job [0-9a-f]{32}\)$", run(*words).stdout, re.MULTILINE)
+
+
+def test_a_data_set_that_waits_says_how_many_shards_are_there(run, parts):
+    words = ["-e", "saliency", "--tag", "nowhere", "--timeout", "0.5", "-o", "out.safetensors"]
+    done = run("analyze", "model.pt", *parts, *words)
+    assert done.returncode == 1
+    job_id = re.search(r"jobs show ([0-9a-f]{32})", done.stderr)[1]
+    assert [line.split()[1:3] for line in run("jobs").stdout.splitlines() if job_id in line] == [["waiting", "0/2"]]
+    assert re.search(r"^status +waiting 0/2$", run("jobs", "show", job_id).stdout, re.MULTILINE)
+    assert run("jobs", "retry", job_id).returncode == 1
+    assert run("jobs", "cancel", job_id).stdout == "cancelled\n"
+    assert run("jobs", "retry", job_id).stdout == "waiting 0/2\n"
+    assert run("jobs", "cancel", job_id).stdout == "cancelled\n"
+
+
 def test_extensions_are_listed(run):
     text = run("extensions").stdout
     assert "diag_ggn_mc" in text

@@ -82,6 +82,9 @@ class Attempt:
             seed=request["seed"],
             warnings=request.get("warnings", []),
         )
+        if manifest.part is not None:  # the same batch may have stood elsewhere in another data set
+            here = manifest.part.model_copy(update={"first_sample": request["part"]["first_sample"]})
+            manifest = manifest.model_copy(update={"part": here})
         return self._commit(manifest, {}, reuse)
 
     def _merge(self) -> Ending:
