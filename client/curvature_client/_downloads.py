@@ -20,7 +20,7 @@ WHOLE_FILE_BYTES = 2**20
 class StoredFile:
     """One `{label}.safetensors` on the server, or at an address of the object store that the server gives out.
 
-    Of a file of unknown size, only what is asked for is read.
+    Of a file whose size is not known, only what is asked for is read.
     """
 
     def __init__(self, transport: Transport, path: str, size_bytes: int | None) -> None:
@@ -61,8 +61,8 @@ class StoredFile:
         known = self._address is not None
         if not known:
             # A file that is read whole at once is not worth a second request.
-            large = (end - start if self.size_bytes is None else self.size_bytes) > WHOLE_FILE_BYTES
-            elsewhere = self._transport.store.usable and large
+            size_bytes = end - start if self.size_bytes is None else self.size_bytes
+            elsewhere = self._transport.store.usable and size_bytes > WHOLE_FILE_BYTES
             with self._transport.stream(
                 "GET",
                 self._path,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
+from curvature_client._errors import CurvatureError
 from curvature_client._payloads import Payload
 from curvature_client._transport import Transport
 from curvature_client._uploads import is_stored, send
@@ -66,18 +67,26 @@ class Uploads:
 
     def _send(self, payload: Payload, discard: Callable[[], object], known: bool) -> None:
         try:
-            self._go_on()
+            _Stoppable(self._stopped).uploaded(0)
             if not known and not is_stored(self._transport, self._kind, payload.sha256):
-                send(self._transport, self._kind, payload, begin=self._go_on, sent=lambda _: self._go_on())
+                send(self._transport, self._kind, payload, _Stoppable(self._stopped))
         finally:
             discard()
         with self._telling:
             self._sent()
 
-    def _go_on(self) -> None:
+
+class _Stoppable:
+    """Watches an upload and ends it when all are given up."""
+
+    def __init__(self, stopped: threading.Event) -> None:
+        self._stopped = stopped
+
+    def upload(self, what: str, size_bytes: int) -> None:
+        """An upload begins."""
+        self.uploaded(0)
+
+    def uploaded(self, count: int) -> None:
+        """So many bytes went out."""
         if self._stopped.is_set():
-            raise _StoppedError
-
-
-class _StoppedError(Exception):
-    """The uploads are given up; nobody hears of it."""
+            raise CurvatureError("the upload was stopped", code="cancelled", remedy="start it again")

@@ -6,13 +6,14 @@ where the last one stopped.
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from threading import Event, Lock
 
 from curvature_client._errors import APIConnectionError, APIStatusError, BadRequestError, CurvatureError, NotFoundError
 from curvature_client._payloads import Payload
+from curvature_client._progress import UploadWatcher
 from curvature_client._store import StoreRefused, StoreUnreachable
 from curvature_client._transport import Transport
 from curvature_protocol.artefacts import SINGULAR, ArtefactKind
@@ -29,26 +30,10 @@ _BEGIN_AGAIN = frozenset({"upload_not_found", "upload_incomplete"})
 
 
 class PartedUpload:
-    """Sends one payload in parts.
+    """Sends one payload in parts."""
 
-    Args:
-        transport: the server.
-        kind: what the payload is.
-        payload: its bytes.
-        begin: called before every round.
-        sent: told of bytes that are there; less than none where some were lost. What either raises ends the upload.
-    """
-
-    def __init__(
-        self,
-        transport: Transport,
-        kind: ArtefactKind,
-        payload: Payload,
-        begin: Callable[[], object],
-        sent: Callable[[int], object],
-    ) -> None:
-        self._transport, self._kind, self._payload = transport, kind, payload
-        self._show, self._sent = begin, sent
+    def __init__(self, transport: Transport, kind: ArtefactKind, payload: Payload, bar: UploadWatcher) -> None:
+        self._transport, self._kind, self._payload, self._bar = transport, kind, payload, bar
         self._lock = Lock()
         self._stopped = Event()
         self._store_answered = False
@@ -98,8 +83,8 @@ class PartedUpload:
     def _missing(self, upload: Upload) -> list[int]:
         """Numbers of the parts to send, and the bar at what is there."""
         here = {part.number for part in upload.parts if self._is_ours(upload, part)}
-        self._show()
-        self._sent(sum(part.size_bytes for part in upload.parts if part.number in here))
+        self._bar.upload(f"the {SINGULAR[self._kind]}", self._payload.size_bytes)
+        self._bar.uploaded(sum(part.size_bytes for part in upload.parts if part.number in here))
         return [number for number in range(1, _count(upload) + 1) if number not in here]
 
     def _is_ours(self, upload: Upload, part: UploadPart) -> bool:
@@ -208,7 +193,7 @@ class PartedUpload:
 
     def _count(self, change: int) -> None:
         with self._lock:
-            self._sent(change)
+            self._bar.uploaded(change)
 
     def _check(self) -> None:
         if self._stopped.is_set():

@@ -4,12 +4,24 @@ import sys
 import time
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from curvature_protocol.events import JobEvent
 from curvature_protocol.jobs import FINAL, JobStatus
 
 _BEFORE_RUNNING = ("", JobStatus.QUEUED.value, "shards")
+
+
+class UploadWatcher(Protocol):
+    """Who is told of an upload."""
+
+    def upload(self, what: str, size_bytes: int) -> None:
+        """An upload begins, perhaps anew."""
+        ...
+
+    def uploaded(self, count: int) -> None:
+        """So many bytes went out."""
+        ...
 
 
 class ProgressBar:

@@ -1,12 +1,12 @@
 """Sending what the server lacks: small payloads in one request, large ones part by part."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from curvature_client._errors import NotFoundError
 from curvature_client._parted_uploads import PartedUpload
 from curvature_client._payloads import Payload
-from curvature_client._progress import ProgressBar
+from curvature_client._progress import ProgressBar, UploadWatcher
 from curvature_client._transport import Transport
 from curvature_protocol.artefacts import SINGULAR, Artefact, ArtefactKind
 
@@ -17,46 +17,14 @@ IN_PARTS_BYTES = 32 * 2**20
 def upload(transport: Transport, kind: ArtefactKind, payload: Payload, progress: bool | None) -> None:
     """Upload a payload under its hash, with a bar where somebody sees it."""
     with ProgressBar(progress) as bar:
-        send(
-            transport,
-            kind,
-            payload,
-            begin=lambda: bar.upload(f"the {SINGULAR[kind]}", payload.size_bytes),
-            sent=bar.uploaded,
-        )
+        send(transport, kind, payload, bar)
 
 
-def send(
-    transport: Transport,
-    kind: ArtefactKind,
-    payload: Payload,
-    *,
-    begin: Callable[[], object],
-    sent: Callable[[int], object],
-) -> None:
-    """Upload a payload under its hash.
-
-    Args:
-        transport: the server.
-        kind: what the payload is.
-        payload: its bytes.
-        begin: called before every attempt.
-        sent: told of bytes that went out; what either raises ends the upload.
-    """
-    if payload.size_bytes > IN_PARTS_BYTES and PartedUpload(transport, kind, payload, begin, sent).run():
+def send(transport: Transport, kind: ArtefactKind, payload: Payload, watcher: UploadWatcher) -> None:
+    """Upload a payload under its hash; what the watcher raises ends the upload."""
+    if payload.size_bytes > IN_PARTS_BYTES and PartedUpload(transport, kind, payload, watcher).run():
         return
-
-    def body() -> Any:
-        begin()
-        return _counted(payload.chunks(), sent)
-
-    response = transport.request(
-        "PUT",
-        f"/v1/{kind}/{payload.sha256}",
-        body=body,
-        headers={"Content-Length": str(payload.size_bytes), "Content-Type": "application/octet-stream"},
-    )
-    transport.parse(response, Artefact)
+    _upload_whole(transport, kind, payload, watcher)
 
 
 def is_stored(transport: Transport, kind: ArtefactKind, sha256: str) -> bool:
@@ -68,7 +36,21 @@ def is_stored(transport: Transport, kind: ArtefactKind, sha256: str) -> bool:
     return True
 
 
-def _counted(chunks: Iterator[bytes], sent: Callable[[int], object]) -> Iterator[bytes]:
+def _upload_whole(transport: Transport, kind: ArtefactKind, payload: Payload, watcher: UploadWatcher) -> None:
+    def body() -> Any:
+        watcher.upload(f"the {SINGULAR[kind]}", payload.size_bytes)
+        return _counted(payload.chunks(), watcher)
+
+    response = transport.request(
+        "PUT",
+        f"/v1/{kind}/{payload.sha256}",
+        body=body,
+        headers={"Content-Length": str(payload.size_bytes), "Content-Type": "application/octet-stream"},
+    )
+    transport.parse(response, Artefact)
+
+
+def _counted(chunks: Iterator[bytes], watcher: UploadWatcher) -> Iterator[bytes]:
     for chunk in chunks:
         yield chunk
-        sent(len(chunk))
+        watcher.uploaded(len(chunk))

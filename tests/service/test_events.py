@@ -4,12 +4,13 @@ from datetime import UTC, datetime
 
 import pytest
 from httpx_sse import connect_sse
-from tests.service.planting import claim, expect_problem, fail, submit, succeed
+from tests.service.planting import claim, expect_problem, fail, submit, succeed, upload
 from tests.state.servers import RedisServer
 
 from curvature_protocol.events import JobEvent
 from curvature_protocol.jobs import JobStatus, Progress
 from curvature_state import endings, events, jobs
+from curvature_state.shards import list_shards
 
 pytestmark = pytest.mark.integration
 
@@ -59,6 +60,19 @@ def test_states_and_progress_come_as_they_happen(server, job):
     endings.succeed(server.resources.database, job.id, held.attempt)
     publish_state(server, job)
     assert [event.status for _, event in stream] == ["succeeded"]
+
+
+def test_of_a_data_set_every_shard_that_is_there_is_told(server):
+    parts = [{"sha256": upload(server.client, "batches", f"part {n}".encode()), "samples": 4} for n in range(3)]
+    job = submit(server.client, batch={"parts": parts}, extensions=["variance"])
+    stream = follow(server.client, job)
+    assert next(stream)[1].progress == Progress(phase="shards", done=0, total=3)
+    for done, shard in enumerate(list_shards(server.resources.database, job.id)[:2], 1):
+        held = claim(server, shard)
+        ending = endings.succeed(server.resources.database, shard.id, held.attempt)
+        events.publish_all(server.resources.redis, ending.others)
+        assert next(stream)[1].progress == Progress(phase="shards", done=done, total=3)
+    stream.close()
 
 
 def test_a_reader_resumes_where_it_was(server, job):
