@@ -108,7 +108,9 @@ def test_a_policy_without_a_limit_throws_nothing_away(redis_server, limited):
 
 
 def test_a_broker_that_does_not_say_is_warned_of(redis_server, redis_connection, caplog):
-    redis_connection.acl_setuser("watched", enabled=True, nopass=True, keys="*", categories=["+@all"], commands=["-config"])
+    redis_connection.acl_setuser(
+        "watched", enabled=True, nopass=True, keys="*", categories=["+@all"], commands=["-config"]
+    )
     scheme, path = redis_server.url.split("//")
     broker.check_broker(f"{scheme}//watched:any@{path}")
     redis_connection.acl_deluser("watched")
