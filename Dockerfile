@@ -34,7 +34,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && python -m venv --without-pip /opt/venv
 
 
-# Our metadata without our code: what `curvature[service]` and `curvature[worker]` depend on.
+# Our metadata without our code: what `curvature[service,s3]` and `curvature[worker,s3]` depend on.
 FROM build AS metadata
 COPY pyproject.toml LICENSE ./
 RUN touch README.md \
@@ -56,7 +56,7 @@ RUN pip wheel --no-build-isolation --no-deps --wheel-dir /wheels . \
 FROM build AS service-dependencies
 COPY --from=metadata /wheels /wheels
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip --python /opt/venv/bin/python install --constraint constraints.txt "$(echo /wheels/*.whl)[service]" \
+    pip --python /opt/venv/bin/python install --constraint constraints.txt "$(echo /wheels/*.whl)[service,s3]" \
     && pip --python /opt/venv/bin/python uninstall --yes curvature
 
 
@@ -70,7 +70,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     fi
 COPY --from=metadata /wheels /wheels
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip --python /opt/venv/bin/python install --constraint constraints.txt "$(echo /wheels/*.whl)[worker]" \
+    pip --python /opt/venv/bin/python install --constraint constraints.txt "$(echo /wheels/*.whl)[worker,s3]" \
     && pip --python /opt/venv/bin/python uninstall --yes curvature
 
 

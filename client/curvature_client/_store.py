@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from ipaddress import ip_address
+from threading import Lock
 from typing import Any
 
 import httpx
@@ -31,6 +32,7 @@ class Store:
         self.usable = os.environ.get("CURVATURE_DIRECT_TRANSFERS", "").lower() != "off"
         self._timeout = timeout
         self._clients: dict[bool, httpx.Client] = {}
+        self._lock = Lock()
 
     def close(self) -> None:
         """Close the connections."""
@@ -75,9 +77,10 @@ class Store:
     def _client(self, url: str) -> httpx.Client:
         """Clients of our own, not the user's: theirs may add headers to every request, which are the server's alone."""
         local = is_loopback(url)
-        if local not in self._clients:
-            self._clients[local] = httpx.Client(trust_env=not local)
-        return self._clients[local]
+        with self._lock:
+            if local not in self._clients:
+                self._clients[local] = httpx.Client(trust_env=not local)
+            return self._clients[local]
 
 
 def is_loopback(url: str) -> bool:

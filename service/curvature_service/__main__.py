@@ -6,11 +6,13 @@ import socket
 import sys
 
 import uvicorn
+from obstore.exceptions import BaseError as StoreError
 from sqlalchemy.exc import SQLAlchemyError
 
 from curvature_service.app import create_app
 from curvature_service.settings import ServiceSettings
-from curvature_state import migrate
+from curvature_state import ObjectStore, migrate
+from curvature_state.broker import BrokerUnfit, check_broker
 
 
 def main() -> None:
@@ -24,6 +26,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log the URLs of webhooks, which may hold secrets
     settings = ServiceSettings()
+    _check(settings)
     if arguments.migrate:
         _migrate(settings.database_url)
     config = uvicorn.Config(
@@ -37,6 +40,17 @@ def main() -> None:
     # Not uvicorn's own `fd`, which takes any socket for a Unix one: TCP connections would lose their options by it.
     sockets = None if arguments.fd is None else [socket.socket(fileno=arguments.fd)]
     uvicorn.Server(config).run(sockets)
+
+
+def _check(settings: ServiceSettings) -> None:
+    """Refuse settings with which the API cannot work, or could lose something."""
+    try:
+        check_broker(settings.redis_url)
+        ObjectStore(settings.storage_url, settings.storage_public_endpoint)
+    except BrokerUnfit as error:
+        sys.exit(f"curvature_service: {error}")
+    except (ValueError, RuntimeError, OSError, StoreError) as error:
+        sys.exit(f"curvature_service: the settings do not fit: {error}; check CURVATURE_STORAGE_URL")
 
 
 def _migrate(url: str) -> None:

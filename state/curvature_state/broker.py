@@ -4,6 +4,7 @@ No result backend, JSON only, early acknowledgement (our own leases say who runs
 Redis transport redelivers a running task after its visibility timeout), prefetch one.
 """
 
+import logging
 from typing import Any
 
 import redis
@@ -12,6 +13,8 @@ from kombu.exceptions import OperationalError
 
 from curvature_protocol.names import QUEUE, RUN_JOB_TASK
 from curvature_state.settings import StateSettings
+
+logger = logging.getLogger("curvature.state")
 
 ENOUGH_BELLS = 64
 """With so many waiting in a queue, no worker sleeps that could hear another."""
@@ -80,3 +83,45 @@ def ring_unless_enough(app: Celery, connection: "redis.Redis", job_id: str, queu
     except redis.RedisError:
         return False
     return ring(app, job_id, queue)
+
+
+class BrokerUnfit(Exception):
+    """The broker may lose what it was given; the message says why and what to do."""
+
+
+def check_broker(url: str) -> None:
+    """At start: see that the broker evicts nothing. One that is away, or does not say, is no reason not to start.
+
+    Raises:
+        BrokerUnfit: it may evict bells.
+    """
+    connection = redis.Redis.from_url(url, socket_connect_timeout=2, socket_timeout=3)
+    try:
+        require_noeviction(connection)
+    except redis.ResponseError as error:
+        logger.warning("the broker does not say what it does when its memory is full (%s); it must not evict", error)
+    except redis.RedisError as error:
+        logger.warning("the broker does not answer: %s", error)
+    finally:
+        connection.close()
+
+
+def require_noeviction(connection: "redis.Redis") -> None:
+    """See that a broker with limited memory refuses what is too much, and does not throw away what it has.
+
+    Raises:
+        BrokerUnfit: it throws away.
+        redis.ResponseError: it does not let us ask.
+        redis.RedisError: it does not answer.
+    """
+    found = {_text(name): _text(value) for name, value in connection.config_get("maxmemory*").items()}
+    policy = found.get("maxmemory-policy", "noeviction")
+    if int(found.get("maxmemory", "0")) > 0 and policy != "noeviction":
+        raise BrokerUnfit(
+            f"the broker's maxmemory-policy is {policy}: when its memory is full it would throw bells and events away; "
+            "set it to noeviction (redis-cli CONFIG SET maxmemory-policy noeviction, and in its configuration)"
+        )
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -23,6 +23,7 @@ _COPIED_PART_BYTES = _GIB
 _IDLE = "60s"
 _REGION = "us-east-1"
 """What servers other than Amazon's expect, unless told otherwise."""
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _GONE = frozenset({"NoSuchUpload", "NoSuchKey", "404"})
 
 
@@ -57,7 +58,7 @@ class Bucket:
         parts = urlsplit(url)
         self._name, self._prefix = parts.netloc, parts.path.strip("/")
         self._session = Session()
-        self._endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+        self._endpoint = next((value for name in _ENDPOINTS if (value := os.environ.get(name))), None)
         self._region = self._session.region_name or os.environ.get("AWS_REGION") or _REGION
         self._client = self._connect(self._endpoint)
         self._signer = self._client if public_endpoint is None else self._connect(public_endpoint)
@@ -72,6 +73,8 @@ class Bucket:
         config: S3Config = {"region": self._region}
         if self._endpoint is not None:
             config["endpoint"] = self._endpoint
+        elif any(name in os.environ for name in _ENDPOINTS):  # empty: obstore would take that for an address
+            config["endpoint"] = f"https://s3.{self._region}.amazonaws.com"
         return S3Store(
             self._name,
             prefix=self._prefix or None,
@@ -191,7 +194,8 @@ class Bucket:
             # Checksums of their own choice are what other makers' servers do not know.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
-            **({} if endpoint is None else {"s3": {"addressing_style": "path"}}),
+            ignore_configured_endpoint_urls=True,
+            s3={"addressing_style": "virtual" if endpoint is None else "path"},
         )
         return self._session.client("s3", endpoint_url=endpoint, region_name=self._region, config=config)
 

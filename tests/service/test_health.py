@@ -113,3 +113,23 @@ def test_without_its_folder_it_is_not_ready(serve):
     publish(server)
     server.folder.rmdir()
     assert "is gone" in readiness(server, 503).checks["storage"]
+
+
+def test_a_load_balancer_may_leave_workers_out(server):
+    readiness(server, 503)
+    reply = server.client.get("/v1/ready", params={"worker": "false"})
+    assert reply.status_code == 200
+    assert set(reply.json()["checks"]) == {"database", "storage", "broker"}
+
+
+def test_a_broker_that_may_throw_bells_away_is_not_ready(server):
+    publish(server)
+    redis = server.resources.redis
+    redis.config_set("maxmemory", "100mb")
+    redis.config_set("maxmemory-policy", "volatile-lru")
+    try:
+        assert "set it to noeviction" in readiness(server, 503).checks["broker"]
+    finally:
+        redis.config_set("maxmemory-policy", "noeviction")
+        redis.config_set("maxmemory", "0")
+    readiness(server, 200)

@@ -48,3 +48,28 @@ def test_a_database_that_is_away_is_told_in_a_line(tmp_path):
     assert process.returncode == 1
     assert "curvature_service: the database's tables cannot be brought up to date" in errors
     assert "Traceback" not in errors
+
+
+def test_a_broker_that_may_throw_bells_away_is_told_in_a_line(tmp_path, redis_server):
+    with redis_server.connect() as connection:
+        connection.config_set("maxmemory", "100mb")
+        connection.config_set("maxmemory-policy", "allkeys-lru")
+        try:
+            process = start(tmp_path, CURVATURE_REDIS_URL=redis_server.url)
+            _, errors = process.communicate(timeout=20)
+        finally:
+            connection.config_set("maxmemory-policy", "noeviction")
+            connection.config_set("maxmemory", "0")
+    assert process.returncode == 1
+    assert "curvature_service: the broker's maxmemory-policy is allkeys-lru" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_store_that_does_not_fit_is_told_in_a_line(tmp_path):
+    store = {"CURVATURE_STORAGE_URL": "s3://bucket/prefix", "AWS_ENDPOINT_URL": "http://store.example"}
+    process = start(tmp_path, AWS_ACCESS_KEY_ID="a", AWS_SECRET_ACCESS_KEY="b", **store)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "check CURVATURE_STORAGE_URL" in errors
+    assert "AWS_ALLOW_HTTP" in errors
+    assert "Traceback" not in errors

@@ -83,3 +83,42 @@ def test_counting_bells_of_an_absent_broker_raises(tmp_path):
     with pytest.raises(redis.RedisError):
         broker.count_bells(connection)
     connection.close()
+
+
+@pytest.fixture
+def limited(redis_server, redis_connection):
+    """A broker whose memory is limited."""
+    redis_connection.config_set("maxmemory", "100mb")
+    yield redis_connection
+    redis_connection.config_set("maxmemory-policy", "noeviction")
+    redis_connection.config_set("maxmemory", "0")
+
+
+def test_a_broker_that_may_throw_bells_away_is_refused(redis_server, limited):
+    broker.check_broker(redis_server.url)
+    limited.config_set("maxmemory-policy", "allkeys-lru")
+    with pytest.raises(broker.BrokerUnfit, match=r"maxmemory-policy is allkeys-lru.*set it to noeviction"):
+        broker.check_broker(redis_server.url)
+
+
+def test_a_policy_without_a_limit_throws_nothing_away(redis_server, limited):
+    limited.config_set("maxmemory-policy", "allkeys-lru")
+    limited.config_set("maxmemory", "0")
+    broker.check_broker(redis_server.url)
+
+
+def test_a_broker_that_does_not_say_is_warned_of(redis_server, redis_connection, caplog):
+    redis_connection.acl_setuser(
+        "watched", enabled=True, nopass=True, keys="*", categories=["+@all"], commands=["-config"]
+    )
+    scheme, path = redis_server.url.split("//")
+    broker.check_broker(f"{scheme}//watched:any@{path}")
+    redis_connection.acl_deluser("watched")
+    assert "must not evict" in caplog.text
+
+
+def test_a_broker_that_is_away_keeps_nobody_from_starting(caplog):
+    absent = RedisServer()
+    broker.check_broker(absent.url)
+    absent.close()
+    assert "does not answer" in caplog.text

@@ -3,7 +3,9 @@
 import asyncio
 import os
 import time
+from datetime import timedelta
 
+import obstore
 import pytest
 
 from curvature_state import ObjectStore
@@ -258,3 +260,14 @@ def test_missing_credentials_are_named(monkeypatch):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with pytest.raises(ValueError, match="AWS_ACCESS_KEY_ID"):
         ObjectStore("s3://bucket/prefix")
+
+
+def test_amazons_own_store_is_addressed_in_its_region(monkeypatch):
+    given = {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "DEFAULT_REGION": "eu-central-1", "ENDPOINT_URL": ""}
+    for name, value in given.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    store = ObjectStore("s3://bucket/prefix")
+    assert store.bucket.sign_download("k", 60).startswith("https://bucket.s3.eu-central-1.amazonaws.com/prefix/k?")
+    assert obstore.sign(store._store, "GET", "k", timedelta(60)).startswith(
+        "https://s3.eu-central-1.amazonaws.com/bucket/prefix/k?"
+    )

@@ -22,7 +22,7 @@ from obstore.exceptions import BaseError as StoreError
 from sqlalchemy.exc import ArgumentError
 
 from curvature_protocol.names import RUN_JOB_TASK, bell_queue, worker_queue
-from curvature_state.broker import celery_app, ring
+from curvature_state.broker import BrokerUnfit, celery_app, check_broker, ring
 from curvature_worker.errors import WorkerUnfit
 from curvature_worker.pool import ChildPool
 from curvature_worker.publisher import Publisher
@@ -39,6 +39,10 @@ def run_worker(settings: WorkerSettings) -> None:
     Raises:
         WorkerUnfit: if the worker cannot work as configured.
     """
+    try:
+        check_broker(settings.redis_url)
+    except BrokerUnfit as error:
+        raise WorkerUnfit(str(error)) from error
     worker_id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
     with scratch_folder(settings.scratch_dir, worker_id) as scratch, closing(ChildPool(settings, scratch)) as pool:
         runner = _make_runner(settings, worker_id, pool, scratch)
@@ -62,7 +66,7 @@ def run_worker(settings: WorkerSettings) -> None:
 def _make_runner(settings: WorkerSettings, worker_id: str, pool: ChildPool, scratch: Path) -> JobRunner:
     try:
         return JobRunner(settings, worker_id, pool, scratch)
-    except (ArgumentError, ValueError, OSError, StoreError) as error:
+    except (ArgumentError, ValueError, RuntimeError, OSError, StoreError) as error:
         raise WorkerUnfit(
             f"the settings do not fit: {error}; check CURVATURE_DATABASE_URL, CURVATURE_STORAGE_URL and "
             "CURVATURE_REDIS_URL"

@@ -1,11 +1,14 @@
 """Whether each thing the server needs answers."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
+from redis import ResponseError
 from sqlalchemy.exc import SQLAlchemyError
 
 from curvature_protocol.health import Readiness, WorkerView
 from curvature_service.resources import Resources
+from curvature_state.broker import require_noeviction
 from curvature_state.workers import list_workers
 
 
@@ -17,8 +20,13 @@ def known_workers(resources: Resources) -> tuple[WorkerView, ...]:
         return ()
 
 
-def check_readiness(resources: Resources) -> Readiness:
+def check_readiness(resources: Resources, *, with_worker: bool = True) -> Readiness:
     """Ask database, storage, broker and workers."""
+
+    def broker() -> None:
+        resources.redis.ping()
+        with suppress(ResponseError):  # one that does not let us ask is told of at the start
+            require_noeviction(resources.redis)
 
     def worker() -> None:
         if not list_workers(resources.database):
@@ -27,11 +35,11 @@ def check_readiness(resources: Resources) -> Readiness:
     probes: dict[str, Callable[[], object]] = {
         "database": resources.database.ping,
         "storage": resources.objects.ping,
-        "broker": resources.redis.ping,
-        "worker": worker,
+        "broker": broker,
+        **({"worker": worker} if with_worker else {}),
     }
     checks = {name: _outcome(probe) for name, probe in probes.items()}
-    if checks["database"] != "ok":
+    if with_worker and checks["database"] != "ok":
         checks["worker"] = "not known while the database does not answer"
     return Readiness(ready=all(outcome == "ok" for outcome in checks.values()), checks=checks)
 
