@@ -4,11 +4,13 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import re
 import ssl
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
 import trustme
@@ -95,6 +97,21 @@ def test_the_signature_is_that_of_the_specifications_example():
         "msg_p5jXN8AQM9LWM0D4loKWxJek", moment, b'{"test": 2432232314}', "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
     )
     assert headers["webhook-signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+def test_the_documents_way_to_verify_is_right():
+    page = (Path(__file__).parents[2] / "docs" / "webhooks.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(code, names)
+    with Receiver() as receiver:
+        send(receiver.url)
+        _, headers, body = receiver.next()
+    names["verify"](SECRET, headers, body)
+    with pytest.raises(ValueError, match="signature is wrong"):
+        names["verify"](SECRET, headers, body + b" ")
+    with pytest.raises(ValueError, match="too old"):
+        names["verify"](SECRET, {**headers, "webhook-timestamp": "1614265330"}, body)
 
 
 # What the answer means

@@ -13,9 +13,9 @@ from curvature_state.webhooks import Delivery, put_back, record_delivered, recor
 
 logger = logging.getLogger("curvature.service")
 
-_MOST_AT_ONCE = 16
-_SHORT_PAUSE_SECONDS = 0.1
-"""While many are due: finding the next takes about as long as there are many, and serves several at once."""
+_MOST_AT_ONCE = 32
+_SHORT_PAUSE_SECONDS = 0.2
+"""While many are due: the next are found together, since finding them reads all that are due (15 ms for 10,000)."""
 
 
 async def run_deliverer(resources: Resources) -> None:
