@@ -31,7 +31,6 @@ def catalogue() -> dict[str, Any]:
                 "shape": extension.shape,
                 "formula": extension.formula,
                 "source": extension.source,
-                "merging": extension.merging,
                 "options": options_schema(extension.options),
                 "merging": extension.merging if obstacle(extension, "sum") is None else "whole batch",
                 "draws_when": extension.draws_when(),
