@@ -16,12 +16,14 @@ from sqlalchemy.orm import Session
 
 from curvature_protocol.errors import Problem
 from curvature_protocol.jobs import FINAL, Job, JobStatus
+from curvature_protocol.requests import Webhook
 from curvature_protocol.sweeps import LETTERS, NO_JOB, Sweep, SweepRowView
 from curvature_state.database import Database
 from curvature_state.endings import RETRIED, parts_to_retry, requeue_all, stop, stop_all, take_up
 from curvature_state.jobs import NewJob, insert_jobs
 from curvature_state.tables import JobRow, SweepRow
 from curvature_state.tenants import enter_queue
+from curvature_state.webhooks import rearm, register
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class NewSweep:
     Attributes:
         jobs: its rows, in order; each names the sweep's `id` as its `sweep`.
         axes: names of their coordinates.
+        webhook: whom to tell when all of them are over.
     """
 
     jobs: Sequence[NewJob]
@@ -39,6 +42,7 @@ class NewSweep:
     idempotency_key: str | None = None
     tenant: str = "default"
     metadata: dict[str, str] | None = None
+    webhook: Webhook | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
@@ -75,6 +79,8 @@ def create_sweep(database: Database, new: NewSweep) -> CreatedSweep:
         with database.write() as session:
             session.execute(insert(SweepRow), [_values(new)])
             insert_jobs(session, new.jobs)
+            if new.webhook is not None:
+                register(session, "sweep", new.id, new.tenant, new.webhook)
             row = session.get_one(SweepRow, new.id)
             return CreatedSweep(_view(row, _count(session, [new.id])[new.id]), new.body_digest, repeated=False)
     except IntegrityError:  # a twin of this request was faster
@@ -151,6 +157,12 @@ def is_unfinished(database: Database, sweep_id: str) -> bool:
         return session.scalar(query) is not None
 
 
+def find_end(database: Database, sweep_id: str) -> datetime | None:
+    """When the last of its jobs that are over ended."""
+    with database.read() as session:
+        return session.scalar(select(func.max(JobRow.finished_at)).where(JobRow.sweep_id == sweep_id))
+
+
 def cancel_sweep(database: Database, sweep_id: str, tenant: str) -> Changed | None:
     """`request_cancel` of all its jobs that are not over. None: the tenant has no such sweep."""
     with database.write() as session:
@@ -182,6 +194,8 @@ def retry_sweep(database: Database, sweep_id: str, tenant: str) -> Changed | Non
         enter_queue(session, tenant, count + sum(len(parts) or 1 for parts in shards))
         requeue_all(session, *plain)
         endings = [take_up(session, parent, parts) for parent, parts in zip(parents, shards, strict=True)]
+        if count or parents:
+            rearm(session, [sweep_id])
         changed = tuple(job for ending in endings for job in (ending.job, *ending.others))
         return Changed(_view(row, _count(session, [sweep_id])[sweep_id]), changed)
 

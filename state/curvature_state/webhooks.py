@@ -23,16 +23,13 @@ from typing import Any, Literal
 from sqlalchemy import CursorResult, Select, delete, func, select, text, update
 from sqlalchemy.orm import Session
 
-from curvature_protocol.jobs import FINAL, JobStatus
 from curvature_protocol.requests import Webhook
-from curvature_protocol.sweeps import Sweep
 from curvature_state.database import Database
 from curvature_state.tables import (
     OF_SWEEP,
     TO_TELL,
     UNFINISHED_IN_SWEEP,
     JobRow,
-    SweepRow,
     WebhookRow,
 )
 
@@ -190,28 +187,6 @@ def put_back(database: Database, delivery: Delivery) -> None:
 def backoff_seconds(tries: int) -> float:
     """How long to wait after so many tries: longer every time, and not the same for all."""
     return _FIRST_PAUSE_SECONDS * _GROWTH ** (tries - 1) * random.uniform(1 - _JITTER, 1 + _JITTER)
-
-
-def summarize_sweep(database: Database, sweep_id: str) -> tuple[Sweep, datetime] | None:
-    """The sweep with its counts, and when its last job ended; None: it was deleted."""
-    ended = func.max(JobRow.finished_at)
-    with database.read() as session:
-        row = session.get(SweepRow, sweep_id)
-        mine = JobRow.sweep_id == sweep_id
-        counts = session.execute(select(JobRow.status, func.count(), ended).where(mine).group_by(JobRow.status)).all()
-    if row is None:
-        return None
-    by_status = {JobStatus(status): count for status, count, _ in counts}
-    sweep = Sweep(
-        id=row.id,
-        created_at=row.created_at,
-        total=row.total,
-        counts=by_status,
-        done=FINAL.issuperset(by_status),
-        axes=tuple(row.axes),
-        metadata=row.details,
-    )
-    return sweep, max((moment for _, _, moment in counts if moment is not None), default=row.created_at)
 
 
 def _finished_jobs() -> Select[str]:

@@ -10,7 +10,7 @@ from datetime import datetime
 
 import pytest
 from sqlalchemy import delete, select, text, update
-from tests.service.planting import expect_problem, request_body
+from tests.service.planting import expect_problem, fail, request_body, submit, succeed
 from tests.service.receiver import Receiver, answer
 from tests.service.server import LiveServer
 from tests.state.test_webhooks import come_due, make_job, make_sweep, row_of, set_status, take_one
@@ -123,11 +123,51 @@ def test_a_sweeps_end_is_told_once(database):
     assert sweep.counts == {JobStatus.SUCCEEDED: 2, JobStatus.FAILED: 1}
 
 
-def test_a_cancelled_job_is_told(server, database):
+def test_a_job_that_was_submitted_is_told_of_at_each_of_its_ends(server):
+    client = server.client
     with Receiver() as receiver:
-        job_id = hooked(database, receiver)
-        assert server.client.post(f"/v1/jobs/{job_id}/cancel").json()["status"] == "cancelled"
+        job = submit(client, webhook={"url": receiver.url, "secret": SECRET})
+        fail(server, job)
+        first = receiver.next()
+        assert client.post(f"/v1/jobs/{job.id}/retry").status_code == 200
+        succeed(server, job)
+        second = receiver.next()
+        wait_for_state(server.resources.database, job.id, "delivered", 1)
+        assert receiver.received.empty()
+    assert verified(first)["data"]["error"]["code"] == "empty_batch"
+    assert [verified(message)["type"] for message in (first, second)] == ["job.failed", "job.succeeded"]
+    assert first[1]["webhook-id"] != second[1]["webhook-id"]
+
+
+def test_a_job_that_is_cancelled_in_the_queue_is_told_of(server):
+    with Receiver() as receiver:
+        job = submit(server.client, webhook={"url": receiver.url, "secret": SECRET})
+        assert server.client.post(f"/v1/jobs/{job.id}/cancel").json()["status"] == "cancelled"
         assert verified(receiver.next())["type"] == "job.cancelled"
+
+
+def post_sweep(client, webhook):
+    grid = {"seed": [{"value": seed} for seed in range(3)]}
+    return client.post("/v1/sweeps", json={"base": request_body(client), "grid": grid, "webhook": webhook})
+
+
+def test_a_sweep_that_was_submitted_is_told_of(server):
+    with Receiver() as receiver:
+        reply = post_sweep(server.client, {"url": receiver.url, "secret": SECRET})
+        sweep_id = reply.json()["id"]
+        assert server.client.post(f"/v1/sweeps/{sweep_id}/cancel").status_code == 200
+        message = verified(receiver.next())
+        shown = server.client.get(f"/v1/sweeps/{sweep_id}")
+    assert (message["type"], message["data"]) == ("sweep.finished", shown.json())
+    assert message["data"]["counts"] == {"cancelled": 3}
+    assert SECRET not in reply.text + shown.text
+
+
+def test_a_private_address_is_refused_at_submission(server):
+    webhook = {"url": "http://10.0.0.1/hook"}
+    job = server.client.post("/v1/jobs", json=request_body(server.client, webhook=webhook))
+    for reply in (job, post_sweep(server.client, webhook)):
+        assert "is not public" in expect_problem(reply, 422, "invalid_request", "webhook.url")["detail"]
 
 
 # Tries

@@ -2,7 +2,7 @@
 
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from itertools import pairwise
 
 import pytest
@@ -10,9 +10,10 @@ from sqlalchemy import event, insert, select, text, update
 
 from curvature_protocol.jobs import FINAL, JobStatus
 from curvature_protocol.requests import Webhook
-from curvature_state import webhooks
+from curvature_state import endings, webhooks
 from curvature_state.jobs import NewJob, SweepPlace, insert_jobs
-from curvature_state.tables import JobRow, SweepRow, WebhookRow
+from curvature_state.sweeps import NewSweep, create_sweep, retry_sweep
+from curvature_state.tables import JobRow, WebhookRow
 
 REQUEST = {"model": "a" * 64, "batch": {"sha256": "b" * 64}, "extensions": [{"name": "grad"}]}
 HOOK = Webhook(url="https://receiver.example/hook", secret="the-secret-of-this-request")
@@ -27,16 +28,11 @@ def make_job(database, *, tenant="default", webhook=HOOK, sweep=None):
     return new.id
 
 
-def make_sweep(database, rows=3):
-    sweep_id, now = uuid.uuid4().hex, datetime.now(UTC)
-    sweep = SweepRow(
-        id=sweep_id, tenant="default", body_digest="d", total=rows, axes=["seed"], details={"a": "b"}, created_at=now
-    )
-    with database.write() as session:
-        session.add(sweep)
-        webhooks.register(session, "sweep", sweep_id, "default", HOOK)
-    jobs = [make_job(database, webhook=None, sweep=SweepPlace(sweep_id, row, {"seed": row})) for row in range(rows)]
-    return sweep_id, jobs
+def make_sweep(database, rows=3, webhook=HOOK):
+    sweep_id = uuid.uuid4().hex
+    jobs = [NewJob(REQUEST, "d", sweep=SweepPlace(sweep_id, row, {"seed": row})) for row in range(rows)]
+    create_sweep(database, NewSweep(jobs, ("seed",), "d", webhook=webhook, id=sweep_id))
+    return sweep_id, [job.id for job in jobs]
 
 
 def set_status(database, job_id, status):
@@ -94,19 +90,6 @@ def test_a_sweep_is_told_of_when_its_last_job_is_over(database):
     delivery = take_one(database)
     assert (delivery.subject, delivery.subject_id) == ("sweep", sweep_id)
     assert webhooks.take_due(database, 10) == []
-
-
-def test_a_sweeps_summary_counts_its_jobs(database):
-    sweep_id, jobs = make_sweep(database)
-    set_status(database, jobs[0], "succeeded")
-    sweep, _ = webhooks.summarize_sweep(database, sweep_id)
-    assert (sweep.counts, sweep.done) == ({JobStatus.SUCCEEDED: 1, JobStatus.QUEUED: 2}, False)
-    for job_id in jobs:
-        set_status(database, job_id, "failed")
-    sweep, ended = webhooks.summarize_sweep(database, sweep_id)
-    assert (sweep.counts, sweep.done, sweep.total, sweep.metadata) == ({JobStatus.FAILED: 3}, True, 3, {"a": "b"})
-    assert datetime.now(UTC) - ended < timedelta(minutes=1)
-    assert webhooks.summarize_sweep(database, "0" * 32) is None
 
 
 def test_a_webhook_for_a_job_that_is_not_there_is_a_mistake_that_shows(database):
@@ -251,16 +234,29 @@ def test_a_job_that_is_retried_is_told_of_again_under_another_id(database, befor
     assert (second.tries, second.secret) == (1, HOOK.secret)
 
 
-def test_a_sweep_that_is_retried_is_told_of_again(database):
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_sweep_that_is_retried_is_told_of_again(database, alone):
     sweep_id, jobs = make_sweep(database)
     for job_id in jobs:
         set_status(database, job_id, "failed")
     first = take_one(database)
     webhooks.record_delivered(database, first)
-    retry(database, jobs[0], sweep_id)
+    if alone:
+        endings.retry(database, jobs[0])
+    else:
+        retry_sweep(database, sweep_id, "default")
     assert webhooks.take_due(database, 10) == []
-    set_status(database, jobs[0], "succeeded")
+    for job_id in jobs:
+        set_status(database, job_id, "succeeded")
     assert take_one(database).id != first.id
+
+
+def test_a_sweep_without_anything_to_retry_is_not_told_of_again(database):
+    sweep_id, jobs = make_sweep(database, rows=1)
+    set_status(database, jobs[0], "succeeded")
+    webhooks.record_delivered(database, take_one(database))
+    retry_sweep(database, sweep_id, "default")
+    assert webhooks.take_due(database, 10) == []
 
 
 def test_taking_up_again_what_was_never_over_changes_nothing(database):

@@ -12,7 +12,8 @@ from curvature_protocol.jobs import FINAL
 from curvature_protocol.requests import signing_key
 from curvature_state import Database
 from curvature_state.jobs import get_job
-from curvature_state.webhooks import Delivery, summarize_sweep
+from curvature_state.sweeps import find_end, get_sweep
+from curvature_state.webhooks import Delivery
 
 _UNTOLD = {"request", "result"}
 
@@ -44,12 +45,12 @@ def _compose_job(database: Database, delivery: Delivery) -> bytes:
 
 
 def _compose_sweep(database: Database, delivery: Delivery) -> bytes:
-    found = summarize_sweep(database, delivery.subject_id)
-    if found is None:
+    sweep = get_sweep(database, delivery.subject_id)
+    if sweep is None:
         raise SubjectGone
-    sweep, ended = found
     if not sweep.done:
         raise SubjectNotOver
+    ended = find_end(database, delivery.subject_id) or sweep.created_at
     return _body("sweep.finished", ended, sweep.model_dump(mode="json"))
 
 
