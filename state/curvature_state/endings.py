@@ -203,7 +203,7 @@ def take_up(session: Session, row: JobRow, shards: Sequence[JobRow]) -> Ending:
         row.parts_left = _count_left(session, row)
         row.status = JobStatus.WAITING if row.parts_left else JobStatus.QUEUED
     session.flush()
-    rearm(session, [row.id])
+    rearm(session, [row.id] if row.sweep_id is None else [row.id, row.sweep_id])
     return Ending(view(row), tuple(view(shard) for shard in shards))
 
 

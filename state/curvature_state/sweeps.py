@@ -10,18 +10,20 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import and_, func, insert, or_, select
+from sqlalchemy import and_, func, insert, or_, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from curvature_protocol.errors import Problem
 from curvature_protocol.jobs import FINAL, Job, JobStatus
+from curvature_protocol.requests import Webhook
 from curvature_protocol.sweeps import LETTERS, NO_JOB, Sweep, SweepRowView
 from curvature_state.database import Database
 from curvature_state.endings import RETRIED, parts_to_retry, requeue_all, stop, stop_all, take_up
 from curvature_state.jobs import NewJob, insert_jobs
-from curvature_state.tables import JobRow, SweepRow
+from curvature_state.tables import UNFINISHED_IN_SWEEP, JobRow, SweepRow
 from curvature_state.tenants import enter_queue
+from curvature_state.webhooks import rearm, register
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class NewSweep:
     idempotency_key: str | None = None
     tenant: str = "default"
     metadata: dict[str, str] | None = None
+    webhook: Webhook | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
@@ -75,6 +78,8 @@ def create_sweep(database: Database, new: NewSweep) -> CreatedSweep:
         with database.write() as session:
             session.execute(insert(SweepRow), [_values(new)])
             insert_jobs(session, new.jobs)
+            if new.webhook is not None:
+                register(session, "sweep", new.id, new.tenant, new.webhook)
             row = session.get_one(SweepRow, new.id)
             return CreatedSweep(_view(row, _count(session, [new.id])[new.id]), new.body_digest, repeated=False)
     except IntegrityError:  # a twin of this request was faster
@@ -146,7 +151,7 @@ def read_states(database: Database, sweep_id: str, total: int) -> str:
 
 def is_unfinished(database: Database, sweep_id: str) -> bool:
     """Whether a job of the sweep is not over."""
-    query = select(JobRow.id).where(JobRow.sweep_id == sweep_id, JobRow.status.not_in(FINAL)).limit(1)
+    query = select(JobRow.id).where(JobRow.sweep_id == sweep_id, text(UNFINISHED_IN_SWEEP)).limit(1)
     with database.read() as session:
         return session.scalar(query) is not None
 
@@ -182,6 +187,8 @@ def retry_sweep(database: Database, sweep_id: str, tenant: str) -> Changed | Non
         enter_queue(session, tenant, count + sum(len(parts) or 1 for parts in shards))
         requeue_all(session, *plain)
         endings = [take_up(session, parent, parts) for parent, parts in zip(parents, shards, strict=True)]
+        if count or parents:
+            rearm(session, [sweep_id])
         changed = tuple(job for ending in endings for job in (ending.job, *ending.others))
         return Changed(_view(row, _count(session, [sweep_id])[sweep_id]), changed)
 

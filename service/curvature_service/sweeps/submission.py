@@ -14,6 +14,7 @@ from curvature_service.jobs.submission import MAX_REQUEST_BYTES, full, missing, 
 from curvature_service.resources import Resources
 from curvature_service.sweeps.checking import DEFAULTS, CheckedField, FieldChecker, stored_request
 from curvature_service.sweeps.expansion import ExpandedRow, axes_of, expand
+from curvature_service.webhooks.urls import check_url
 from curvature_state import broker
 from curvature_state.artefacts import ArtefactMissing, Reference
 from curvature_state.jobs import NewJob, SweepPlace
@@ -42,7 +43,9 @@ def submit_sweep(
     # Before any check: what was accepted once stays accepted, whatever became of models, batches and catalogue since.
     found = find_by_key(resources.database, tenant, idempotency_key)
     if found is None:
-        empty = NewSweep((), axes_of(request), digest, idempotency_key, tenant, request.metadata)
+        if request.webhook is not None:
+            check_url(resources.settings, request.webhook.url)
+        empty = NewSweep((), axes_of(request), digest, idempotency_key, tenant, request.metadata, request.webhook)
         checker = FieldChecker(resources, catalogue.current())
         new = replace(empty, jobs=list(_jobs(empty, expand(request), checker)))
         found = _create(resources, new)
