@@ -8,7 +8,7 @@ from typing import Any
 
 from curvature_client._batches import Batch
 from curvature_client._datasets import DataSet, UploadedDataSet, read_batch
-from curvature_client._errors import CurvatureError
+from curvature_client._errors import APIStatusError, ModelConversionError
 from curvature_client._extensions import list_of, read_extensions, take_batches
 from curvature_client._fitting import FittedModel
 from curvature_client._functions import read_function
@@ -55,14 +55,12 @@ class SentFields:
         for row in rows:
             by_batch.setdefault(row.batch_key, {}).setdefault(row.model_key, row)
             by_model.setdefault(row.model_key, {}).setdefault(row.batch_key, row)
-        batches: dict[Identity, Batch] = {}
+        batches = {key: _read_batch(next(iter(mine.values()))) for key, mine in by_batch.items()}
         models: dict[Identity, FittedModel] = {}
-        for key, mine in by_batch.items():
-            first = next(iter(mine.values()))
-            with placed(first.batch_origin, "batch"):
-                batch = read_batch(first.batch)
+        for key, batch in batches.items():
+            mine = by_batch[key]
+            with placed(next(iter(mine.values())).batch_origin, "batch"):
                 if isinstance(batch, Batch):
-                    batches[key] = batch
                     self._batches[key] = self._send_batch(batch)
                 else:  # a generator is read once: all models see its parts then
                     seeing = [models.setdefault(row.model_key, self._fitted(row)) for row in mine.values()]
@@ -72,8 +70,9 @@ class SentFields:
             # Not kept: a thousand models need not be in memory together.
             fitted = models.pop(key, None) or self._fitted(first)
             with placed(first.model_origin, "model"):
-                for batch in (batches[batch_key] for batch_key in mine if batch_key in batches):
-                    fitted.take(batch)
+                for batch in (batches[batch_key] for batch_key in mine):
+                    if isinstance(batch, Batch):
+                        fitted.take(batch)
                 self._models[key] = self._send_model(fitted)
 
     def model(self, value: Any, eval: bool) -> dict[str, Any]:
@@ -176,12 +175,17 @@ def model_key(model: Any, eval: bool) -> Identity:
     return identity(model), eval
 
 
+def _read_batch(row: ModelOnBatch) -> Batch | DataSet:
+    with placed(row.batch_origin, "batch"):
+        return read_batch(row.batch)
+
+
 @contextmanager
 def placed(origin: str, field: str) -> Iterator[None]:
     """What is wrong with a field's value names the value's place in the sweep."""
     try:
         yield
-    except CurvatureError as error:
+    except (APIStatusError, ModelConversionError) as error:
         if origin != field:
             error.param = origin + (error.param or field).removeprefix(field)
             error.message = f"{origin}: {error.message}"

@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
 from curvature_client._errors import APIStatusError, refusal
 from curvature_client._extensions import BATCH_OPTIONS
 from curvature_client._payloads import existing_file
@@ -45,6 +42,10 @@ def read_sweep_file(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path) -> Any:
+    # Here: other commands need not wait for its import.
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
     try:
         return YAML(typ="safe", pure=True).load(path)
     except MarkedYAMLError as error:

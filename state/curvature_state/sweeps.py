@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import and_, func, insert, or_, select
+from sqlalchemy import and_, func, insert, or_, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -21,7 +21,7 @@ from curvature_protocol.sweeps import LETTERS, NO_JOB, Sweep, SweepRowView
 from curvature_state.database import Database
 from curvature_state.endings import RETRIED, parts_to_retry, requeue_all, stop, stop_all, take_up
 from curvature_state.jobs import NewJob, insert_jobs
-from curvature_state.tables import JobRow, SweepRow
+from curvature_state.tables import UNFINISHED_IN_SWEEP, JobRow, SweepRow
 from curvature_state.tenants import enter_queue
 from curvature_state.webhooks import rearm, register
 
@@ -152,7 +152,7 @@ def read_states(database: Database, sweep_id: str, total: int) -> str:
 
 def is_unfinished(database: Database, sweep_id: str) -> bool:
     """Whether a job of the sweep is not over."""
-    query = select(JobRow.id).where(JobRow.sweep_id == sweep_id, JobRow.status.not_in(FINAL)).limit(1)
+    query = select(JobRow.id).where(JobRow.sweep_id == sweep_id, text(UNFINISHED_IN_SWEEP)).limit(1)
     with database.read() as session:
         return session.scalar(query) is not None
 

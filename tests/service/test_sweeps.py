@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from httpx_sse import connect_sse
-from sqlalchemy import update
+from sqlalchemy import select, update
 from tests.service import planting
 from tests.service.planting import BATCH, MODEL, expect_problem, sha256, upload
 from tests.service.test_jobs import ABSENT, bells
@@ -19,7 +19,7 @@ from curvature_protocol.sweeps import MOST_ROWS, Sweep
 from curvature_service.extensions.service import built_in_catalogue
 from curvature_service.sweeps import submission
 from curvature_state import events, jobs
-from curvature_state.tables import TenantRow
+from curvature_state.tables import TenantRow, WebhookRow
 from curvature_state.workers import publish_worker
 
 pytestmark = pytest.mark.integration
@@ -336,6 +336,25 @@ def test_a_full_queue_takes_no_row(server, base):
     assert "2 are queued and 3 came" in expect_problem(reply, 429, "queue_full")["detail"]
     assert reply.headers["retry-after"]
     assert len(server.client.get("/v1/sweeps").json()["items"]) == 1
+
+
+def test_a_webhook_waits_for_the_end_of_all_rows(serve):
+    server = serve(webhook_allow_private=True)
+    hook = {"url": "http://127.0.0.1:9/hook", "secret": "the-secret-of-this-sweep"}
+    body = {"base": planting.request_body(server.client), "grid": {"seed": axis(1, 2)}, "webhook": hook}
+    reply = post(server.client, body)
+    assert reply.status_code == 201
+    assert "secret" not in reply.text
+    with server.resources.database.read() as session:
+        (row,) = session.scalars(select(WebhookRow))
+    assert (row.subject, row.subject_id, row.url) == ("sweep", reply.json()["id"], hook["url"])
+
+
+def test_a_webhook_that_may_not_be_sent_refuses_the_sweep(client, base):
+    hook = {"url": "http://127.0.0.1/hook"}
+    reply = post(client, {"base": base, "grid": {"seed": axis(1)}, "webhook": hook})
+    expect_problem(reply, 422, "invalid_request", "webhook.url")
+    assert client.get("/v1/sweeps").json()["items"] == []
 
 
 # Idempotency

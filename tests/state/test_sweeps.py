@@ -2,20 +2,23 @@
 
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import insert, select, update
 from tests.state.holders import REQUEST, hold, status
+from tests.state.test_webhooks import HOOK
 
 from curvature_protocol.jobs import JobKind, JobStatus
 from curvature_state import jobs, sweeps
 from curvature_state.artefacts import ArtefactMissing
-from curvature_state.endings import confirm_cancel, fail, succeed
+from curvature_state.endings import confirm_cancel, fail, retry, succeed
 from curvature_state.jobs import NewJob, SweepPlace, problem
 from curvature_state.sweeps import NewSweep
 from curvature_state.tables import JobRow, SweepRow, TenantRow
 from curvature_state.tenants import QueueFull
 from curvature_state.turns import Claimant, claim_next
+from curvature_state.webhooks import record_delivered, take_due
 
 BAD = problem("empty_batch", "the batch has no samples")
 CRASH = problem("worker_crashed", "the child died")
@@ -305,6 +308,38 @@ def test_a_retry_catches_up_with_tenants_that_waited(database):
     sweeps.retry_sweep(database, sweep.id, "default")
     with database.read() as session:
         assert session.get_one(TenantRow, "default").virtual_seconds == 50.0
+
+
+# Webhooks
+
+
+def told(database, sweep):
+    """How often the sweep's end was told."""
+    (message,) = take_due(database, 10)
+    assert (message.subject, message.subject_id) == ("sweep", sweep.id)
+    record_delivered(database, message)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_end_of_a_sweep_is_told_and_that_of_what_was_retried_once_more(database, whole):
+    sweep = sweeps.create_sweep(database, replace(new_sweep(2), webhook=HOOK)).sweep
+    rows = rows_of(database, sweep)
+    finish(database, rows[0])
+    assert take_due(database, 10) == []
+    finish(database, rows[1], "failed")
+    told(database, sweep)
+    sweeps.retry_sweep(database, sweep.id, "default") if whole else retry(database, rows[1].job_id)
+    assert take_due(database, 10) == []
+    finish(database, rows[1])
+    told(database, sweep)
+
+
+def test_a_retry_of_nothing_tells_nothing(database):
+    sweep = sweeps.create_sweep(database, replace(new_sweep(1), webhook=HOOK)).sweep
+    finish(database, rows_of(database, sweep)[0])
+    told(database, sweep)
+    sweeps.retry_sweep(database, sweep.id, "default")
+    assert take_due(database, 10) == []
 
 
 def test_cancelling_and_retrying_at_once_leave_no_lock_behind(database):

@@ -20,8 +20,7 @@ from curvature_state.artefacts import Reference
 _SOME_HASH = "0" * 64
 _AROUND: dict[str, Any] = {"model": _SOME_HASH, "batch": {"sha256": _SOME_HASH}, "extensions": ["grad"]}
 """What a value is put into to be read as its field."""
-_DEFAULT = JobRequest.model_validate(_AROUND)
-DEFAULTS: dict[str, Any] = _DEFAULT.model_dump(mode="json", exclude={"webhook"})
+DEFAULTS: dict[str, Any] = JobRequest.model_validate(_AROUND).model_dump(mode="json")
 """Fields that a row does not have, as they are stored."""
 
 
