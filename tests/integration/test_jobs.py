@@ -76,7 +76,7 @@ def test_cancelling_stops_a_running_computation_within_two_seconds(long_job, cli
 
 def test_a_queued_job_is_cancelled_at_once(long_job, client):
     model, batch = small()
-    waiting = client.submit(model, batch, ["grad"])
+    waiting = client.submit(model, batch, ["grad"], cache=False)
     assert waiting.status == "queued"
     assert waiting.cancel().status == "cancelled"
     assert [event.status.value for event in waiting.events()][-1] == "cancelled"
@@ -116,7 +116,7 @@ def test_events_tell_the_whole_story(client):
 def test_no_state_is_told_twice_however_often_the_connection_is_made(long_job, client, monkeypatch):
     monkeypatch.setattr("curvature_client._jobs.POLL_SECONDS", 0.2)
     model, batch = small()
-    waiting = client.submit(model, batch, ["grad"])
+    waiting = client.submit(model, batch, ["grad"], cache=False)
     seen = []
     follower = threading.Thread(target=lambda: seen.extend(waiting.events()))
     follower.start()
