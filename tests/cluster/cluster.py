@@ -128,7 +128,7 @@ class Cluster:
         server.start()
         # Of this process, too: it looks into the store afterwards.
         self._stack.enter_context(patch.dict(os.environ, server.environment))
-        self.storage_url = f"{server.create_bucket('curvature')}/cluster"
+        self.storage_url = server.url("cluster")
 
     def _start_broker(self) -> None:
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="redis-")))  # a short name

@@ -82,7 +82,7 @@ class Crowd:
     def _submit(self, client: Client, task: Task) -> tuple[Outcome, Job | None]:
         outcome = Outcome(task)
         try:
-            job = client.submit(task.model, task.batch, task.extensions, **task.options)
+            job = client.submit(task.model, task.batch, task.extensions, cache=False, **task.options)
         except CurvatureError as error:
             outcome.trouble = f"submitting: {type(error).__name__}: {error}"
             return outcome, None
