@@ -81,14 +81,21 @@ class Embedded:
             raise RuntimeError(f"the server ended while starting:\n{text}")
         return None if found is None else found[1]
 
-    def _flush(self) -> bool:
+    @property
+    def redis_url(self) -> str | None:
+        """Where its broker answers; None while it has none."""
         for broker in find(self, "broker"):
             # Its socket is elsewhere where the data folder's path is too long for one.
             line = " ".join(broker.cmdline())
             if (socket := re.search(r"unixsocket[: ](\S+)", line)) is not None:
-                with redis.Redis(unix_socket_path=socket[1]) as connection:
-                    return flush(connection)
-        return False
+                return f"unix://{socket[1]}?db=0"
+        return None
+
+    def _flush(self) -> bool:
+        if (url := self.redis_url) is None:
+            return False
+        with redis.Redis.from_url(url) as connection:
+            return flush(connection)
 
     def _kill_supervisor(self) -> bool:
         """Everything goes with it, and comes back."""
