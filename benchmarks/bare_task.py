@@ -6,6 +6,7 @@ What a job has beside it (a record, a lease, admission, confinement, checks, a m
 """
 
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ def main() -> None:
     """Work until ended."""
     url, model, batch, folder, *extensions = sys.argv[1:]
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message=".*superuser privileges")
     program = engine.load(Path(model))
     app = make_app(url)
 

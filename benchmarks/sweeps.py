@@ -241,7 +241,7 @@ def largest_error(result, whole) -> float:
 
 def measure_tenants(folder: Path, queued: int, tries: int = 5) -> dict[str, object]:
     """How long another tenant's first job waits behind one tenant's many."""
-    work = Work(_new(folder), "small")
+    work = Work(folder, "small")
     with Cluster(folder / "cluster", workers=2, apis=1, s3=False) as system:
         database = Database(system.database_url)
         (_, busy_key), (_, other_key) = create_key(database, "busy", "busy"), create_key(database, "other", "other")
@@ -277,7 +277,7 @@ def wait_of_one(client: Client, work: Work) -> float:
 def measure_cache(folder: Path, rounds: int = 10) -> dict[str, object]:
     """A request, the same again, and one that asks for one thing more."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 20)).eval()
+    net = nn.Sequential(nn.Linear(64, 512), nn.Tanh(), nn.Linear(512, 100)).eval()
     model = torch.jit.script(net)
     seconds: dict[str, list[float]] = {"first": [], "again": [], "one_more": [], "the_one_alone": []}
     with (
@@ -285,7 +285,7 @@ def measure_cache(folder: Path, rounds: int = 10) -> dict[str, object]:
         Client(system.urls[0], progress=False) as client,
     ):
         for number in range(rounds + 1):
-            batch = torch.randn(256, 64), torch.randint(0, 20, (256,))
+            batch = torch.randn(256, 64), torch.randint(0, 100, (256,))
 
             def run(extensions, batch=batch, **options):
                 begun = time.monotonic()

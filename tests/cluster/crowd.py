@@ -31,7 +31,7 @@ class Outcome:
     trouble: str | None = None
     """What kept the client from learning more."""
     digests: dict[str, str] = field(default_factory=dict)
-    """Tensor → SHA-256 of its bytes, its type and shape."""
+    """`{label}/{tensor}` → SHA-256 of its bytes."""
     manifest: Manifest | None = None
 
 
@@ -103,20 +103,14 @@ class Crowd:
 
 
 def digests(result: Result) -> dict[str, str]:
-    """Tensor → a digest of its bits; all of them are read from the server."""
+    """`{label}/{tensor}` → a digest of its bytes; all of them are read from the server."""
     found = {}
     for group in result.manifest.groups:
-        value = result[group.label]
-        if group.kind == "tensor":
-            found[group.label] = _digest(value)
-            continue
-        for parameter in value:
-            entries = value[parameter] if group.kind == "factors" else (value[parameter],)
-            for place, entry in enumerate(entries):
-                found[f"{group.label}/{parameter}/{place}"] = "none" if entry is None else _digest(entry)
+        for entry in group.tensors:
+            value = result[group.label]
+            if entry.parameter is not None:
+                value = value[entry.parameter]
+            if entry.factor is not None:
+                value = getattr(value, entry.factor)
+            found[f"{group.label}/{entry.name}"] = hashlib.sha256(np.asarray(value).tobytes()).hexdigest()
     return found
-
-
-def _digest(tensor: object) -> str:
-    array = np.asarray(tensor)
-    return hashlib.sha256(f"{array.dtype} {array.shape} ".encode() + array.tobytes()).hexdigest()

@@ -1,5 +1,6 @@
 """Whether nothing was lost, duplicated or torn: promises, records and stored files held against each other."""
 
+import hashlib
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -139,14 +140,24 @@ def _judge_store(
             is_now = "no record" if row is None else f"{row.status}, attempt {row.attempt}"
             verdict.duplicated.append(f"files of job {job_id} of attempts {sorted(attempts)}, which has {is_now}")
     for outcome in outcomes:
-        manifest = outcome.manifest
-        if manifest is not None:
-            expected = {result_key(manifest.job_id, manifest.attempt, "manifest.json")}
-            for group in manifest.groups:
-                if not any(tensor.parts for tensor in group.tensors):
-                    key = result_key(manifest.job_id, manifest.attempt, f"{group.label}.safetensors")
-                    expected.add(key)
-                    ends = max((tensor.byte_end for tensor in group.tensors), default=0)
-                    if objects.head(key) != group.file_bytes or ends > group.file_bytes:
-                        verdict.torn.append(f"{key}: {objects.head(key)} bytes, {group.file_bytes} in the manifest")
-            verdict.torn += [f"{key} is not stored" for key in sorted(expected - files)]
+        if outcome.manifest is not None:
+            verdict.torn += _find_torn(objects, files, outcome, outcome.manifest)
+
+
+def _find_torn(objects: ObjectStore, files: set[str], outcome: Outcome, manifest: Manifest) -> list[str]:
+    """What a result's manifest promises and the store does not hold, or not with the bytes that the client got."""
+    found = []
+    if (key := result_key(manifest.job_id, manifest.attempt, "manifest.json")) not in files:
+        found.append(f"{key} is not stored")
+    for group in manifest.groups:
+        if any(tensor.parts for tensor in group.tensors):
+            continue  # its shards' files are looked at as theirs
+        key = result_key(manifest.job_id, manifest.attempt, f"{group.label}.safetensors")
+        data = objects.get_bytes(key) if key in files else b""
+        if len(data) != group.file_bytes:
+            found.append(f"{key}: {len(data)} bytes are stored, {group.file_bytes} in the manifest")
+        for tensor in group.tensors:
+            part = data[tensor.byte_start : tensor.byte_end]
+            if hashlib.sha256(part).hexdigest() != outcome.digests[f"{group.label}/{tensor.name}"]:
+                found.append(f"{key}: {tensor.name} is not what the client read")
+    return found
