@@ -5,6 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 NETS ?= 2000
+JOBS ?= 2000
+CHAOS_ARGS ?=
 
 # The environment is up to date when the stamp named after these files' contents exists: a fresh checkout with other
 # times, or a second `make test`, installs nothing and needs no network.
@@ -14,7 +16,7 @@ STAMP := $(VENV)/installed-$(shell cat $(ENV_FILES) | cksum | tr ' ' '-')
 PACKAGES := client/curvature_client protocol/curvature_protocol service/curvature_service state/curvature_state \
             worker/curvature_worker worker/curvature_engine
 
-.PHONY: help env demo test property lint format coverage catalogue constraints clean
+.PHONY: help env demo test property chaos lint format coverage catalogue constraints clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -49,6 +51,9 @@ endif
 
 property: env ## Hold NETS random nets against brute force
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/property.py --nets $(NETS)
+
+chaos: env ## Kill everything at random moments while JOBS jobs run; CHAOS_ARGS="--embedded" for `curvature serve`
+	$(BIN)/python benchmarks/chaos.py --jobs $(JOBS) $(CHAOS_ARGS)
 
 lint: env ## Linters, type checker, import rules, container files
 	$(BIN)/ruff check .

@@ -49,6 +49,7 @@ class Supervised:
         *,
         environment: Mapping[str, str] | None = None,
         fds: Sequence[int] = (),
+        longest_pause_seconds: float = _LONGEST_PAUSE_SECONDS,
     ) -> None:
         self.name = name
         self._command, self._log = list(command), log
@@ -57,7 +58,7 @@ class Supervised:
         self._lifeline = -1
         self._started_at = 0.0
         self._start_again_at = 0.0
-        self._pause = _FIRST_PAUSE_SECONDS
+        self._pause, self._longest_pause = _FIRST_PAUSE_SECONDS, longest_pause_seconds
 
     def start(self) -> None:
         """Start it."""
@@ -80,13 +81,18 @@ class Supervised:
         """Start it again if it died, not more often than the pause allows."""
         if self._process is not None and self._process.poll() is not None:
             steady = time.monotonic() - self._started_at > _STEADY_SECONDS
-            self._pause = _FIRST_PAUSE_SECONDS if steady else min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
+            self._pause = _FIRST_PAUSE_SECONDS if steady else min(2 * self._pause, self._longest_pause)
             logger.warning("%s ended (status %s); starting it again", self.name, self._process.returncode)
             self._end_group(self._process.pid)
             self._forget()
             self._start_again_at = time.monotonic() + self._pause
         if self._process is None and time.monotonic() >= self._start_again_at:
             self.start()
+
+    @property
+    def guardian(self) -> int | None:
+        """The process id of its guardian, whose child it is; None between an end and a new start."""
+        return None if self._process is None else self._process.pid
 
     @property
     def failed_at_once(self) -> bool:
