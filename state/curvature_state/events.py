@@ -29,25 +29,34 @@ def state_event(job: Job) -> JobEvent:
     )
 
 
-def publish(connection: "redis.Redis", event: JobEvent) -> None:
-    """Append to the job's stream, and states to its sweep's; a Redis that does not answer is no reason to fail."""
-    keys = [event_stream(event.job_id)]
-    if event.sweep is not None and event.event == "state":
-        keys.append(event_stream(event.sweep))
+def publish(connection: "redis.Redis", *events: JobEvent) -> None:
+    """Append to the jobs' streams, and states to their sweeps'; a Redis that does not answer is no reason to fail."""
+    if not events:
+        return
     try:
         with connection.pipeline(transaction=False) as pipe:
+            keys: dict[str, None] = {}
+            for event in events:
+                told: dict[Any, Any] = {"event": event.model_dump_json()}
+                for key in _streams(event):
+                    pipe.xadd(key, told, maxlen=_KEEP_EVENTS, approximate=True)
+                    keys[key] = None
             for key in keys:
-                pipe.xadd(key, {"event": event.model_dump_json()}, maxlen=_KEEP_EVENTS, approximate=True)
                 pipe.expire(key, _KEEP_SECONDS)
             pipe.execute()
     except redis.RedisError:
         return
 
 
+def _streams(event: JobEvent) -> list[str]:
+    """Where an event is told."""
+    job = event_stream(event.job_id)
+    return [job, event_stream(event.sweep)] if event.sweep is not None and event.event == "state" else [job]
+
+
 def publish_all(connection: "redis.Redis", jobs: Iterable[Job]) -> None:
     """Tell where jobs stand."""
-    for job in jobs:
-        publish(connection, state_event(job))
+    publish(connection, *(state_event(job) for job in jobs))
 
 
 async def follow(

@@ -1,8 +1,11 @@
 """Telling a job's followers how it goes."""
 
+import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
+from queue import Empty, SimpleQueue
 
 import redis
 from redis.backoff import NoBackoff
@@ -16,10 +19,15 @@ from curvature_state.turns import ClaimedJob
 _SLOW_SECONDS = 0.5
 _SILENCE_SECONDS = 10.0
 _PROGRESS_SECONDS = 0.1
+_CLOSE_SECONDS = 5.0
+_MOST_AT_ONCE = 200
 
 
 class Reporter:
-    """Publishes to the job's stream. A Redis that is away must not slow the job down: progress falls silent then."""
+    """Publishes to jobs' streams, from a thread of its own: neither a job nor the next one waits for Redis.
+
+    While Redis is away, nothing is told: followers see the state in the database.
+    """
 
     def __init__(self, redis_url: str) -> None:
         # One fresh connection is tried (the server may have been restarted), and none waited for.
@@ -27,6 +35,9 @@ class Reporter:
             redis_url, socket_connect_timeout=1, socket_timeout=1, retry=Retry(NoBackoff(), 1)
         )
         self._silent_until = self._told_at = 0.0
+        self._events: SimpleQueue[JobEvent | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._send, daemon=True, name="reporter")
+        self._thread.start()
 
     def state(self, job: ClaimedJob, status: JobStatus) -> None:
         """Publish a change of state."""
@@ -64,13 +75,27 @@ class Reporter:
         )
 
     def close(self) -> None:
-        """Close the connection."""
+        """Send what is left, and close the connection."""
+        self._events.put(None)
+        self._thread.join(_CLOSE_SECONDS)
         self._redis.close()
 
     def _publish(self, event: JobEvent) -> None:
-        begun = time.monotonic()
-        if begun < self._silent_until:
-            return
-        publish(self._redis, event)
-        if time.monotonic() - begun > _SLOW_SECONDS:
-            self._silent_until = time.monotonic() + _SILENCE_SECONDS
+        self._events.put(event)
+
+    def _send(self) -> None:
+        """Send what there is, all at once: jobs may be over faster than a single message is sent."""
+        while (event := self._events.get()) is not None:
+            events, closing = [event], False
+            with suppress(Empty):
+                while len(events) < _MOST_AT_ONCE and not closing:
+                    more = self._events.get_nowait()
+                    closing = more is None
+                    events += [] if more is None else [more]
+            begun = time.monotonic()
+            if begun >= self._silent_until:
+                publish(self._redis, *events)
+                if time.monotonic() - begun > _SLOW_SECONDS:
+                    self._silent_until = time.monotonic() + _SILENCE_SECONDS
+            if closing:
+                return
