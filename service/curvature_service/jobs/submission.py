@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from curvature_protocol.artefacts import SINGULAR
 from curvature_protocol.catalogue import Catalogue
-from curvature_protocol.jobs import Job, JobKind
-from curvature_protocol.names import bell_queue
+from curvature_protocol.jobs import FINAL, Job, JobKind
+from curvature_protocol.names import bell_queue, result_key
 from curvature_protocol.requests import (
     BatchReference,
     DataSet,
@@ -27,7 +27,7 @@ from curvature_state import broker, events
 from curvature_state.artefacts import ArtefactMissing, Reference
 from curvature_state.cache import LoadedModel, cache_keys, find_cached, find_digest
 from curvature_state.jobs import Created, NewJob, ReadyResult, create_job, find_by_key
-from curvature_state.manifests import from_cache, read_manifest, sources_of, store_manifest
+from curvature_state.manifests import MANIFEST, from_cache, read_manifest, sources_of, store_manifest
 from curvature_state.tenants import QueueFull
 from curvature_state.webhooks import without_secret
 from curvature_state.workers import list_workers
@@ -51,6 +51,13 @@ def submit(
     Raises:
         ApiError: whatever the request lacks.
     """
+    if kind == JobKind.PLAN and isinstance(request.batch, DataSet):
+        raise ApiError(
+            "invalid_request",
+            f"a plan is of one batch; a data set of {len(request.batch.parts)} came",
+            param="batch",
+            remedy="plan its largest part",
+        )
     reference, inline = _batch_of(resources, request)
     stored = request.model_copy(update={"batch": reference})
     new = new_job(stored, kind=kind, tenant=tenant, idempotency_key=idempotency_key)
@@ -69,6 +76,8 @@ def submit(
             new = with_cached_result(resources, known, new)
         found = create(resources, new, stored)
     if found.repeated:
+        if new.result is not None:  # a twin of this request was faster
+            resources.objects.delete(result_key(new.id, 1, MANIFEST))
         return _same(found, new), False
     announce(resources, found.job)
     return found.job, True
@@ -203,6 +212,8 @@ def full(error: QueueFull) -> ApiError:
 def announce(resources: Resources, job: Job, *, gpu: bool | None = None, tag: str | None = None) -> None:
     """Tell followers and workers of a new job."""
     events.publish(resources.redis, events.state_event(job))
+    if job.status in FINAL:
+        return
     requires = job.request.get("requires") or {}
     queue = bell_queue(gpu=requires.get("gpu", False) if gpu is None else gpu, tag=tag or requires.get("tag"))
     broker.ring_unless_enough(resources.celery, resources.redis, job.id, queue)
