@@ -63,6 +63,16 @@ class TestPlans:
         reply = client.post("/v1/plans", json=request_body(client, extensions=["variances"]))
         expect_problem(reply, 422, "unknown_extension", "extensions.0.name")
 
+    def test_a_plan_of_a_data_set_is_of_its_largest_part(self, server, client):
+        hashes = [upload(client, "batches", f"part {n}".encode()) for n in range(3)]
+        parts = [{"sha256": sha, "samples": n} for sha, n in zip(hashes, (4, 9, 2), strict=True)]
+        made = make_plan(client, batch={"parts": parts})
+        assert (made.status, made.request["batch"], made.parts) == ("queued", {"sha256": hashes[1]}, None)
+        refused = client.post(
+            "/v1/plans", json=request_body(client, batch={"parts": parts}, extensions=["variance", "batch_dot"])
+        )
+        expect_problem(refused, 422, "whole_batch_required", "extensions.1.name")
+
     def test_lists_of_jobs_show_plans_only_when_asked(self, client):
         job, made = submit(client), make_plan(client)
         assert [each["id"] for each in client.get("/v1/jobs").json()["items"]] == [job.id]

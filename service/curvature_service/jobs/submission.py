@@ -59,6 +59,8 @@ def submit(
             remedy="plan its largest part",
         )
     reference, inline = _batch_of(resources, request)
+    if kind == JobKind.PLAN and isinstance(reference, DataSet):
+        reference = _largest(reference)
     stored = request.model_copy(update={"batch": reference})
     new = new_job(stored, kind=kind, tenant=tenant, idempotency_key=idempotency_key)
     # Before any check: what was accepted once stays accepted, whatever became of model, batch and catalogue since.
@@ -228,6 +230,11 @@ def _batch_of(resources: Resources, request: JobRequest) -> tuple[BatchReference
     if len(data) > limit:
         raise inline_too_large(limit, f"{len(data)} bytes")
     return BatchReference(sha256=hashlib.sha256(data).hexdigest()), data
+
+
+def _largest(data_set: DataSet) -> BatchReference:
+    """The part that a plan of a data set is of: no other takes more memory."""
+    return BatchReference(sha256=max(data_set.parts, key=lambda part: part.samples).sha256)
 
 
 def inline_too_large(limit: int, came: str) -> ApiError:

@@ -24,8 +24,8 @@ router = APIRouter(prefix="/plans", tags=["plans"])
     "",
     summary="Plan a job",
     description="The body of a job; answers what it would do (method, cost and memory per parameter), at once or with "
-    "`wait` when that is known. A worker finds it by a forward pass; nothing is computed. It is a job of kind `plan`: "
-    "`/v1/jobs/{job_id}` cancels it and tells its events.",
+    "`wait` when that is known. A worker finds it by a forward pass; nothing is computed. A data set's plan is that of "
+    "its largest part. It is a job of kind `plan`: `/v1/jobs/{job_id}` cancels it and tells its events.",
     status_code=201,
     responses={
         **answer(201, "Accepted, and the plan if it was found in time", examples.PLAN_JOB),
