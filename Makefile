@@ -50,13 +50,15 @@ endif
 property: env ## Hold NETS random nets against brute force
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/property.py --nets $(NETS)
 
-lint: env ## Linters, type checker, import rules, container files
+lint: env ## Linters, type checker, import rules, container and Kubernetes files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+# kustomization.yaml and KEDA's resources are not Kubernetes' own: tests/packaging checks what they say.
+	$(BIN)/kubernetes-validate --strict --quiet $(filter-out %/kustomization.yaml %/scaling.yaml,$(wildcard deploy/kubernetes/*.yaml))
 
 format: env ## Format the code, repair what ruff can
 	$(BIN)/ruff check --fix .
