@@ -55,13 +55,15 @@ property: env ## Hold NETS random nets against brute force
 chaos: env ## Kill everything at random moments while JOBS jobs run; CHAOS_ARGS="--embedded" for `curvature serve`
 	$(BIN)/python benchmarks/chaos.py --jobs $(JOBS) $(CHAOS_ARGS)
 
-lint: env ## Linters, type checker, import rules, container files
+lint: env ## Linters, type checker, import rules, container and Kubernetes files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+# kustomization.yaml and KEDA's resources are not Kubernetes' own: tests/packaging checks what they say.
+	$(BIN)/kubernetes-validate --strict --quiet $(filter-out %/kustomization.yaml %/scaling.yaml,$(wildcard deploy/kubernetes/*.yaml))
 
 format: env ## Format the code, repair what ruff can
 	$(BIN)/ruff check --fix .

@@ -72,13 +72,26 @@ def test_commands_are_of_modules_and_options_that_exist(name):
 
 def test_health_checks_ask_paths_of_the_api():
     asked = re.findall(r"http://[\w.]+:8000(/[\w/]+)", DOCKERFILE + COMPOSE_TEXT)
-    assert len(asked) == 2
+    assert len(asked) == 3
     assert set(asked) <= set(create_app(ServiceSettings()).openapi()["paths"])
 
 
 def test_only_the_api_is_published_and_on_loopback_unless_told_otherwise():
     published = {name: part["ports"] for name, part in COMPOSE["services"].items() if "ports" in part}
-    assert published == {"service": ["${API_ADDRESS:-127.0.0.1}:${API_PORT:-8000}:8000"]}
+    assert published == {"gateway": ["${API_ADDRESS:-127.0.0.1}:${API_PORT:-8000}:8000"]}
+
+
+def test_the_gateway_holds_nothing_back():
+    """Buffered uploads would fill its disk, and buffered events come too late."""
+    configuration = COMPOSE["configs"]["gateway"]["content"]
+    assert "server service:8000" in configuration
+    for line in ("proxy_request_buffering off;", "proxy_buffering off;", "client_max_body_size 0;"):
+        assert line in configuration
+
+
+def test_images_and_their_ways_to_s3():
+    for target in SETTINGS:
+        assert f"[{target},s3]" in stage(f"{target}-dependencies")
 
 
 def test_secrets_come_from_the_environment():

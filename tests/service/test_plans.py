@@ -39,12 +39,6 @@ def find(server, job_id):
 
 
 class TestPlans:
-    def test_a_data_set_has_no_plan(self, client):
-        body = request_body(client)
-        parts = [{**body["batch"], "samples": 3}] * 2
-        reply = client.post("/v1/plans", json={**body, "batch": {"parts": parts}})
-        assert "largest part" in expect_problem(reply, 422, "invalid_request", "batch")["remedy"]
-
     def test_a_plan_is_told_once_it_is_there(self, server, client):
         made = make_plan(client)
         assert (made.kind, made.status, made.plan) == ("plan", "queued", None)

@@ -51,13 +51,6 @@ def submit(
     Raises:
         ApiError: whatever the request lacks.
     """
-    if kind == JobKind.PLAN and isinstance(request.batch, DataSet):
-        raise ApiError(
-            "invalid_request",
-            f"a plan is of one batch; a data set of {len(request.batch.parts)} came",
-            param="batch",
-            remedy="plan its largest part",
-        )
     reference, inline = _batch_of(resources, request)
     if kind == JobKind.PLAN and isinstance(reference, DataSet):
         reference = _largest(reference)
