@@ -1,4 +1,4 @@
-"""Memory of the API process, and both rates, while 1 GiB is uploaded and 1 GiB of a result is downloaded.
+"""Memory of the API process, and the rates, while 1 GiB is uploaded, at once and in parts, and 1 GiB is downloaded.
 
 Real processes: the API, SQLite, a folder as its object store, a Redis-protocol server. The result is planted: one
 job, finished in the database, with one safetensors file in the store.
@@ -26,11 +26,16 @@ from pathlib import Path
 import httpx
 import psutil
 
+from curvature_client._parted_uploads import PartedUpload
+from curvature_client._payloads import Payload
+from curvature_client._transport import Transport
 from curvature_protocol.names import result_key
 from curvature_protocol.results import Manifest, Provenance, ResultGroup, TensorEntry
 from curvature_service.embedded.broker import broker_command, find_broker
 from curvature_state import Database, ObjectStore, jobs, migrate
+from curvature_state.endings import Success, succeed
 from curvature_state.jobs import NewJob
+from curvature_state.turns import Claimant, claim_next
 
 MIB = 2**20
 LIMIT_MIB = 64
@@ -99,7 +104,7 @@ def end(process: "subprocess.Popen[bytes] | psutil.Popen") -> None:
 def plant_result(database: Database, objects: ObjectStore, size_mib: int) -> str:
     """A succeeded job whose one tensor has `size_mib` MiB; returns its id."""
     job = jobs.create_job(database, NewJob({}, "benchmark")).job
-    held = jobs.claim(database, job.id, "benchmark", 600)
+    held = claim_next(database, Claimant("benchmark"), 600)
     assert held is not None
     tensor = {"dtype": "F32", "shape": [size_mib * MIB // 4], "data_offsets": [0, size_mib * MIB]}
     header = json.dumps({"w": tensor}).encode()
@@ -112,7 +117,7 @@ def plant_result(database: Database, objects: ObjectStore, size_mib: int) -> str
     size = objects.put_stream(result_key(job.id, held.attempt, "grad.safetensors"), file())
     manifest = describe(job.id, held.attempt, size, size_mib)
     objects.put_bytes(result_key(job.id, held.attempt, "manifest.json"), manifest.model_dump_json().encode())
-    assert jobs.succeed(database, job.id, held.attempt, [])
+    assert succeed(database, job.id, held.attempt, Success([], size))
     return job.id
 
 
@@ -155,6 +160,25 @@ def upload(client: httpx.Client, size_mib: int) -> float:
     return seconds
 
 
+def upload_in_parts(url: str, folder: Path, size_mib: int) -> float:
+    """Upload `size_mib` MiB of a file as the client does; returns the seconds taken, with hashing and putting together.
+
+    The client hashes every part before it sends it, the server the whole when it puts the parts together.
+    """
+    path = folder / "payload"
+    with path.open("wb") as file:
+        for _ in range(size_mib):
+            file.write(_CHUNK[::-1])  # other bytes than those of the upload at once
+    payload = Payload.of_file(path)
+    transport = Transport(url, None, 600.0, 0, None)
+    started = time.perf_counter()
+    assert PartedUpload(transport, "models", payload, lambda: None, lambda _: None).run()
+    seconds = time.perf_counter() - started
+    transport.close()
+    path.unlink()
+    return seconds
+
+
 def download(client: httpx.Client, job_id: str, size_mib: int) -> float:
     """Download a result; returns the seconds taken."""
     started, received = time.perf_counter(), 0
@@ -173,7 +197,11 @@ def measure(folder: Path, size_mib: int) -> dict[str, dict[str, float]]:
         # Warm up, so that what is imported and allocated once does not count as growth.
         upload(client, 8)
         client.get(f"/v1/jobs/{job_id}/result/grad.safetensors", headers={"Range": f"bytes=0-{8 * MIB}"})
-        cases = {"upload": lambda: upload(client, size_mib), "download": lambda: download(client, job_id, size_mib)}
+        cases = {
+            "upload": lambda: upload(client, size_mib),
+            "in parts": lambda: upload_in_parts(str(client.base_url), folder, size_mib),
+            "download": lambda: download(client, job_id, size_mib),
+        }
         return {name: watched(api.pid, case, size_mib) for name, case in cases.items()}
 
 
@@ -206,8 +234,8 @@ def main() -> None:
     size_mib = round(arguments.gib * 1024)
     with tempfile.TemporaryDirectory(prefix="transfer-", dir=arguments.folder) as name:
         free = shutil.disk_usage(name).free
-        if free < 3 * size_mib * MIB:
-            sys.exit(f"{name} has {free / 2**30:.1f} GiB free; {3 * arguments.gib:.1f} GiB are needed")
+        if free < 6 * size_mib * MIB:
+            sys.exit(f"{name} has {free / 2**30:.1f} GiB free; {6 * arguments.gib:.1f} GiB are needed")
         figures = measure(Path(name), size_mib)
     show(figures, size_mib)
     grown = max(row["growth_mib"] for row in figures.values())

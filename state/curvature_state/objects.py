@@ -16,6 +16,8 @@ PART_BYTES = 8 * 2**20
 """Size of the parts in which objects are written and read; S3 takes none below 5 MiB."""
 SENT_BYTES = 2**20
 """Size of the parts that go out to clients: each is copied a few times on its way through the web server."""
+_WRITTEN_AT_ONCE = 2
+"""Parts that wait for the store while the next one comes; more would only be held in memory."""
 _MOST_PARTS = 10_000
 """S3's limit on the parts of one object."""
 
@@ -78,7 +80,10 @@ class ObjectStore:
             most_bytes: how many may come, where they may be more than 78 GiB.
         """
         size = 0
-        async with obstore.open_writer_async(self._store, key, buffer_size=_part_bytes(most_bytes)) as writer:
+        part_bytes = _part_bytes(most_bytes)
+        async with obstore.open_writer_async(
+            self._store, key, buffer_size=part_bytes, max_concurrency=_WRITTEN_AT_ONCE
+        ) as writer:
             async for chunk in chunks:
                 await writer.write(chunk)
                 size += len(chunk)

@@ -1,4 +1,4 @@
-"""A TCP proxy that counts what goes to the server, and cuts all connections when enough has."""
+"""TCP proxies: one that counts what goes to the server and cuts all connections when enough has; one that damages."""
 
 import socket
 import threading
@@ -51,7 +51,7 @@ class CuttingProxy:
     def _pass_on(self, source, target, to_server):
         try:
             while data := source.recv(2**16):
-                target.sendall(data)
+                target.sendall(self._changed(data) if to_server else data)
                 if to_server and self._is_enough(len(data)):
                     self._cut()
         except OSError:
@@ -59,6 +59,9 @@ class CuttingProxy:
         finally:
             for end in (source, target):
                 self._close(end)
+
+    def _changed(self, data):
+        return data
 
     def _is_enough(self, count):
         with self._lock:
@@ -80,3 +83,17 @@ class CuttingProxy:
         with suppress(OSError):
             end.shutdown(socket.SHUT_RDWR)
         end.close()
+
+
+class DamagingProxy(CuttingProxy):
+    """Changes a bit in every large piece that goes to the server, as long as `damages` is set.
+
+    A server that compares checksums refuses such pieces.
+    """
+
+    damages = True
+
+    def _changed(self, data):
+        if not self.damages or len(data) < 2**15:
+            return data
+        return data[:-1] + bytes([data[-1] ^ 1])

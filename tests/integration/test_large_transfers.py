@@ -11,13 +11,16 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
+import torch
 from tests.client.scripted_server import answering, reply
-from tests.integration.cutting_proxy import CuttingProxy
+from tests.integration.cutting_proxy import CuttingProxy, DamagingProxy
+from tests.integration.serving import wait_for
 from tests.service.planting import sha256, succeed
 from tests.service.planting import upload as plant
 from tests.service.server import LiveServer, settings_in
 from tests.state.servers import RedisServer, S3Server
 
+from curvature_client import Client, JobFailed
 from curvature_client._downloads import StoredFile
 from curvature_client._errors import APIConnectionError, BadRequestError
 from curvature_client._parted_uploads import PARTS_AT_ONCE, PartedUpload
@@ -114,12 +117,12 @@ class Bar:
     """What a progress bar would show."""
 
     def __init__(self):
-        self.total, self.shown, self.first = 0, 0, None
+        self.shown, self.first = 0, None
 
-    def upload(self, what, size_bytes):
-        self.total, self.shown, self.first = size_bytes, 0, None
+    def begin(self):
+        self.shown, self.first = 0, None
 
-    def uploaded(self, count):
+    def sent(self, count):
         self.shown += count
         self.first = self.shown if self.first is None else self.first
 
@@ -143,11 +146,11 @@ def test_bytes_in_memory_go_in_parts_too(api):
 def test_a_connection_cut_in_the_middle_of_parts_costs_these_parts_alone(api, payload):
     bar = Bar()
     with CuttingProxy(api.address, cuts=[3 * PART + PART // 2, 6 * PART]) as proxy, connected(proxy.url) as transport:
-        assert PartedUpload(transport, "models", payload, bar).run()
+        assert PartedUpload(transport, "models", payload, bar.begin, bar.sent).run()
         assert proxy.cuts == []
         assert proxy.sent_bytes <= len(DATA) + 2 * PARTS_AT_ONCE * PART + SLACK
     assert content(api) == DATA
-    assert bar.shown == bar.total == len(DATA)
+    assert bar.shown == len(DATA)
 
 
 def test_another_process_sends_only_what_is_missing(api, payload):
@@ -158,7 +161,7 @@ def test_another_process_sends_only_what_is_missing(api, payload):
     assert there > 0
     bar = Bar()
     with CuttingProxy(api.address) as proxy, connected(proxy.url) as transport:
-        PartedUpload(transport, "models", payload, bar).run()
+        PartedUpload(transport, "models", payload, bar.begin, bar.sent).run()
         assert proxy.sent_bytes <= len(DATA) - there * PART + SLACK
     assert content(api) == DATA
     assert bar.first == there * PART
@@ -256,7 +259,7 @@ def test_a_large_upload_goes_past_the_api(settings, s3, payload):
     with LiveServer(settings(storage_url=s3.url())) as api:
         with CuttingProxy(api.address) as proxy, connected(proxy.url) as transport:
             bar = Bar()
-            PartedUpload(transport, "models", payload, bar).run()
+            PartedUpload(transport, "models", payload, bar.begin, bar.sent).run()
             assert proxy.sent_bytes < SLACK
         assert bar.shown == len(DATA)
         assert content(api) == DATA
@@ -392,3 +395,55 @@ def test_a_store_that_cannot_be_reached_is_read_through_the_api(settings, s3):
         with connected(api.url) as transport:
             assert bytes(StoredFile(transport, path, len(file)).read(0, len(file))) == file
             assert not transport.store.usable
+
+
+# A whole job
+
+
+@pytest.fixture
+def cluster(settings, s3, tmp_path):
+    """An API on S3 and a worker in a process of its own."""
+    chosen = settings(storage_url=s3.url())
+    names = ("database_url", "storage_url", "redis_url")
+    environment = {f"CURVATURE_{name.upper()}": str(getattr(chosen, name)) for name in names}
+    environment["CURVATURE_SCRATCH_DIR"] = str(tmp_path / "scratch")
+    with LiveServer(chosen) as api, (tmp_path / "worker.log").open("wb") as log:
+        command = [sys.executable, "-m", "curvature_worker", "--threads", "1"]
+        worker = subprocess.Popen(command, env={**os.environ, **environment}, stderr=log)
+        try:
+            wait_for(lambda: api.client.get("/v1/ready").status_code == 200, 60, "a worker")
+            yield api
+        finally:
+            worker.terminate()
+            worker.wait(30)
+
+
+def linear():
+    """A model of 36 MB, and a small batch."""
+    torch.manual_seed(0)
+    return torch.nn.Linear(3000, 3000), (torch.randn(2, 3000), torch.randn(2, 3000))
+
+
+def test_a_job_whose_large_files_go_past_the_api(cluster, s3):
+    model, (inputs, targets) = linear()
+    torch.nn.functional.mse_loss(model(inputs), targets).backward()
+    with CuttingProxy(cluster.address) as proxy, Client(proxy.url, progress=False) as client:
+        found = client.analyze(model, (inputs, targets), ["grad"], loss="mse")
+        sha = client.jobs.get(found.manifest.job_id).request["model"]
+        assert not [key for key in s3.objects() if "/uploads/" in key]
+        assert torch.allclose(torch.as_tensor(found["grad"]["weight"]), model.weight.grad, rtol=1e-4, atol=1e-9)
+        assert client._transport.store.usable
+        assert proxy.sent_bytes < SLACK
+    assert cluster.client.get(f"/v1/models/{sha}").json()["verified"]  # the worker has hashed it
+
+
+def test_a_job_whose_model_was_damaged_on_its_way_past_the_api(cluster, s3):
+    model, batch = linear()
+    host, port = s3.endpoint.removeprefix("http://").split(":")
+    with DamagingProxy((host, int(port))) as proxy, Client(cluster.url, progress=False) as client:
+        cluster.resources.direct = type(cluster.resources.direct)(s3.url(), proxy.url)
+        with pytest.raises(JobFailed) as caught:
+            client.analyze(model, batch, ["batch_l2"], loss="mse")
+        assert (caught.value.code, caught.value.param) == ("hash_mismatch", "model")
+        proxy.damages = False
+        assert client.analyze(model, batch, ["batch_l2"], loss="mse")["batch_l2"]["weight"].shape == (2,)
