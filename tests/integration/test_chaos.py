@@ -6,7 +6,7 @@ from tests.cluster.cluster import Cluster
 from tests.cluster.disturber import Pace
 from tests.cluster.embedded import Embedded
 
-PLAN = Plan(jobs=64, pace=Pace(jobs=(0, 4)), seconds_limit=240)
+PLAN = Plan(jobs=48, pace=Pace(jobs=(0, 4)), seconds_limit=240)
 
 
 @pytest.mark.timeout(540)
