@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from obstore.store import S3Config, S3Store
 
-_GIB = 2**30
-_MOST_COPIED_AT_ONCE = 5 * _GIB
-"""S3's limit on one copy; more is copied part by part."""
-_COPIED_PART_BYTES = _GIB
+COPIED_BYTES = 2**30
+"""What is larger is copied in parts of this size: S3 copies 5 GiB at once and no more, and takes its time for it."""
+_CONNECTIONS = 40
+"""As many as the API has threads."""
 _IDLE = "60s"
 _REGION = "us-east-1"
 """What servers other than Amazon's expect, unless told otherwise."""
@@ -172,15 +172,15 @@ class Bucket:
                         Bucket=self._name, Key=upload["Key"], UploadId=upload["UploadId"]
                     )
 
-    def copy(self, source: str, target: str) -> None:
-        """Copy an object of any size within the store.
+    def copy(self, source: str, target: str, part_bytes: int = COPIED_BYTES) -> None:
+        """Copy an object of any size within the store, in parts if it is larger than one.
 
         Raises:
             FileNotFoundError: if there is no source.
         """
         from boto3.s3.transfer import TransferConfig
 
-        config = TransferConfig(multipart_threshold=_MOST_COPIED_AT_ONCE, multipart_chunksize=_COPIED_PART_BYTES)
+        config = TransferConfig(multipart_threshold=part_bytes, multipart_chunksize=part_bytes)
         with _translated():
             self._client.copy(self._at(source), **self._at(target), Config=config)
 
@@ -190,6 +190,7 @@ class Bucket:
         config = Config(
             signature_version="s3v4",
             connect_timeout=5,
+            max_pool_connections=_CONNECTIONS,
             retries={"mode": "standard", "max_attempts": 3},
             # Checksums of their own choice are what other makers' servers do not know.
             request_checksum_calculation="when_required",

@@ -271,3 +271,14 @@ def test_amazons_own_store_is_addressed_in_its_region(monkeypatch):
     assert obstore.sign(store._store, "GET", "k", timedelta(60)).startswith(
         "https://s3.eu-central-1.amazonaws.com/bucket/prefix/k?"
     )
+
+
+@pytest.mark.integration
+def test_a_large_object_is_copied_in_parts(s3):
+    objects, _ = s3
+    data = os.urandom(11 * 2**20)
+    objects.put_bytes("uploads/1", data)
+    objects.bucket.copy("uploads/1", "models/2", part_bytes=5 * 2**20)
+    assert objects.get_bytes("models/2") == data
+    with pytest.raises(FileNotFoundError):
+        objects.bucket.copy("uploads/none", "models/3")

@@ -237,7 +237,8 @@ def _goes_elsewhere(record: UploadRecord, number: int) -> ApiError:
 def _can_go_on(resources: Resources, found: UploadRecord, request: UploadRequest) -> bool:
     """Whether what was begun is of use to this client."""
     lost = found.finished  # else the artefact would have been found
-    reachable = found.store_id is None or (request.direct and resources.direct is not None)
+    usable = request.direct and resources.direct is not None
+    reachable = found.store_id is None or usable or found.assembling  # then, nothing needs to be sent
     return found.size_bytes == request.size_bytes and found.failure is None and not lost and reachable
 
 
