@@ -1,14 +1,15 @@
 """Jobs as records: written, found, listed, shown. What becomes of them: `turns`, `holding` and `endings`."""
 
+import itertools
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Row, and_, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Session
 
 from curvature_protocol.errors import Problem, status_of
 from curvature_protocol.jobs import FINAL, Job, JobKind, JobStatus, Progress
@@ -20,6 +21,7 @@ from curvature_state.tenants import enter_queue
 from curvature_state.webhooks import register
 
 _NOTHING = Requirements()
+_ROWS_PER_STATEMENT = 1000
 
 
 @dataclass(frozen=True)
@@ -110,29 +112,32 @@ def insert_jobs(session: Session, jobs: Sequence[NewJob]) -> None:
         waiting[job.tenant] = waiting.get(job.tenant, 0) + (job.result is None)
     for tenant, count in waiting.items():
         enter_queue(session, tenant, count)
-    now = datetime.now(UTC)
-    rows: list[dict[str, Any]] = []
-    for job in jobs:
-        # A microsecond apart: the queue is ordered by age.
-        moment = now + timedelta(microseconds=len(rows))
-        rows.append(_values(job, moment))
-        for place, part in enumerate(job.parts):
-            moment = now + timedelta(microseconds=len(rows))
-            rows.append({**_values(part, moment), "parent_id": job.id, "part": place})
-    session.execute(insert(JobRow), rows)
-    needs = [
-        {"job_id": job.id, "kind": kind, "sha256": sha256}
-        for job in _with_parts(jobs)
-        for kind, sha256 in job.artefacts
-    ]
-    if needs:
-        session.execute(insert(JobArtefactRow), needs)
-    uses = [{"job_id": job.id, "source_id": source} for job in jobs if job.result for source in set(job.result.sources)]
-    if uses:
-        session.execute(insert(ResultUseRow), uses)
+    _insert(session, JobRow, _rows(jobs))
+    needs = ((job.id, kind, sha256) for job in _with_parts(jobs) for kind, sha256 in job.artefacts)
+    _insert(session, JobArtefactRow, ({"job_id": job, "kind": kind, "sha256": sha256} for job, kind, sha256 in needs))
+    uses = ((job.id, source) for job in jobs if job.result for source in set(job.result.sources))
+    _insert(session, ResultUseRow, ({"job_id": job, "source_id": source} for job, source in uses))
     for job in jobs:
         if job.webhook is not None:
             register(session, "job", job.id, job.tenant, job.webhook)
+
+
+def _insert(session: Session, table: type[DeclarativeBase], rows: Iterable[dict[str, Any]]) -> None:
+    """Insert rows some at a time: those of a large sweep need not be in memory together."""
+    rest = iter(rows)
+    while some := list(itertools.islice(rest, _ROWS_PER_STATEMENT)):
+        session.execute(insert(table), some)
+
+
+def _rows(jobs: Sequence[NewJob]) -> Iterator[dict[str, Any]]:
+    """Columns of jobs and their shards, in order."""
+    now = datetime.now(UTC)
+    # A microsecond apart: the queue is ordered by age.
+    moments = (now + timedelta(microseconds=number) for number in itertools.count())
+    for job in jobs:
+        yield _values(job, next(moments))
+        for place, part in enumerate(job.parts):
+            yield {**_values(part, next(moments)), "parent_id": job.id, "part": place}
 
 
 def _with_parts(jobs: Sequence[NewJob]) -> Iterable[NewJob]:
