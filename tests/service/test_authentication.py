@@ -1,6 +1,7 @@
 """API keys: who needs one, whose request it is, and what one tenant sees of another's."""
 
 import time
+from collections import defaultdict
 from datetime import UTC, datetime, timedelta
 
 import httpx
@@ -31,7 +32,7 @@ def test_every_documented_path_but_health_needs_the_key(locked):
         for verb in verbs:
             if path in OPEN or verb == "head":
                 continue
-            url = path.format(sha256="0" * 64, job_id="0" * 32, label="grad")
+            url = path.format_map(defaultdict(lambda: "0" * 64))
             expect_problem(locked.client.request(verb, url), 401, "unauthenticated")
             tried += 1
     assert tried > 10
@@ -209,6 +210,20 @@ def test_every_path_of_a_job_is_one_tenants(server, lab):
             assert lab.request(verb, url).status_code == 404, (verb, path)
             tried += 1
     assert tried >= 8
+
+
+def test_every_path_of_a_sweep_is_one_tenants(server, lab):
+    body = {"base": request_body(server.client), "grid": {"seed": [{"value": 1}]}}
+    mine, theirs = (c.post("/v1/sweeps", json=body).json()["id"] for c in (lab, server.client))
+    tried = 0
+    for path, verbs in server.app.openapi()["paths"].items():
+        for verb in verbs:
+            if "{sweep_id}" in path:
+                expect_problem(lab.request(verb, path.format(sweep_id=theirs)), 404, "sweep_not_found", "sweep_id")
+                tried += 1
+    assert tried >= 6
+    assert [sweep["id"] for sweep in lab.get("/v1/sweeps").json()["items"]] == [mine]
+    assert server.client.get(f"/v1/sweeps/{theirs}").json()["counts"] == {"queued": 1}
 
 
 def test_a_list_shows_ones_own(server, lab):

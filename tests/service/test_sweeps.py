@@ -308,6 +308,11 @@ def test_a_grid_with_too_many_rows_is_refused(client, base):
     assert detail == f"a sweep may have {MOST_ROWS} rows; the grid has 1001 × 10 × 10 = 100100"
 
 
+def test_coordinates_that_no_two_rows_share_are_refused(client, base):
+    rows = [{"fields": {}, "coordinates": {f"seed {seed}": seed}} for seed in range(65)]
+    assert "65" in expect_problem(post(client, {"base": base, "rows": rows}), 422, "invalid_request", "rows")["detail"]
+
+
 def test_a_row_whose_request_is_too_long_is_refused(client, base):
     reply = post(client, {"base": base, "grid": {"metadata": axis({}, {"a": "x" * 300_000})}})
     expect_problem(reply, 413, "payload_too_large", "grid.metadata.1")

@@ -14,6 +14,7 @@ from curvature_service.errors import ApiError
 
 FIELDS = tuple(name for name in JobRequest.model_fields if name != "webhook")
 """What a row may have. A message per row is not what a sweep is for: its webhook tells of all."""
+MOST_AXES = 64
 REQUIRED = tuple(name for name, field in JobRequest.model_fields.items() if field.is_required())
 
 
@@ -32,10 +33,22 @@ class ExpandedRow:
 
 
 def axes_of(request: SweepRequest) -> tuple[str, ...]:
-    """Names of the rows' coordinates, in order of their first appearance."""
+    """Names of the rows' coordinates, in order of their first appearance.
+
+    Raises:
+        ApiError: `invalid_request`, for so many that they are none.
+    """
     if request.grid is not None:
         return tuple(request.grid)
-    return tuple(dict.fromkeys(name for item in request.rows or () for name in _coordinates(item)))
+    found = tuple(dict.fromkeys(name for item in request.rows or () for name in _coordinates(item)))
+    if len(found) > MOST_AXES:
+        raise ApiError(
+            "invalid_request",
+            f"the rows of a sweep may have {MOST_AXES} different coordinates; they have {len(found)}",
+            param="rows",
+            remedy="name coordinates alike in all rows",
+        )
+    return found
 
 
 def expand(request: SweepRequest) -> Iterator[ExpandedRow]:
