@@ -28,6 +28,7 @@ import psutil
 
 from curvature_client._parted_uploads import PartedUpload
 from curvature_client._payloads import Payload
+from curvature_client._progress import ProgressBar
 from curvature_client._transport import Transport
 from curvature_protocol.names import result_key
 from curvature_protocol.results import Manifest, Provenance, ResultGroup, TensorEntry
@@ -172,7 +173,7 @@ def upload_in_parts(url: str, folder: Path, size_mib: int) -> float:
     payload = Payload.of_file(path)
     transport = Transport(url, None, 600.0, 0, None)
     started = time.perf_counter()
-    assert PartedUpload(transport, "models", payload, lambda: None, lambda _: None).run()
+    assert PartedUpload(transport, "models", payload, ProgressBar(shown=False)).run()
     seconds = time.perf_counter() - started
     transport.close()
     path.unlink()

@@ -119,10 +119,10 @@ class Bar:
     def __init__(self):
         self.shown, self.first = 0, None
 
-    def begin(self):
+    def upload(self, what, size_bytes):
         self.shown, self.first = 0, None
 
-    def sent(self, count):
+    def uploaded(self, count):
         self.shown += count
         self.first = self.shown if self.first is None else self.first
 
@@ -146,7 +146,7 @@ def test_bytes_in_memory_go_in_parts_too(api):
 def test_a_connection_cut_in_the_middle_of_parts_costs_these_parts_alone(api, payload):
     bar = Bar()
     with CuttingProxy(api.address, cuts=[3 * PART + PART // 2, 6 * PART]) as proxy, connected(proxy.url) as transport:
-        assert PartedUpload(transport, "models", payload, bar.begin, bar.sent).run()
+        assert PartedUpload(transport, "models", payload, bar).run()
         assert proxy.cuts == []
         assert proxy.sent_bytes <= len(DATA) + 2 * PARTS_AT_ONCE * PART + SLACK
     assert content(api) == DATA
@@ -161,7 +161,7 @@ def test_another_process_sends_only_what_is_missing(api, payload):
     assert there > 0
     bar = Bar()
     with CuttingProxy(api.address) as proxy, connected(proxy.url) as transport:
-        PartedUpload(transport, "models", payload, bar.begin, bar.sent).run()
+        PartedUpload(transport, "models", payload, bar).run()
         assert proxy.sent_bytes <= len(DATA) - there * PART + SLACK
     assert content(api) == DATA
     assert bar.first == there * PART
@@ -259,7 +259,7 @@ def test_a_large_upload_goes_past_the_api(settings, s3, payload):
     with LiveServer(settings(storage_url=s3.url())) as api:
         with CuttingProxy(api.address) as proxy, connected(proxy.url) as transport:
             bar = Bar()
-            PartedUpload(transport, "models", payload, bar.begin, bar.sent).run()
+            PartedUpload(transport, "models", payload, bar).run()
             assert proxy.sent_bytes < SLACK
         assert bar.shown == len(DATA)
         assert content(api) == DATA
