@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 from urllib.parse import quote
@@ -15,6 +16,7 @@ from curvature_client._errors import (
     APITimeoutError,
     CurvatureError,
     JobFailed,
+    NotFoundError,
     WaitTimeout,
     job_cancelled,
     job_failed,
@@ -212,6 +214,23 @@ class Job:
         self._result = None
         return self
 
+    def pin(self) -> "Job":
+        """Keep the job and its result from being removed: by age, for their size, or by `delete`."""
+        return self._set_pin("PUT")
+
+    def unpin(self) -> "Job":
+        """Take the pin away."""
+        return self._set_pin("DELETE")
+
+    def delete(self) -> None:
+        """Delete the job and its result from the server; that it is gone already is no error.
+
+        Raises:
+            ConflictError: it is not over, or pinned.
+        """
+        with suppress(NotFoundError):
+            self._transport.request("DELETE", self._path)
+
     def events(self) -> Iterator[JobEvent]:
         """Changes of state and progress from the beginning, as they happen, until the job is over for good."""
         after: str | None = None
@@ -236,6 +255,10 @@ class Job:
                 time.sleep(backoff(max(1, failures), error) if failures else 0.0)
 
     # Waiting
+
+    def _set_pin(self, verb: str) -> "Job":
+        self._view = self._transport.parse(self._transport.request(verb, f"{self._path}/pin"), JobView)
+        return self
 
     @property
     def _path(self) -> str:

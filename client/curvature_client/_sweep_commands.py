@@ -24,7 +24,7 @@ Timeout = Annotated[float | None, typer.Option(help="seconds to wait; as long as
 
 _MOST_REASONS = 20
 
-sweeps_app = typer.Typer(invoke_without_command=True, help="List sweeps; show, wait for, cancel or retry one.")
+sweeps_app = typer.Typer(invoke_without_command=True, help="List sweeps; show, wait for, cancel, retry or delete one.")
 
 
 def sweep(
@@ -97,6 +97,14 @@ def retry_sweep(sweep_id: str, url: Url = None) -> None:
     """Queue the failed and cancelled jobs of one sweep once more."""
     with Client(url) as client:
         typer.echo(_states(client.sweeps.get(sweep_id).retry_failed()))
+
+
+@sweeps_app.command("delete")
+def delete_sweep(sweep_id: str, url: Url = None) -> None:
+    """Delete one sweep, all of whose jobs must be over, with its jobs and their results."""
+    with Client(url) as client:
+        client.sweeps.get(sweep_id).delete()
+    typer.echo(f"deleted {sweep_id}")
 
 
 def _follow(found: Sweep, output: Path | None, timeout: float | None) -> None:

@@ -1,7 +1,8 @@
-"""Sweeps as the user holds them: looked at, waited for, read row by row as they finish, cancelled, retried."""
+"""Sweeps as the user holds them: looked at, waited for, read row by row as they finish, cancelled, retried, deleted."""
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -9,6 +10,7 @@ from urllib.parse import quote
 from curvature_client._errors import (
     CurvatureError,
     JobError,
+    NotFoundError,
     WaitTimeout,
     job_cancelled,
     job_failed,
@@ -211,6 +213,15 @@ class Sweep:
         """
         self._view = self._transport.parse(self._transport.request("POST", f"{self._path}/retry"), SweepView)
         return self
+
+    def delete(self) -> None:
+        """Delete the sweep, its jobs and their results from the server; that it is gone already is no error.
+
+        Raises:
+            ConflictError: a job is not over, or pinned; none is deleted then.
+        """
+        with suppress(NotFoundError):
+            self._transport.request("DELETE", self._path)
 
     @property
     def _path(self) -> str:

@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-jobs_app = typer.Typer(invoke_without_command=True, help="List jobs; show, cancel, retry or save one.")
+jobs_app = typer.Typer(invoke_without_command=True, help="List jobs; show, cancel, retry, delete or save one.")
 app.add_typer(jobs_app, name="jobs")
 app.command("sweep")(sweep)
 app.add_typer(sweeps_app, name="sweeps")
@@ -30,7 +30,7 @@ app.add_typer(sweeps_app, name="sweeps")
 _PARTS = {
     "serve": "Run the whole service on this machine: API, worker and broker.",
     "worker": "Run a worker: it takes jobs from the queue of CURVATURE_REDIS_URL.",
-    "admin": "Administer the service: tables, API keys, tenants, workers.",
+    "admin": "Administer the service: tables, API keys, tenants, workers, garbage.",
 }
 """Commands (or groups of commands) that other parts of the distribution bring, and what the help says of them."""
 
@@ -249,6 +249,14 @@ def retry_job(job_id: str, url: Url = None) -> None:
     """Queue one failed or cancelled job once more; of a data set, the shards that have not succeeded."""
     with Client(url) as client:
         typer.echo(_standing(client.jobs.get(job_id).retry()))
+
+
+@jobs_app.command("delete")
+def delete_job(job_id: str, url: Url = None) -> None:
+    """Delete one job, which must be over, and its result."""
+    with Client(url) as client:
+        client.jobs.get(job_id).delete()
+    typer.echo(f"deleted {job_id}")
 
 
 @jobs_app.command("save")

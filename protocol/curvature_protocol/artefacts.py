@@ -26,3 +26,4 @@ class Artefact(Reply):
         default=True,
         description="false where the bytes went to the store itself: the first worker that fetches them hashes them",
     )
+    pinned: bool = Field(default=False, description="whether age and size limits leave it alone")

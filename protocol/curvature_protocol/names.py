@@ -14,6 +14,9 @@ TARGETS = "targets"
 UPLOADS = "uploads"
 """Object-store prefix of uploads on their way."""
 
+ADMITTED, RESULTS = "admitted", "results"
+"""Object-store prefixes of what workers store."""
+
 
 def bell_queue(*, gpu: bool = False, tag: str | None = None) -> str:
     """The Celery queue whose workers can do jobs with these requirements."""
@@ -49,9 +52,14 @@ def upload_part_key(upload_id: str, number: int) -> str:
 
 def admitted_key(sha256: str, admission_version: str) -> str:
     """Object-store key of a model that admission accepted and repacked."""
-    return f"admitted/{sha256}/{admission_version}"
+    return f"{ADMITTED}/{sha256}/{admission_version}"
+
+
+def result_prefix(job_id: str, attempt: int | None = None) -> str:
+    """What the object-store keys of a job's results begin with, or those of one attempt."""
+    return f"{RESULTS}/{job_id}" if attempt is None else f"{RESULTS}/{job_id}/{attempt}"
 
 
 def result_key(job_id: str, attempt: int, file_name: str) -> str:
     """Object-store key of one file of a result (`manifest.json`, `{label}.safetensors`, or `{kind}.json`)."""
-    return f"results/{job_id}/{attempt}/{file_name}"
+    return f"{result_prefix(job_id, attempt)}/{file_name}"

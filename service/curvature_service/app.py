@@ -26,6 +26,8 @@ from curvature_service.plans.endpoints import router as plans_router
 from curvature_service.reconciler import run_reconciler
 from curvature_service.resources import Resources
 from curvature_service.results.endpoints import router as results_router
+from curvature_service.retention.collector import run_collector
+from curvature_service.retention.endpoints import router as retention_router
 from curvature_service.settings import ServiceSettings
 from curvature_service.sweeps.endpoints import router as sweeps_router
 from curvature_service.uploads.endpoints import router as uploads_router
@@ -48,7 +50,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         app.state.resources = resources
         app.state.catalogue = CatalogueCache(resources)
         app.state.keys = KnownKeys(resources.database)
-        background = [asyncio.create_task(run(resources)) for run in (run_reconciler, run_deliverer)]
+        background = [asyncio.create_task(run(resources)) for run in (run_reconciler, run_deliverer, run_collector)]
         yield
         for task in background:
             task.cancel()
@@ -74,6 +76,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         artefact_router("losses"),
         events_router,
         results_router,
+        retention_router,
         jobs_router,
         sweeps_router,
         plans_router,

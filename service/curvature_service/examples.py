@@ -444,6 +444,12 @@ PROBLEMS: dict[str, dict[str, Any]] = {
         _problem("range_not_satisfiable", "the range bytes=9- lies outside the object's 7 bytes", "Range"),
         _problem("job_not_found", f"there is no job {JOB_ID!r}", "job_id", "GET /v1/jobs lists the jobs"),
         _problem("sweep_not_found", f"there is no sweep {SWEEP_ID!r}", "sweep_id", "GET /v1/sweeps lists the sweeps"),
+        _problem(
+            "in_use",
+            f"the model {MODEL_SHA256} stays: job {JOB_ID}, which is queued, needs it",
+            "model",
+            "wait for the job's end, or cancel it",
+        ),
         _problem("job_finished", f"job {JOB_ID} has succeeded already", "job_id"),
         _problem("result_not_ready", f"there is no result: job {JOB_ID} is running", "job_id", "wait for it"),
         _problem("result_not_found", f"job {JOB_ID} has no result labelled 'kfac'", "label", "its labels: variance"),

@@ -13,8 +13,8 @@ from redis import RedisError
 from curvature_protocol.names import bell_queue
 from curvature_service.resources import Resources
 from curvature_state import broker, events
-from curvature_state.leftovers import remove_leftovers
 from curvature_state.reconciling import find_waiting, take_back_expired
+from curvature_state.tidying import tidy
 from curvature_state.uploads import KEPT_SECONDS, remove_stale_uploads
 
 logger = logging.getLogger("curvature.service")
@@ -65,7 +65,6 @@ def remove_abandoned_uploads(resources: Resources) -> None:
 
 
 def remove_leftover_results(resources: Resources) -> None:
-    """Files of attempts that came to nothing, whose workers did not live to remove them."""
-    removed = remove_leftovers(resources.database, resources.objects, time.time() - _ABANDONED_SECONDS)
-    if removed:
-        logger.info("%d result files that no job names were removed", removed)
+    """Files of attempts that came to nothing, whose workers did not live to remove them, and the like."""
+    for line in tidy(resources.database, resources.objects).lines:
+        logger.info("removed %d %s, %d bytes: %s", line.count, line.kind, line.size_bytes, line.why)

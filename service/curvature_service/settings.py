@@ -40,6 +40,17 @@ class ServiceSettings(StateSettings):
     webhook_timeout_seconds: float = Field(default=15.0, gt=0, le=60)
     """For one try, from the resolution of the name to the status of the answer."""
 
+    keep_results_days: float | None = Field(default=None, gt=0)
+    """Results not used for so long are removed; their jobs stay. Unset, this and those below limit nothing."""
+    keep_jobs_days: float | None = Field(default=None, gt=0)
+    """Jobs that have been over for so long are removed, with their results."""
+    keep_plans_days: float | None = Field(default=None, gt=0)
+    """The same of plans and inspections that nobody has read for so long."""
+    keep_uploads_days: float | None = Field(default=None, gt=0)
+    """Uploads that no job has asked for for so long are removed, but what an unfinished job needs."""
+    max_stored_bytes: int | None = Field(default=None, gt=0)
+    """Uploads and results together; the least recently used go first, down to 90 % of it."""
+
     @field_validator("webhook_allowed_hosts")
     @classmethod
     def _names_hosts(cls, value: str) -> str:

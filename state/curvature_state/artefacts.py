@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from curvature_protocol.artefacts import Artefact, ArtefactKind
 from curvature_protocol.names import artefact_key
 from curvature_state.database import Database
 from curvature_state.objects import ObjectStore
-from curvature_state.tables import ArtefactRow, UploadRow
+from curvature_state.tables import ArtefactRow, JobArtefactRow, JobRow, RemovalRow, UploadRow
 
 logger = logging.getLogger("curvature.state")
 
@@ -70,49 +71,78 @@ def hold_artefacts(session: Session, references: Collection[Reference]) -> None:
                 )
 
 
+def hold_artefacts_of(session: Session, *jobs: ColumnElement[bool]) -> None:
+    """`hold_artefacts` of what jobs that are there (and locked) refer to.
+
+    Raises:
+        ArtefactMissing: one is gone.
+    """
+    rows = select(JobArtefactRow.kind, JobArtefactRow.sha256).join(JobRow, JobRow.id == JobArtefactRow.job_id)
+    found = session.execute(rows.where(*jobs).distinct()).all()
+    hold_artefacts(session, [(cast("ArtefactKind", row.kind), row.sha256) for row in found])
+
+
+def use_artefact(database: Database, kind: ArtefactKind, sha256: str) -> Artefact | None:
+    """`find_artefact` for somebody who is about to ask for it in a job: its age counts from now, to the minute."""
+    stale = datetime.now(UTC) - timedelta(seconds=USED_PRECISION_SECONDS)
+    with database.read() as session:
+        row = session.get(ArtefactRow, (kind, sha256))
+    if row is None or (row.used_at or row.created_at) >= stale:
+        return None if row is None else view(row)
+    with database.write() as session:
+        row = session.get(ArtefactRow, (kind, sha256), with_for_update=True)
+        if row is not None:
+            row.used_at = datetime.now(UTC)
+    return None if row is None else view(row)
+
+
 def find_artefact(database: Database, kind: ArtefactKind, sha256: str) -> Artefact | None:
     """The upload's record, or None if its bytes never came whole."""
     with database.read() as session:
         row = session.get(ArtefactRow, (kind, sha256))
-    return None if row is None else _view(row)
+    return None if row is None else view(row)
 
 
 def record_artefact(database: Database, kind: ArtefactKind, sha256: str, size_bytes: int) -> Artefact:
     """Record an upload whose bytes are stored and right; uploading the same bytes twice at once is no error.
 
-    It stays unverified while a direct upload of the same hash may yet put other bytes into its place.
+    It stays unverified while a direct upload of the same hash may yet put other bytes into its place. Where the same
+    upload was just removed, its bytes may have gone before this: look for them afterwards.
     """
-    row = ArtefactRow(
-        kind=kind, sha256=sha256, size_bytes=size_bytes, created_at=datetime.now(UTC), verified=True, pinned=False
-    )
-    try:
-        with database.write() as session:
-            session.add(row)
-    except IntegrityError:
+    while True:
+        with suppress(IntegrityError):
+            return _add(database, kind, sha256, size_bytes, verified=True)
         with database.write() as session:
             session.execute(
                 update(ArtefactRow)
                 .where(_is(kind, sha256), ArtefactRow.verified.is_(False), ~_is_being_replaced(kind, sha256))
                 .values(verified=True, size_bytes=size_bytes)
             )
-        found = find_artefact(database, kind, sha256)
-        if found is not None:
+        if (found := find_artefact(database, kind, sha256)) is not None:  # else it was removed at this moment
             return found
-        raise
-    return _view(row)
 
 
 def announce_artefact(database: Database, kind: ArtefactKind, sha256: str, size_bytes: int) -> bool:
     """Record an upload whose bytes nobody has hashed, before they get their place; False if there is a record."""
-    row = ArtefactRow(
-        kind=kind, sha256=sha256, size_bytes=size_bytes, created_at=datetime.now(UTC), verified=False, pinned=False
-    )
     try:
-        with database.write() as session:
-            session.add(row)
+        _add(database, kind, sha256, size_bytes, verified=False)
     except IntegrityError:
         return False
     return True
+
+
+def _add(database: Database, kind: ArtefactKind, sha256: str, size_bytes: int, *, verified: bool) -> Artefact:
+    row = ArtefactRow(
+        kind=kind, sha256=sha256, size_bytes=size_bytes, created_at=datetime.now(UTC), verified=verified, pinned=False
+    )
+    leaving = delete(RemovalRow).where(RemovalRow.what == kind, RemovalRow.name == sha256)
+    with database.write() as session:
+        session.add(row)
+        session.flush()
+        # What was removed and came back stays. Whoever removes its bytes at this moment is waited for; and in this
+        # order, whoever is about to note their removal.
+        session.execute(leaving.execution_options(synchronize_session=False))
+    return view(row)
 
 
 def confirm_artefact(database: Database, kind: ArtefactKind, sha256: str) -> None:
@@ -163,7 +193,8 @@ def _is_being_replaced(kind: ArtefactKind, sha256: str) -> ColumnElement[bool]:
     )
 
 
-def _view(row: ArtefactRow) -> Artefact:
+def view(row: ArtefactRow) -> Artefact:
+    """The row as the API shows it."""
     return Artefact.model_validate(
         {
             "sha256": row.sha256,
@@ -171,5 +202,6 @@ def _view(row: ArtefactRow) -> Artefact:
             "size_bytes": row.size_bytes,
             "created_at": row.created_at,
             "verified": row.verified,
+            "pinned": row.pinned,
         }
     )

@@ -8,16 +8,18 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Table, bindparam, func, select, update
+from sqlalchemy import ColumnElement, Table, and_, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from curvature_protocol.errors import Problem
 from curvature_protocol.jobs import Job, JobStatus
+from curvature_state.artefacts import hold_artefacts_of
 from curvature_state.database import Database, insert_new
 from curvature_state.jobs import problem, view
 from curvature_state.tables import CachedResultRow, JobRow, ResultUseRow
 from curvature_state.tenants import charge, enter_queue
 from curvature_state.turns import HELD
+from curvature_state.uses import hold_results
 from curvature_state.webhooks import rearm
 
 MAX_ATTEMPTS = 5
@@ -26,6 +28,8 @@ PASSING = frozenset({"worker_crashed", "unavailable"})
 """Errors that another attempt may not meet."""
 RETRIED = (JobStatus.FAILED, JobStatus.CANCELLED)
 """States from which a job is taken up again when somebody asks for it."""
+TO_COMPUTE = or_(JobRow.status.in_(RETRIED), and_(JobRow.status == JobStatus.SUCCEEDED, JobRow.result_bytes.is_(None)))
+"""Of the shards of a job that is taken up again, those that have no result (any more)."""
 _FIRST_PAUSE_SECONDS = 1.0
 
 
@@ -54,7 +58,11 @@ class Success:
 
 
 def succeed(database: Database, job_id: str, attempt: int, success: Success = Success()) -> Ending | None:
-    """Running → succeeded; None if the lease was lost. A result that is there beats a cancellation."""
+    """Running → succeeded; None if the lease was lost. A result that is there beats a cancellation.
+
+    Raises:
+        ResultGone: some of the `sources` were removed; the job goes on running.
+    """
     with database.write() as session:
         connection, now = session.connection(), datetime.now(UTC)
         before = connection.execute(_BEFORE, {"of_job": job_id}).one_or_none()
@@ -77,6 +85,7 @@ def succeed(database: Database, job_id: str, attempt: int, success: Success = Su
             found = session.get(JobRow, job_id)
             stands = found is not None and found.attempt == attempt and found.status == JobStatus.SUCCEEDED
             return Ending(view(found)) if found is not None and stands else None
+        hold_results(session, success.sources)
         charge(session, row.tenant, seconds)
         insert_new(session, ResultUseRow, [{"job_id": job_id, "source_id": source} for source in success.sources])
         stored = {"tenant": row.tenant, "job_id": job_id, "attempt": attempt, "created_at": now}
@@ -176,6 +185,7 @@ def retry(database: Database, job_id: str) -> Ending | None:
     A job in any other state stays as it is. None: no such job.
 
     Raises:
+        ArtefactMissing: an upload that it needs was removed.
         QueueFull: the tenant has as many queued jobs as it may.
     """
     with database.write() as session:
@@ -185,13 +195,15 @@ def retry(database: Database, job_id: str) -> Ending | None:
         if row.status not in RETRIED:
             return Ending(view(row))
         shards = parts_to_retry(session, row)
+        anew = (JobRow.parent_id == row.id, TO_COMPUTE) if row.parts is not None else (JobRow.id == row.id,)
+        hold_artefacts_of(session, *anew)
         enter_queue(session, row.tenant, len(shards) or 1)
         return take_up(session, row, shards)
 
 
 def parts_to_retry(session: Session, row: JobRow) -> Sequence[JobRow]:
     """The shards of a failed or cancelled job that are to be computed again, locked."""
-    return _parts_of(session, row, RETRIED)
+    return _parts_of(session, row, TO_COMPUTE)
 
 
 def take_up(session: Session, row: JobRow, shards: Sequence[JobRow]) -> Ending:
@@ -302,10 +314,10 @@ def _count_left(session: Session, parent: JobRow) -> int:
     return session.scalar(left) or 0
 
 
-def _parts_of(session: Session, parent: JobRow, statuses: Sequence[JobStatus]) -> Sequence[JobRow]:
+def _parts_of(session: Session, parent: JobRow, which: ColumnElement[bool]) -> Sequence[JobRow]:
     if parent.parts is None:
         return ()
-    query = select(JobRow).where(JobRow.parent_id == parent.id, JobRow.status.in_(statuses)).order_by(JobRow.part)
+    query = select(JobRow).where(JobRow.parent_id == parent.id, which).order_by(JobRow.part)
     return session.scalars(query.with_for_update()).all()
 
 

@@ -18,6 +18,7 @@ from curvature_state.artefacts import Reference, hold_artefacts
 from curvature_state.database import Database
 from curvature_state.tables import JobArtefactRow, JobRow, ResultUseRow
 from curvature_state.tenants import enter_queue
+from curvature_state.uses import hold_results
 from curvature_state.webhooks import register
 
 _NOTHING = Requirements()
@@ -83,6 +84,7 @@ def create_job(database: Database, new: NewJob) -> Created:
 
     Raises:
         ArtefactMissing: an upload that it refers to is not there (any more).
+        ResultGone: its result consists in part of others, and some of these were removed.
         QueueFull: the tenant has as many queued jobs as it may.
     """
     if (found := find_by_key(database, new)) is not None:
@@ -103,10 +105,11 @@ def insert_jobs(session: Session, jobs: Sequence[NewJob]) -> None:
     """Write many jobs and their shards, to be taken up in this order where their priorities are equal.
 
     Raises:
-        ArtefactMissing, QueueFull: as `create_job`.
+        ArtefactMissing, ResultGone, QueueFull: as `create_job`.
     """
     references = frozenset(reference for job in _with_parts(jobs) for reference in job.artefacts)
     hold_artefacts(session, references)
+    hold_results(session, {source for job in jobs if job.result is not None for source in job.result.sources})
     waiting: dict[str, int] = {}
     for job in _with_parts(jobs):
         waiting[job.tenant] = waiting.get(job.tenant, 0) + (job.result is None)

@@ -6,11 +6,11 @@ from itertools import islice
 from sqlalchemy import select
 
 from curvature_protocol.jobs import JobStatus
+from curvature_protocol.names import RESULTS
 from curvature_state.database import Database
-from curvature_state.objects import ObjectStore
+from curvature_state.objects import ObjectStore, StoredObject
 from curvature_state.tables import JobRow
 
-_RESULTS = "results"
 _JOBS_PER_QUERY = 500
 _MAY_NAME = (JobStatus.RUNNING, JobStatus.CANCELLING, JobStatus.SUCCEEDED)
 """States whose attempt has a result, or is about to. An attempt that left them never comes back to them."""
@@ -23,34 +23,38 @@ def remove_leftovers(database: Database, objects: ObjectStore, before: float) ->
 
     Returns: how many files were removed.
     """
-    old = [key for key, changed_at in objects.list(_RESULTS) if changed_at < before]
-    leftovers = [key for part in _parts(old) for key in _unnamed(database, part)]
-    for key in leftovers:
-        objects.delete(key)
-    objects.delete_torn(_RESULTS, before)
+    leftovers = find_leftovers(database, objects, before)
+    for file in leftovers:
+        objects.delete(file.key)
+    objects.delete_torn(RESULTS, before)
     return len(leftovers)
 
 
-def _parts(keys: Sequence[str]) -> Iterator[list[str]]:
-    remaining = iter(keys)
-    while part := list(islice(remaining, _JOBS_PER_QUERY)):
+def find_leftovers(database: Database, objects: ObjectStore, before: float) -> list[StoredObject]:
+    """What `remove_leftovers` would remove."""
+    old = (file for file in objects.walk(RESULTS) if file.changed_at < before)
+    return [file for part in _parts(old) for file in _unnamed(database, part)]
+
+
+def _parts(files: Iterator[StoredObject]) -> Iterator[list[StoredObject]]:
+    while part := list(islice(files, _JOBS_PER_QUERY)):
         yield part
 
 
-def _unnamed(database: Database, keys: Sequence[str]) -> list[str]:
-    """Those of the keys that belong to attempts which their jobs do not name."""
-    owners = {key: owner for key in keys if (owner := _owner(key)) is not None}
+def _unnamed(database: Database, files: Sequence[StoredObject]) -> list[StoredObject]:
+    """Those of the files that belong to attempts which their jobs do not name."""
+    owners = {file: owner for file in files if (owner := owner_of(file.key)) is not None}
     query = select(JobRow.id, JobRow.attempt, JobRow.status).where(JobRow.id.in_({job for job, _ in owners.values()}))
     with database.read() as session:
         rows = {row.id: row for row in session.execute(query)}
     return [
-        key
-        for key, (job_id, attempt) in owners.items()
+        file
+        for file, (job_id, attempt) in owners.items()
         if (row := rows.get(job_id)) is not None and not (row.attempt == attempt and row.status in _MAY_NAME)
     ]
 
 
-def _owner(key: str) -> tuple[str, int] | None:
+def owner_of(key: str) -> tuple[str, int] | None:
     """(job id, attempt) of a result's key; None for a key of another form."""
     parts = key.split("/")
     return (parts[1], int(parts[2])) if len(parts) == 4 and parts[2].isdecimal() else None

@@ -1,10 +1,12 @@
 """Bytes by key: a local folder, memory, or S3, through one small interface over obstore."""
 
+import errno
 import os
 import shutil
 from collections.abc import AsyncIterable, AsyncIterator, Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import obstore
@@ -20,6 +22,14 @@ _WRITTEN_AT_ONCE = 2
 """Parts that wait for the store while the next one comes; more would only be held in memory."""
 _MOST_PARTS = 10_000
 """S3's limit on the parts of one object."""
+
+
+class StoredObject(NamedTuple):
+    """An object without its bytes; `changed_at` is a POSIX time."""
+
+    key: str
+    size_bytes: int
+    changed_at: float
 
 
 class ObjectStore:
@@ -159,11 +169,25 @@ class ObjectStore:
 
     def delete_below(self, prefix: str) -> None:
         """Remove all objects below a prefix, however many."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder / prefix, ignore_errors=True)
+        if self._folder is None:
+            for page in obstore.list(self._store, prefix=prefix):
+                obstore.delete(self._store, [str(item["path"]) for item in page])
             return
+        folder = self._folder / prefix
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # somebody else removes it, or writes to it
+                raise
+        if "/" in folder.parent.relative_to(self._folder).as_posix():
+            with suppress(OSError):  # there is something else in it
+                folder.parent.rmdir()
+
+    def walk(self, prefix: str) -> Iterator[StoredObject]:
+        """What lies below a prefix."""
         for page in obstore.list(self._store, prefix=prefix):
-            obstore.delete(self._store, [str(item["path"]) for item in page])
+            for item in page:
+                yield StoredObject(str(item["path"]), int(item["size"]), item["last_modified"].timestamp())
 
     def list(self, prefix: str) -> Iterator[tuple[str, float]]:
         """(key, age of last change as a POSIX time) below a prefix."""

@@ -18,8 +18,9 @@ from curvature_protocol.errors import Problem
 from curvature_protocol.jobs import FINAL, Job, JobStatus
 from curvature_protocol.requests import Webhook
 from curvature_protocol.sweeps import LETTERS, NO_JOB, Sweep, SweepRowView
+from curvature_state.artefacts import hold_artefacts_of
 from curvature_state.database import Database
-from curvature_state.endings import RETRIED, parts_to_retry, requeue_all, stop, stop_all, take_up
+from curvature_state.endings import RETRIED, TO_COMPUTE, parts_to_retry, requeue_all, stop, stop_all, take_up
 from curvature_state.jobs import NewJob, insert_jobs
 from curvature_state.tables import UNFINISHED_IN_SWEEP, JobRow, SweepRow
 from curvature_state.tenants import enter_queue
@@ -181,6 +182,7 @@ def retry_sweep(database: Database, sweep_id: str, tenant: str) -> Changed | Non
     """`retry` of all its failed and cancelled jobs, or of none. None: the tenant has no such sweep.
 
     Raises:
+        ArtefactMissing: an upload that one of them needs was removed.
         QueueFull: the tenant has no room for so many.
     """
     with database.write() as session:
@@ -188,9 +190,12 @@ def retry_sweep(database: Database, sweep_id: str, tenant: str) -> Changed | Non
         if row is None:
             return None
         plain = [JobRow.sweep_id == sweep_id, JobRow.status.in_(RETRIED), JobRow.parts.is_(None)]
-        count = session.scalar(select(func.count()).select_from(JobRow).where(*plain)) or 0
+        count = len(session.scalars(select(JobRow.id).where(*plain).order_by(JobRow.id).with_for_update()).all())
         parents = _jobs_over_data_sets(session, sweep_id, RETRIED)
         shards = [parts_to_retry(session, parent) for parent in parents]
+        over_data_sets = select(JobRow.id).where(JobRow.sweep_id == sweep_id, JobRow.status.in_(RETRIED))
+        for anew in (plain, [JobRow.parent_id.in_(over_data_sets), TO_COMPUTE]):
+            hold_artefacts_of(session, *anew)
         enter_queue(session, tenant, count + sum(len(parts) or 1 for parts in shards))
         requeue_all(session, *plain)
         endings = [take_up(session, parent, parts) for parent, parts in zip(parents, shards, strict=True)]

@@ -168,6 +168,24 @@ class ResultUseRow(Base):
     source_id: Mapped[str] = mapped_column(String(32), primary_key=True)
 
 
+class RemovalRow(Base):
+    """What the records do not name any more, and whose bytes are to go from the store.
+
+    A result's stay for as long as another job's result refers to them.
+    """
+
+    __tablename__ = "removals"
+
+    what: Mapped[str] = mapped_column(String(16), primary_key=True)
+    """"result", a kind of upload, or "sweep" (whose jobs are to go)."""
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """The job's or the sweep's id, or the upload's SHA-256."""
+    attempt: Mapped[int] = mapped_column(Integer, primary_key=True)
+    """Of a result whose job is still there; 0: all that the job stored."""
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    removed_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
 class ModelDigestRow(Base):
     """The canonical digest of a model file's program and parameters, as one version of the engine computed it."""
 

@@ -21,6 +21,7 @@ def test_an_upload_is_stored_under_its_hash(server):
         "size_bytes": len(MODEL),
         "created_at": None,
         "verified": True,
+        "pinned": False,
     }
     assert server.stored() == [f"models/{sha256(MODEL)}"]
 

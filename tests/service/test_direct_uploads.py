@@ -68,6 +68,7 @@ def test_parts_go_past_the_api_and_the_artefact_is_unverified(server, s3_server)
         "size_bytes": len(DATA),
         "created_at": None,
         "verified": False,
+        "pinned": False,
     }
     assert content(server.client) == DATA
     assert s3_server.objects() == [KEY]

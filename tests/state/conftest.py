@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import text
 from tests.state.servers import PostgresServer, RedisServer, S3Server
 
-from curvature_state import Database, migrate
+from curvature_state import Database, ObjectStore, migrate
 from curvature_state.database import make_engine, newest_revision
 from curvature_state.tables import Base
 
@@ -100,3 +100,8 @@ def s3_server(s3_process, monkeypatch):
     for name, value in s3_process.environment.items():
         monkeypatch.setenv(name, value)
     return s3_process
+
+
+@pytest.fixture
+def objects(tmp_path):
+    return ObjectStore(f"file://{tmp_path}/objects")

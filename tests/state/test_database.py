@@ -1,5 +1,6 @@
 """Transactions, migrations, readiness: SQLite and PostgreSQL."""
 
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ from curvature_state import Database, jobs
 from curvature_state.database import make_engine, migrate
 from curvature_state.jobs import NewJob
 from curvature_state.tables import Base
+
+MOMENT = "2026-01-01 00:00:00.000000"
 
 
 def test_the_migrations_make_exactly_the_tables_of_the_code(database_url):
@@ -42,6 +45,37 @@ def test_rows_of_the_first_version_are_analyses_that_were_never_handed_back(tmp_
     with engine.connect() as connection:
         assert connection.execute(text("SELECT attempt, handed_back, kind FROM jobs")).one() == (2, 0, "analysis")
     engine.dispose()
+
+
+def test_jobs_of_an_earlier_version_keep_their_uploads_and_results(tmp_path):
+    url = f"sqlite:///{tmp_path / 'old.db'}"
+    migrate(url, "0003")
+    engine = make_engine(url)
+    request = {
+        "model": "a" * 64,
+        "batch": {"sha256": "b" * 64},
+        "loss": {"sha256": "c" * 64},
+        "extensions": [{"name": "batch_dot", "options": {"against": {"sha256": "d" * 64}, "over": "model"}}],
+    }
+    rows = [("q", "queued", request, None), ("i", "queued", {"model": "a" * 64}, None), ("s", "succeeded", {}, MOMENT)]
+    columns = "id, tenant, status, priority, request, body_digest, attempt, rung_at, warnings, details, created_at"
+    with engine.begin() as connection:
+        for job_id, state, asked, finished_at in rows:
+            connection.execute(
+                text(
+                    f"INSERT INTO jobs ({columns}, finished_at) "
+                    "VALUES (:id, 't', :state, 5, :request, 'd', 1, :t, '[]', '{}', :t, :finished)"
+                ),
+                {"id": job_id, "state": state, "request": json.dumps(asked), "t": MOMENT, "finished": finished_at},
+            )
+    migrate(url)
+    with engine.connect() as connection:
+        needs = connection.execute(text("SELECT job_id, kind, substr(sha256, 1, 1) FROM job_artefacts")).all()
+        results = connection.execute(text("SELECT id, result_bytes, used_at FROM jobs ORDER BY id")).all()
+    engine.dispose()
+    named = {("q", "models", "a"), ("q", "batches", "b"), ("q", "losses", "c"), ("q", "batches", "d")}
+    assert {tuple(row) for row in needs} == named | {("i", "models", "a")}
+    assert [tuple(row) for row in results] == [("i", None, None), ("q", None, None), ("s", 0, MOMENT)]
 
 
 def test_a_write_that_fails_leaves_nothing(database):

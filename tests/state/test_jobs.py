@@ -9,6 +9,7 @@ from tests.state.holders import REQUEST, age, claimed, make
 from curvature_protocol.jobs import JobKind, JobStatus
 from curvature_state import jobs
 from curvature_state.artefacts import ArtefactMissing, find_artefact, record_artefact
+from curvature_state.endings import succeed
 from curvature_state.jobs import NewJob, ReadyResult
 from curvature_state.tables import ArtefactRow, JobArtefactRow, ResultUseRow, TenantRow
 from curvature_state.tenants import QueueFull
@@ -82,6 +83,7 @@ def test_a_job_over_a_data_set_waits_for_its_shards(database):
 
 def test_a_job_whose_result_is_there_is_over_at_once(database):
     source = claimed(database)
+    succeed(database, source.id, source.attempt)
     job = make(database, result=ReadyResult(("told",), (source.id,), 10))
     assert (job.status, job.attempt, job.warnings) == (JobStatus.SUCCEEDED, 1, ("told",))
     with database.read() as session:

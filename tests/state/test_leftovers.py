@@ -4,18 +4,15 @@ import os
 import time
 
 import pytest
+from tests.state.holders import claimed, hold
 
 from curvature_protocol.names import result_key
-from curvature_state import ObjectStore, jobs
-from curvature_state.jobs import NewJob
+from curvature_state.endings import confirm_cancel, fail, request_cancel, succeed
+from curvature_state.holding import release
+from curvature_state.jobs import problem
 from curvature_state.leftovers import remove_leftovers
 
 DAY = 24 * 3600
-
-
-@pytest.fixture
-def objects(tmp_path):
-    return ObjectStore(f"file://{tmp_path}/objects")
 
 
 @pytest.fixture
@@ -42,17 +39,16 @@ def sweep(database, objects):
 
 def claimed_twice(database):
     """A job in its second attempt, the first handed back."""
-    job = jobs.create_job(database, NewJob({}, "d")).job
-    first = jobs.claim(database, job.id, "w1", 60)
-    jobs.release(database, job.id, first.attempt)
-    return jobs.claim(database, job.id, "w2", 60)
+    first = claimed(database)
+    release(database, first.id, first.attempt)
+    return hold(database, first.id)
 
 
 def test_the_attempt_that_won_stays_and_the_others_go(database, plant, sweep):
     held = claimed_twice(database)
     plant(held.id, 1)
     kept = {plant(held.id, 2), plant(held.id, 2, "manifest.json")}
-    jobs.succeed(database, held.id, held.attempt, [])
+    succeed(database, held.id, held.attempt)
     assert set(sweep()) == kept
 
 
@@ -61,7 +57,7 @@ def test_what_a_running_job_writes_stays_however_old(database, plant, sweep):
     plant(held.id, 1)
     kept = plant(held.id, 2)
     assert sweep() == [kept]
-    jobs.request_cancel(database, held.id)
+    request_cancel(database, held.id)
     assert sweep() == [kept]
 
 
@@ -70,11 +66,11 @@ def test_of_an_attempt_without_a_result_nothing_stays(database, plant, sweep, en
     held = claimed_twice(database)
     plant(held.id, 2)
     if end == "failed":
-        jobs.fail(database, held.id, held.attempt, jobs.problem("internal_error", "x"))
+        fail(database, held.id, held.attempt, problem("internal_error", "x"))
     elif end == "cancelled":
-        jobs.confirm_cancel(database, held.id, held.attempt)
+        confirm_cancel(database, held.id, held.attempt)
     else:
-        jobs.release(database, held.id, held.attempt)
+        release(database, held.id, held.attempt)
     assert sweep() == []
 
 

@@ -10,6 +10,7 @@ import pytest
 import redis
 import torch
 from safetensors.torch import save
+from sqlalchemy import update
 from sqlalchemy.exc import OperationalError
 from tests.worker import models
 from tests.worker.desk import Desk, script, wait_until
@@ -18,6 +19,7 @@ import curvature_engine as engine
 from curvature_protocol.events import JobEvent
 from curvature_protocol.jobs import JobStatus
 from curvature_protocol.names import admitted_key, artefact_key, event_stream
+from curvature_state.dropping import drop_results
 from curvature_state.endings import request_cancel
 from curvature_state.reconciling import find_waiting, take_back_expired
 from curvature_state.tables import JobRow
@@ -329,6 +331,27 @@ class TestInterruptions:
         desk.runner.run_next()
         assert desk.job(job_id).status == JobStatus.RUNNING
         assert desk.results(job_id) == []
+
+    def test_what_was_removed_while_it_was_to_be_taken_from_the_cache_is_computed(self, desk, monkeypatch):
+        asked = {"cache": True, "verify": False}
+        source = desk.run(desk.submit(models.small(), models.batch(), ["variance"], **asked))
+        job_id = desk.submit(models.small(), models.batch(), ["variance", "grad"], **asked)
+        put = desk.runner._tools.objects.put_bytes
+
+        def evict_first(key, data):
+            put(key, data)
+            with desk.database.write() as session:
+                drop_results(session, [source.id])
+
+        monkeypatch.setattr(desk.runner._tools.objects, "put_bytes", evict_first)
+        desk.runner.run_next()
+        assert desk.job(job_id).status == JobStatus.QUEUED
+        assert desk.results(job_id) == []
+        with desk.database.write() as session:
+            session.execute(update(JobRow).values(not_before=None))
+        job = desk.run(job_id)
+        assert job.status == JobStatus.SUCCEEDED
+        assert [group.source for group in desk.manifest(job).groups] == [None, None]
 
     def test_followers_hear_of_a_hand_back_as_the_row_has_it(self, desk, redis_url):
         job_id = desk.submit(models.Endless(), models.batch())

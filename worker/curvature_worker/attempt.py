@@ -14,6 +14,7 @@ from curvature_protocol.results import Manifest
 from curvature_state.endings import Ending, Success, succeed
 from curvature_state.manifests import MANIFEST, cached_group, from_cache, sources_of, store_manifest
 from curvature_state.turns import ClaimedJob
+from curvature_state.uses import ResultGone
 from curvature_worker.admitting import admitted, small_enough
 from curvature_worker.computing import compute
 from curvature_worker.contact import Contact
@@ -217,7 +218,12 @@ class Attempt:
 
     def _succeed(self, success: Success, keys: Sequence[str]) -> Ending:
         job, database = self._job, self._tools.database
-        ending = self._lease.write(lambda: succeed(database, job.id, job.attempt, success))
+        try:
+            ending = self._lease.write(lambda: succeed(database, job.id, job.attempt, success))
+        except ResultGone as error:
+            self._remove(keys)
+            reason = "a result that was to be taken from the cache was removed at this moment"
+            raise JobRefused("unavailable", reason, remedy="try again") from error
         if ending is None:
             self._remove(keys)
             raise LeaseLost

@@ -12,6 +12,7 @@ from curvature_service.delivery import Direct, deliver_object
 from curvature_service.models.endpoints import add_inspected_model
 from curvature_service.openapi import BYTES, RANGE_HEADER, REDIRECT, answer, problems
 from curvature_service.resources import ResourcesDependency
+from curvature_service.retention.endpoints import add_retention
 
 _WHAT: dict[ArtefactKind, str] = {
     "models": "model file",
@@ -29,6 +30,7 @@ def artefact_router(kind: ArtefactKind) -> APIRouter:
     else:
         _add_metadata(router, kind)
     _add_content(router, kind)
+    add_retention(router, kind)
     return router
 
 

@@ -9,7 +9,7 @@ from curvature_protocol.artefacts import SINGULAR, Artefact, ArtefactKind
 from curvature_protocol.names import artefact_key
 from curvature_service.errors import ApiError
 from curvature_service.resources import Resources
-from curvature_state.artefacts import find_artefact, record_artefact
+from curvature_state.artefacts import find_artefact, record_artefact, use_artefact
 
 
 async def store_upload(
@@ -20,11 +20,13 @@ async def store_upload(
     Raises:
         ApiError: `payload_too_large` as soon as the limit is passed, `hash_mismatch` at the end.
     """
-    known = await run_in_threadpool(find_stored, resources, kind, sha256)
+    known = await run_in_threadpool(find_stored, resources, kind, sha256, used=True)
     if known is not None and known.verified:
         return known, False
     size = await store_hashed(resources, artefact_key(kind, sha256), sha256, chunks)
-    return await run_in_threadpool(record_artefact, resources.database, kind, sha256, size), known is None
+    recorded = await run_in_threadpool(record_artefact, resources.database, kind, sha256, size)
+    await run_in_threadpool(check_there, resources, recorded)
+    return recorded, known is None
 
 
 async def store_hashed(resources: Resources, key: str, sha256: str, chunks: AsyncIterator[bytes]) -> int:
@@ -62,6 +64,18 @@ def mismatch(size: int, found: str, sha256: str) -> ApiError:
     )
 
 
+def check_there(resources: Resources, artefact: Artefact) -> None:
+    """See that an upload's bytes were not removed before it had its record.
+
+    Raises:
+        ApiError: `unavailable`.
+    """
+    if resources.objects.head(artefact_key(artefact.kind, artefact.sha256)) is None:
+        raise ApiError(
+            "unavailable", "the same upload was being removed at this moment", param="sha256", remedy="send it again"
+        )
+
+
 def too_large(limit: int) -> ApiError:
     """The refusal of an upload beyond the limit."""
     return ApiError(
@@ -73,16 +87,24 @@ def too_large(limit: int) -> ApiError:
 
 def store_small(resources: Resources, kind: ArtefactKind, sha256: str, data: bytes) -> Artefact:
     """Store bytes that are in memory already, and of which `sha256` is the hash."""
-    known = find_stored(resources, kind, sha256)
+    known = find_stored(resources, kind, sha256, used=True)
     if known is not None and known.verified:
         return known
-    resources.objects.put_bytes(artefact_key(kind, sha256), data)
-    return record_artefact(resources.database, kind, sha256, len(data))
+    key = artefact_key(kind, sha256)
+    while True:
+        resources.objects.put_bytes(key, data)
+        recorded = record_artefact(resources.database, kind, sha256, len(data))
+        if resources.objects.head(key) is not None:  # not removed before it had its record
+            return recorded
 
 
-def find_stored(resources: Resources, kind: ArtefactKind, sha256: str) -> Artefact | None:
-    """The upload's record, if its bytes are there too: what was lost from the store can be uploaded again."""
-    found = find_artefact(resources.database, kind, sha256)
+def find_stored(resources: Resources, kind: ArtefactKind, sha256: str, *, used: bool = False) -> Artefact | None:
+    """The upload's record, if its bytes are there too: what was lost from the store can be uploaded again.
+
+    Where it is `used`, somebody is about to ask for it in a job.
+    """
+    find = use_artefact if used else find_artefact
+    found = find(resources.database, kind, sha256)
     if found is None or resources.objects.head(artefact_key(kind, sha256)) != found.size_bytes:
         return None
     return found

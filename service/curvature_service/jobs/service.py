@@ -11,10 +11,11 @@ from redis import RedisError
 from curvature_protocol.jobs import FINAL, InlineResult, Job, JobKind, JobPage, JobStatus
 from curvature_service.cursors import cursor_after, read_cursor
 from curvature_service.errors import ApiError
-from curvature_service.jobs.submission import announce, full
+from curvature_service.jobs.submission import announce, full, missing
 from curvature_service.resources import Resources
 from curvature_service.results.service import file_key, read_manifest
 from curvature_state import events
+from curvature_state.artefacts import ArtefactMissing
 from curvature_state.endings import request_cancel, retry
 from curvature_state.jobs import get_job, list_jobs
 from curvature_state.tenants import QueueFull
@@ -112,7 +113,8 @@ async def take_up_again(resources: Resources, tenant: str, job_id: str) -> Job:
     """Queue a failed or cancelled job once more; of one over a data set, what has not succeeded.
 
     Raises:
-        ApiError: `job_not_found`, `job_finished` if it has succeeded, `job_not_finished`, `queue_full`.
+        ApiError: `job_not_found`, `job_finished` if it has succeeded, `job_not_finished`, `queue_full`; and for an
+            upload that it needs and that was removed.
     """
     before = await find_job(resources, tenant, job_id)
     if before.status not in (JobStatus.FAILED, JobStatus.CANCELLED):
@@ -127,6 +129,8 @@ async def take_up_again(resources: Resources, tenant: str, job_id: str) -> Job:
         ending = await run_in_threadpool(retry, resources.database, job_id)
     except QueueFull as error:
         raise full(error) from error
+    except ArtefactMissing as error:
+        raise missing(error) from error
     if ending is None:
         raise unknown(job_id)
     for job in (ending.job, *ending.others):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from curvature_protocol.artefacts import SINGULAR
 from curvature_protocol.catalogue import Catalogue
 from curvature_protocol.jobs import FINAL, Job, JobKind
-from curvature_protocol.names import bell_queue, result_key
+from curvature_protocol.names import bell_queue, result_prefix
 from curvature_protocol.requests import (
     BatchReference,
     DataSet,
@@ -17,6 +17,7 @@ from curvature_protocol.requests import (
     InlineBatch,
     JobRequest,
     LossReference,
+    referenced_batch,
 )
 from curvature_service.artefacts.service import get_artefact, store_small
 from curvature_service.errors import ApiError
@@ -27,8 +28,9 @@ from curvature_state import broker, events
 from curvature_state.artefacts import ArtefactMissing, Reference
 from curvature_state.cache import LoadedModel, cache_keys, find_cached, find_digest
 from curvature_state.jobs import Created, NewJob, ReadyResult, create_job, find_by_key
-from curvature_state.manifests import MANIFEST, from_cache, read_manifest, sources_of, store_manifest
+from curvature_state.manifests import from_cache, read_manifest, sources_of, store_manifest
 from curvature_state.tenants import QueueFull
+from curvature_state.uses import ResultGone
 from curvature_state.webhooks import without_secret
 from curvature_state.workers import list_workers
 
@@ -67,12 +69,9 @@ def submit(
             store_small(resources, "batches", reference.sha256, inline)
         for (artefact_kind, sha256), param in references_in(stored):
             get_artefact(resources, artefact_kind, sha256, param=param)
-        if kind == JobKind.ANALYSIS:
-            new = with_cached_result(resources, known, new)
-        found = create(resources, new, stored)
+        found = _create_with_cached_result(resources, known, new, stored) if kind == JobKind.ANALYSIS else None
+        found = found or create(resources, new, stored)
     if found.repeated:
-        if new.result is not None:  # a twin of this request was faster
-            resources.objects.delete(result_key(new.id, 1, MANIFEST))
         return _same(found, new), False
     announce(resources, found.job)
     return found.job, True
@@ -116,7 +115,8 @@ def new_job(
 def shards(job: NewJob, parts: Sequence[DataSetPart]) -> Iterator[NewJob]:
     """One job per part of a data set; each knows where its samples stand in the whole."""
     common = {**job.request, "metadata": {}, "warnings": [], "webhook": None}
-    others = frozenset(r for r in job.artefacts if r[0] != "batches")
+    options = [referenced_batch(value) for e in job.request["extensions"] for value in e["options"].values()]
+    others = frozenset(r for r in job.artefacts if r[0] != "batches" or r[1] in options)
     first = 0
     for place, part in enumerate(parts):
         where = {"index": place, "first_sample": first, "samples": part.samples}
@@ -165,11 +165,36 @@ def _devices(resources: Resources, *, gpu: bool) -> list[str]:
     return sorted(kinds) or ["cpu"]
 
 
+def _create_with_cached_result(
+    resources: Resources, catalogue: Catalogue, new: NewJob, request: JobRequest
+) -> Created | None:
+    """Write the row of a job everything of which was computed before; None: it is to be computed."""
+    answered = with_cached_result(resources, catalogue, new)
+    if answered.result is None:
+        return None
+    try:
+        found = create(resources, answered, request)
+    except (ResultGone, ApiError) as error:
+        discard_cached_result(resources, answered)
+        if isinstance(error, ResultGone):  # what it refers to was removed at this moment
+            return None
+        raise
+    if found.repeated:
+        discard_cached_result(resources, answered)
+    return found
+
+
+def discard_cached_result(resources: Resources, new: NewJob) -> None:
+    """Remove the manifest of a job that was not written after all."""
+    resources.objects.delete_below(result_prefix(new.id))
+
+
 def create(resources: Resources, new: NewJob, request: JobRequest) -> Created:
     """Write the rows.
 
     Raises:
         ApiError: `queue_full`, or an upload was removed at this moment.
+        ResultGone: so was a result that the job's own refers to.
     """
     try:
         return create_job(resources.database, new)

@@ -13,9 +13,11 @@ from curvature_protocol.names import result_key
 from curvature_service.artefacts.service import get_artefact
 from curvature_service.extensions.service import CatalogueCache
 from curvature_service.jobs.service import wait_for
-from curvature_service.jobs.submission import announce
+from curvature_service.jobs.submission import announce, missing
 from curvature_service.resources import Resources
+from curvature_state.artefacts import ArtefactMissing
 from curvature_state.jobs import NewJob, create_job, forget_key
+from curvature_state.uses import touch_result
 
 _PRIORITY = 9
 _LIMIT_SECONDS = 300.0
@@ -40,12 +42,19 @@ async def inspect_model(
 
 
 def _inspection_of(resources: Resources, tenant: str, catalogue: Catalogue, sha256: str) -> Job:
-    """The job that inspected the model, inspects it, or is made now."""
+    """The job that inspected the model, inspects it, or is made now.
+
+    Raises:
+        ApiError: `model_not_found`, if the model was removed at this moment.
+    """
     new = _new_job(tenant, catalogue, sha256)
-    found = create_job(resources.database, new)
-    if found.repeated and not _still_holds(resources, found.job):
-        forget_key(resources.database, found.job.id)
+    try:
         found = create_job(resources.database, new)
+        if found.repeated and not _still_holds(resources, found.job):
+            forget_key(resources.database, found.job.id)
+            found = create_job(resources.database, new)
+    except ArtefactMissing as error:
+        raise missing(error) from error
     if not found.repeated:
         announce(resources, found.job)
     return found.job
@@ -56,7 +65,15 @@ def _new_job(tenant: str, catalogue: Catalogue, sha256: str) -> NewJob:
     version = hashlib.sha256(catalogue.model_dump_json().encode()).hexdigest()
     request = {"model": sha256, "timeout_seconds": _LIMIT_SECONDS}
     key = f"{_OWN}{sha256} {version}"
-    return NewJob(request, version, key, tenant=tenant, priority=_PRIORITY, kind=JobKind.INSPECTION)
+    return NewJob(
+        request,
+        version,
+        key,
+        tenant=tenant,
+        priority=_PRIORITY,
+        kind=JobKind.INSPECTION,
+        artefacts=frozenset({("models", sha256)}),
+    )
 
 
 def _still_holds(resources: Resources, job: Job) -> bool:
@@ -71,6 +88,7 @@ def _still_holds(resources: Resources, job: Job) -> bool:
 def _view(resources: Resources, artefact: Artefact, job: Job) -> InspectedModel:
     found = None
     if job.status == JobStatus.SUCCEEDED:
+        touch_result(resources.database, job.id)
         found = Inspection.model_validate_json(resources.objects.get_bytes(_key(job)))
     return InspectedModel(
         **dict(artefact), inspection=found, inspection_status=job.status, inspection_job=job.id, error=job.error

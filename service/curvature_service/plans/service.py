@@ -6,6 +6,7 @@ from curvature_protocol.plans import Plan, PlanJob
 from curvature_service.errors import ApiError
 from curvature_service.jobs.service import find_job
 from curvature_service.resources import Resources
+from curvature_state.uses import touch_result
 
 
 async def find_plan(resources: Resources, tenant: str, job_id: str) -> Job:
@@ -33,6 +34,7 @@ def with_plan(resources: Resources, job: Job) -> PlanJob:
     """
     plan = None
     if job.status == JobStatus.SUCCEEDED:
+        touch_result(resources.database, job.id)
         try:
             plan = Plan.model_validate_json(resources.objects.get_bytes(result_key(job.id, job.attempt, "plan.json")))
         except FileNotFoundError as error:

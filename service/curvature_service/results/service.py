@@ -6,6 +6,7 @@ from curvature_protocol.results import Manifest, ResultGroup
 from curvature_service.errors import ApiError
 from curvature_service.resources import Resources
 from curvature_state import manifests
+from curvature_state.uses import touch_result
 
 
 def read_manifest(resources: Resources, job: Job) -> Manifest:
@@ -23,6 +24,7 @@ def read_manifest(resources: Resources, job: Job) -> Manifest:
         )
     if job.status != JobStatus.SUCCEEDED:
         raise _not_ready(job)
+    touch_result(resources.database, job.id)
     try:
         return manifests.read_manifest(resources.objects, job.id, job.attempt)
     except FileNotFoundError as error:

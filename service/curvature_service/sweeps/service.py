@@ -13,10 +13,11 @@ from curvature_protocol.names import result_key
 from curvature_protocol.sweeps import RowResult, Sweep, SweepPage, SweepRows, SweepRowView, SweepStates
 from curvature_service.cursors import cursor_after, read_cursor
 from curvature_service.errors import ApiError
-from curvature_service.jobs.submission import full
+from curvature_service.jobs.submission import full, missing
 from curvature_service.resources import Resources
 from curvature_service.sweeps.submission import ring
 from curvature_state import events
+from curvature_state.artefacts import ArtefactMissing
 from curvature_state.manifests import MANIFEST
 from curvature_state.sweeps import (
     Changed,
@@ -160,12 +161,14 @@ def retry(resources: Resources, tenant: str, sweep_id: str) -> Sweep:
     """Queue the failed and cancelled jobs once more.
 
     Raises:
-        ApiError: `sweep_not_found`, `queue_full`.
+        ApiError: `sweep_not_found`, `queue_full`; and for an upload that one of them needs and that was removed.
     """
     try:
         changed = retry_sweep(resources.database, sweep_id, tenant)
     except QueueFull as error:
         raise full(error) from error
+    except ArtefactMissing as error:
+        raise missing(error) from error
     sweep = _told(resources, sweep_id, changed)
     ring(resources, count_queued(resources.database, sweep_id))
     return sweep

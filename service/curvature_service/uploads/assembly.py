@@ -14,7 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from curvature_protocol.errors import Problem
 from curvature_protocol.names import artefact_key, upload_key, upload_part_key
-from curvature_service.artefacts.service import find_stored, mismatch
+from curvature_service.artefacts.service import check_there, find_stored, mismatch
 from curvature_service.errors import ApiError
 from curvature_service.resources import Resources
 from curvature_service.uploads.service import arrived, find, missing
@@ -143,7 +143,10 @@ async def _join(resources: Resources, record: UploadRecord) -> None:
 
     key = artefact_key(record.kind, record.sha256)
     await resources.objects.put_async_stream(key, joined(), record.size_bytes)
-    await run_in_threadpool(record_artefact, resources.database, record.kind, record.sha256, record.size_bytes)
+    recorded = await run_in_threadpool(
+        record_artefact, resources.database, record.kind, record.sha256, record.size_bytes
+    )
+    await run_in_threadpool(check_there, resources, recorded)
 
 
 async def _read_part(resources: Resources, record: UploadRecord, number: int) -> AsyncIterator[memoryview]:

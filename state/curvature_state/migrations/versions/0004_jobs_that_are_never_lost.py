@@ -1,5 +1,7 @@
 """Sweeps, shards, tenants, the cache, retention, resumable uploads, webhooks."""
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -34,6 +36,8 @@ def upgrade() -> None:
     ):
         op.add_column("jobs", column)
     op.execute("UPDATE jobs SET turn = 9 - priority")
+    # Nobody has noted how large these results are.
+    op.execute("UPDATE jobs SET result_bytes = 0, used_at = finished_at WHERE status = 'succeeded'")
     queued = sa.text("status = 'queued'")
     op.create_index(
         "jobs_by_turn",
@@ -73,12 +77,21 @@ def upgrade() -> None:
         sa.Column("sha256", sa.String(64), primary_key=True),
     )
     op.create_index("job_artefacts_by_artefact", "job_artefacts", ["kind", "sha256"])
+    _note_uploads_of_jobs()
     op.create_table(
         "result_uses",
         sa.Column("job_id", sa.String(32), primary_key=True),
         sa.Column("source_id", sa.String(32), primary_key=True),
     )
     op.create_index("result_uses_by_source", "result_uses", ["source_id"])
+    op.create_table(
+        "removals",
+        sa.Column("what", sa.String(16), primary_key=True),
+        sa.Column("name", sa.String(64), primary_key=True),
+        sa.Column("attempt", sa.Integer, primary_key=True),
+        sa.Column("size_bytes", sa.BigInteger, nullable=False),
+        sa.Column("removed_at", MOMENT, nullable=False),
+    )
     op.create_table(
         "model_digests",
         sa.Column("sha256", sa.String(64), primary_key=True),
@@ -174,6 +187,25 @@ def upgrade() -> None:
     op.execute("INSERT INTO tenants (name, created_at) SELECT tenant, min(created_at) FROM jobs GROUP BY tenant")
 
 
+def _note_uploads_of_jobs() -> None:
+    """Write down what the jobs that are there refer to, so that nothing takes it from those that are queued."""
+    jobs = sa.table("jobs", sa.column("id", sa.String), sa.column("request", sa.JSON))
+    needs = sa.table("job_artefacts", *(sa.column(name, sa.String) for name in ("job_id", "kind", "sha256")))
+    connection = op.get_bind()
+    for row in connection.execute(sa.select(jobs.c.id, jobs.c.request)).all():
+        found = [{"job_id": row.id, "kind": kind, "sha256": sha256} for kind, sha256 in _uploads_of(row.request)]
+        if found:
+            connection.execute(sa.insert(needs), found)
+
+
+def _uploads_of(request: dict[str, Any]) -> set[tuple[str, str]]:
+    options = [value for e in request.get("extensions") or () for value in (e.get("options") or {}).values()]
+    named = [("models", {"sha256": request.get("model")}), ("batches", request.get("batch"))]
+    named += [("losses", request.get("loss")), *(("batches", value) for value in options)]
+    hashes = ((kind, value.get("sha256")) for kind, value in named if isinstance(value, dict))
+    return {(kind, sha256) for kind, sha256 in hashes if isinstance(sha256, str) and len(sha256) == 64}
+
+
 def downgrade() -> None:
     for name in (
         "api_keys",
@@ -184,6 +216,7 @@ def downgrade() -> None:
         "sweeps",
         "cached_results",
         "model_digests",
+        "removals",
         "result_uses",
         "job_artefacts",
     ):
