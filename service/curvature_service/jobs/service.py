@@ -133,8 +133,7 @@ async def take_up_again(resources: Resources, tenant: str, job_id: str) -> Job:
         raise missing(error) from error
     if ending is None:
         raise unknown(job_id)
-    for job in (ending.job, *ending.others):
-        await run_in_threadpool(announce, resources, job)
+    await run_in_threadpool(announce, resources, ending.job, len(ending.others) or None)
     return ending.job
 
 

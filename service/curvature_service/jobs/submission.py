@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from curvature_protocol.artefacts import SINGULAR
 from curvature_protocol.catalogue import Catalogue
-from curvature_protocol.jobs import FINAL, Job, JobKind
-from curvature_protocol.names import bell_queue, result_prefix
+from curvature_protocol.jobs import FINAL, Job, JobKind, JobStatus
+from curvature_protocol.names import result_prefix
 from curvature_protocol.requests import (
     BatchReference,
     DataSet,
@@ -20,11 +20,12 @@ from curvature_protocol.requests import (
     referenced_batch,
 )
 from curvature_service.artefacts.service import get_artefact, store_small
+from curvature_service.bells import ring
 from curvature_service.errors import ApiError
 from curvature_service.extensions.service import CatalogueCache, check_request
 from curvature_service.resources import Resources
 from curvature_service.webhooks.urls import check_url
-from curvature_state import broker, events
+from curvature_state import events
 from curvature_state.artefacts import ArtefactMissing, Reference
 from curvature_state.cache import LoadedModel, cache_keys, find_cached, find_digest
 from curvature_state.jobs import Created, NewJob, ReadyResult, create_job, find_by_key
@@ -229,14 +230,14 @@ def full(error: QueueFull) -> ApiError:
     )
 
 
-def announce(resources: Resources, job: Job, *, gpu: bool | None = None, tag: str | None = None) -> None:
-    """Tell followers and workers of a new job."""
+def announce(resources: Resources, job: Job, count: int | None = None) -> None:
+    """Tell followers and workers of a job that was queued; `count` is how many shards of it were, if not all."""
     events.publish(resources.redis, events.state_event(job))
     if job.status in FINAL:
         return
     requires = job.request.get("requires") or {}
-    queue = bell_queue(gpu=requires.get("gpu", False) if gpu is None else gpu, tag=tag or requires.get("tag"))
-    broker.ring_unless_enough(resources.celery, resources.redis, job.id, queue)
+    queued = 1 if job.status == JobStatus.QUEUED else job.parts or 1
+    ring(resources, {(requires.get("gpu", False), requires.get("tag")): (job.id, count or queued)})
 
 
 def _batch_of(resources: Resources, request: JobRequest) -> tuple[BatchReference | DataSet, bytes | None]:

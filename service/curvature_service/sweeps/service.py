@@ -11,11 +11,11 @@ from redis import RedisError
 from curvature_protocol.jobs import FINAL, JobStatus
 from curvature_protocol.names import result_key
 from curvature_protocol.sweeps import RowResult, Sweep, SweepPage, SweepRows, SweepRowView, SweepStates
+from curvature_service.bells import ring
 from curvature_service.cursors import cursor_after, read_cursor
 from curvature_service.errors import ApiError
 from curvature_service.jobs.submission import full, missing
 from curvature_service.resources import Resources
-from curvature_service.sweeps.submission import ring
 from curvature_state import events
 from curvature_state.artefacts import ArtefactMissing
 from curvature_state.manifests import MANIFEST

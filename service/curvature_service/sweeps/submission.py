@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from curvature_protocol.names import bell_queue
 from curvature_protocol.sweeps import MOST_ROWS, Sweep, SweepRequest
+from curvature_service.bells import Kind, ring
 from curvature_service.errors import ApiError
 from curvature_service.extensions.service import CatalogueCache
 from curvature_service.jobs.submission import MAX_REQUEST_BYTES, full, missing, shards
@@ -15,12 +15,10 @@ from curvature_service.resources import Resources
 from curvature_service.sweeps.checking import DEFAULTS, CheckedField, FieldChecker, stored_request
 from curvature_service.sweeps.expansion import ExpandedRow, axes_of, expand
 from curvature_service.webhooks.urls import check_url
-from curvature_state import broker
 from curvature_state.artefacts import ArtefactMissing, Reference
 from curvature_state.jobs import NewJob, SweepPlace
 from curvature_state.sweeps import CreatedSweep, NewSweep, create_sweep, find_by_key
 from curvature_state.tenants import QueueFull
-from curvature_state.workers import list_workers
 
 MOST_JOBS = 2 * MOST_ROWS
 """Of one sweep, the shards of data sets included."""
@@ -59,19 +57,6 @@ def submit_sweep(
             remedy="use a new key for a new request",
         )
     return found.sweep, not found.repeated
-
-
-def ring(resources: Resources, wanted: dict[tuple[bool, str | None], tuple[str, int]]) -> None:
-    """Wake as many workers as there is work for.
-
-    Args:
-        resources: the broker.
-        wanted: (whether a GPU is required, tag) → (one of the jobs that require it, how many there are).
-    """
-    workers = max(1, len(list_workers(resources.database)))
-    for (gpu, tag), (job_id, count) in wanted.items():
-        for _ in range(min(count, workers)):
-            broker.ring_unless_enough(resources.celery, resources.redis, job_id, bell_queue(gpu=gpu, tag=tag))
 
 
 def _create(resources: Resources, new: NewSweep) -> CreatedSweep:
@@ -143,10 +128,10 @@ def _check_totals(place: int, jobs: int, stored_bytes: int) -> None:
     )
 
 
-def _bells(jobs: Iterable[NewJob]) -> dict[tuple[bool, str | None], tuple[str, int]]:
+def _bells(jobs: Iterable[NewJob]) -> dict[Kind, tuple[str, int]]:
     """What `ring` wants of jobs that are new: of those over data sets, their shards are queued."""
-    first: dict[tuple[bool, str | None], str] = {}
-    counts: Counter[tuple[bool, str | None]] = Counter()
+    first: dict[Kind, str] = {}
+    counts: Counter[Kind] = Counter()
     for job in jobs:
         kind = (job.requires.gpu, job.requires.tag)
         first.setdefault(kind, job.parts[0].id if job.parts else job.id)
