@@ -1,12 +1,14 @@
 """Finding results."""
 
+from datetime import UTC, datetime
+
 from curvature_protocol.jobs import FINAL, Job, JobKind, JobStatus
 from curvature_protocol.names import result_key
 from curvature_protocol.results import Manifest, ResultGroup
 from curvature_service.errors import ApiError
 from curvature_service.resources import Resources
 from curvature_state import manifests
-from curvature_state.uses import touch_result
+from curvature_state.uses import USED_PRECISION_SECONDS, touch_result
 
 
 def read_manifest(resources: Resources, job: Job) -> Manifest:
@@ -24,11 +26,17 @@ def read_manifest(resources: Resources, job: Job) -> Manifest:
         )
     if job.status != JobStatus.SUCCEEDED:
         raise _not_ready(job)
-    touch_result(resources.database, job.id)
+    _note_use(resources, job)
     try:
         return manifests.read_manifest(resources.objects, job.id, job.attempt)
     except FileNotFoundError as error:
         raise _removed(job) from error
+
+
+def _note_use(resources: Resources, job: Job) -> None:
+    """Uses are noted to the minute: a result that just came into being has been."""
+    if job.finished_at is None or (datetime.now(UTC) - job.finished_at).total_seconds() > USED_PRECISION_SECONDS:
+        touch_result(resources.database, job.id)
 
 
 def find_file(resources: Resources, job: Job, label: str) -> tuple[str, int]:
