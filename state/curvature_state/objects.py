@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -112,7 +113,8 @@ class ObjectStore:
         size = path.stat().st_size
         if self._folder is not None:
             target = self._folder / key
-            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.parent.is_dir():
+                target.parent.mkdir(parents=True, exist_ok=True)
             with suppress(OSError):
                 os.replace(path, target)  # noqa: PTH105 (rename across folders, atomic)
                 return size
@@ -121,8 +123,21 @@ class ObjectStore:
         return size
 
     def put_bytes(self, key: str, data: bytes) -> None:
-        """Store a few bytes."""
-        obstore.put(self._store, key, data)
+        """Store a few bytes; in a folder by a rename, several times as fast as the library's way."""
+        if self._folder is None:
+            obstore.put(self._store, key, data)
+            return
+        target = self._folder / key
+        part = target.with_name(f"{target.name}#{uuid.uuid4().hex}")  # a name that `delete_torn` knows
+        try:
+            try:
+                part.write_bytes(data)
+            except FileNotFoundError:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                part.write_bytes(data)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
 
     def move(self, source: str, target: str) -> None:
         """Give stored bytes their final key (a rename in a folder, copy and delete elsewhere)."""

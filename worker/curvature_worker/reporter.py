@@ -40,7 +40,8 @@ class Reporter:
         self._thread.start()
 
     def state(self, job: ClaimedJob, status: JobStatus) -> None:
-        """Publish a change of state."""
+        """Publish a change of state; progress is news a moment later."""
+        self._told_at = time.monotonic()
         self._publish(
             JobEvent(
                 event="state",
@@ -60,7 +61,8 @@ class Reporter:
     def progress(self, job: ClaimedJob, progress: Progress) -> None:
         """Publish progress, not too often."""
         now = time.monotonic()
-        if now < self._silent_until or (now - self._told_at < _PROGRESS_SECONDS and progress.done < progress.total):
+        whole = progress.total > 0 and progress.done == progress.total
+        if now < self._silent_until or (now - self._told_at < _PROGRESS_SECONDS and not whole):
             return
         self._told_at = now
         self._publish(
