@@ -1,5 +1,6 @@
 """Connections and transactions, SQLite and PostgreSQL alike."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -12,13 +13,15 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.orm import DeclarativeBase, Session
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _MIGRATION_LOCK = 0x63757276
 """Number of the PostgreSQL advisory lock under which tables are changed ("curv")."""
 _CONNECT_SECONDS = 5
+_RESTED_SECONDS = 1.0
 
 
 def make_engine(url: str, *, pooled: bool = True) -> Engine:
@@ -30,9 +33,34 @@ def make_engine(url: str, *, pooled: bool = True) -> Engine:
         parsed = parsed.set(drivername="postgresql+psycopg")  # the driver that is installed, not SQLAlchemy's default
     # A URL of its own mind about the time to connect keeps it.
     timeout = {} if "connect_timeout" in parsed.query else {"connect_timeout": _CONNECT_SECONDS}
-    if pooled:
-        return create_engine(parsed, pool_pre_ping=True, connect_args=timeout)
-    return create_engine(parsed, poolclass=NullPool, connect_args=timeout)
+    if not pooled:
+        return create_engine(parsed, poolclass=NullPool, connect_args=timeout)
+    engine = create_engine(parsed, connect_args=timeout)
+    _ping_rested_connections(engine)
+    return engine
+
+
+def _ping_rested_connections(engine: Engine) -> None:
+    """See that a pooled connection lives before it is used, unless it was used a moment ago.
+
+    SQLAlchemy's own pre-ping asks every time, which takes as long as a transaction of ours.
+    """
+
+    @event.listens_for(engine, "checkin")
+    def _note(connection: Any, record: ConnectionPoolEntry) -> None:
+        record.info["rests_since"] = time.monotonic()
+
+    @event.listens_for(engine, "checkout")
+    def _ping(connection: Any, record: ConnectionPoolEntry, _: Any) -> None:
+        rests_since = record.info.get("rests_since")
+        if rests_since is None or time.monotonic() - rests_since < _RESTED_SECONDS:
+            return
+        try:
+            alive = engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error as error:
+            raise DisconnectionError from error
+        if not alive:
+            raise DisconnectionError
 
 
 def _sqlite_engine(url: URL) -> Engine:
@@ -73,12 +101,15 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self._engine = make_engine(url)
+        # Alone, a statement that reads needs no BEGIN and no ROLLBACK around it, each of them a round trip; and several
+        # of them see no more of one moment in a transaction of PostgreSQL's usual isolation.
+        self._reader = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._is_sqlite = self._engine.dialect.name == "sqlite"
 
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A session for reading."""
-        with Session(self._engine, expire_on_commit=False) as session:
+        with Session(self._engine if self._is_sqlite else self._reader, expire_on_commit=False) as session:
             if self._is_sqlite:
                 session.execute(text("BEGIN"))
             yield session

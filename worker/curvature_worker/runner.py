@@ -29,6 +29,8 @@ from curvature_worker.tools import Tools
 logger = logging.getLogger("curvature.worker")
 
 _SIZES_SECONDS = 5.0
+_CLAIMS = 2
+"""Tries: of a database that was restarted, the first connection is a dead one."""
 _NEEDS_MEMORY = frozenset({"out_of_memory", "no_fitting_worker"})
 
 
@@ -120,11 +122,12 @@ class JobRunner:
         self._tools.database.close()
 
     def _claim(self) -> ClaimedJob | None:
-        try:
-            return claim_next(self._tools.database, self.claimant, self._settings.lease_seconds)
-        except SQLAlchemyError as error:  # the bell is rung again by the reconciler
-            logger.warning("no job could be claimed: the database does not answer: %s", brief(error))
-            return None
+        for _ in range(_CLAIMS):
+            try:
+                return claim_next(self._tools.database, self.claimant, self._settings.lease_seconds)
+            except SQLAlchemyError as error:  # the bell is rung again by the reconciler
+                logger.warning("no job could be claimed: the database does not answer: %s", brief(error))
+        return None
 
     def _run(self, job: ClaimedJob, lease: Lease) -> None:
         database = self._tools.database
