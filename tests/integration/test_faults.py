@@ -28,17 +28,33 @@ def busiest(processes):
     return max(processes, key=lambda process: sum(process.cpu_times()[:2]))
 
 
-def test_a_killed_child_fails_its_job_and_the_next_one_runs(hurt):
+def test_a_killed_child_costs_its_job_an_attempt(hurt):
     server, client = hurt
     job = start_long_job(client)
     busiest(server.children()).kill()
-    with pytest.raises(JobFailed, match=r"was killed by signal 9 \(SIGKILL\)") as caught:
-        job.result()
-    assert caught.value.code == "worker_crashed"
-    assert isinstance(caught.value, InternalServerError)
-    assert caught.value.remedy
+    wait_for(lambda: job.refresh().attempt == 2 and job.status == "running", 60, "the second attempt")
+    job.cancel()
+    assert job.wait(30).status == "cancelled"
     model, batch = small()
-    assert client.analyze(model, batch, ["grad"]).loss > 0
+    assert client.analyze(model, batch, ["grad"], cache=False).loss > 0
+
+
+def test_a_job_whose_process_dies_every_time_fails_with_the_reason_and_the_next_one_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("CURVATURE_MAX_ATTEMPTS", "1")
+    server = Server(tmp_path / "data")
+    try:
+        with Client(server.url) as client:
+            job = start_long_job(client)
+            busiest(server.children()).kill()
+            with pytest.raises(JobFailed, match=r"was killed by signal 9 \(SIGKILL\)") as caught:
+                job.result()
+            assert caught.value.code == "worker_crashed"
+            assert isinstance(caught.value, InternalServerError)
+            assert caught.value.remedy
+            model, batch = small()
+            assert client.analyze(model, batch, ["grad"]).loss > 0
+    finally:
+        server.stop()
 
 
 def test_a_killed_worker_loses_no_job(hurt):
