@@ -7,11 +7,11 @@ import asyncio
 import logging
 import time
 
-from fastapi.concurrency import run_in_threadpool
 from redis import RedisError
 
 from curvature_protocol.names import bell_queue
 from curvature_service.resources import Resources
+from curvature_service.threads import run_to_its_end
 from curvature_state import broker, events
 from curvature_state.reconciling import find_waiting, take_back_expired
 from curvature_state.tidying import tidy
@@ -30,11 +30,11 @@ async def run_reconciler(resources: Resources) -> None:
     round_number = 0
     while True:
         try:
-            await run_in_threadpool(reconcile_once, resources)
+            await run_to_its_end(reconcile_once, resources)
             if round_number % _SWEEP_EVERY == 0:
-                await run_in_threadpool(remove_abandoned_uploads, resources)
+                await run_to_its_end(remove_abandoned_uploads, resources)
             if round_number % _LONG_SWEEP_EVERY == 0:
-                await run_in_threadpool(remove_leftover_results, resources)
+                await run_to_its_end(remove_leftover_results, resources)
         except Exception:  # the database may be away for a while
             logger.exception("reconciling failed")
         round_number += 1
