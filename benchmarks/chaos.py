@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes-limit", type=float, default=60)
-    parser.add_argument("--jobs-between", type=int, nargs=2, default=(0, 8), help="jobs between two disturbances")
+    parser.add_argument("--jobs-between", type=int, nargs=2, default=(0, 5), help="jobs between two disturbances")
     parser.add_argument("--sharded-every", type=int, default=10, help="each so-manieth job is over a data set; 0: none")
     parser.add_argument("--embedded", action="store_true", help="`curvature serve` instead of a cluster")
     parser.add_argument("--logs", type=Path, help="keep the processes' logs in this new folder")

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import ColumnElement, Select, Table, bindparam, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, Table, and_, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from curvature_protocol.jobs import JobKind, JobStatus
@@ -85,7 +85,8 @@ def has_turn(database: Database, claimant: Claimant) -> bool:
 
 def take(session: Session, job_id: str, worker_id: str, lease_seconds: float) -> ClaimedJob | None:
     """Queued → running with a lease; None if somebody else was faster or the job is over."""
-    return _claimed(session, _take(_JOBS.c.id == bindparam("of_job")), worker_id, lease_seconds, of_job=job_id)
+    this = and_(_JOBS.c.id == bindparam("of_job"), _JOBS.c.status == JobStatus.QUEUED)
+    return _claimed(session, _take(this), worker_id, lease_seconds, of_job=job_id)
 
 
 def _take_first(session: Session, tenant: str, claimant: Claimant, lease_seconds: float) -> ClaimedJob | None:
@@ -120,7 +121,7 @@ def _take(which: ColumnElement[bool]) -> "ReturningUpdate[Any]":
     columns = ("id", "attempt", "request", "tenant", "created_at", "kind", "sweep_id", "parent_id", "parts")
     return (
         update(_JOBS)
-        .where(which, _JOBS.c.status == JobStatus.QUEUED)
+        .where(which)
         .values(
             status=JobStatus.RUNNING,
             attempt=_JOBS.c.attempt + 1,
@@ -137,6 +138,7 @@ def _take(which: ColumnElement[bool]) -> "ReturningUpdate[Any]":
 @lru_cache
 def _take_first_job(claimant: Claimant) -> "ReturningUpdate[Any]":
     first = _first_job(claimant).with_for_update(skip_locked=True)
+    # It is queued, and locked. Said once more, PostgreSQL might look for it among all that are queued.
     return _take(_JOBS.c.id == first.scalar_subquery())
 
 
@@ -156,8 +158,17 @@ def _first_job(claimant: Claimant) -> Select[str]:
     return waiting.order_by(jobs.turn, jobs.created_at, jobs.id).limit(1)
 
 
-_WAITS = exists().where(_JOBS.c.tenant == TenantRow.name, QUEUED)
-_TENANTS = select(TenantRow.name, TenantRow.weight, TenantRow.virtual_seconds, TenantRow.max_running).where(_WAITS)
+_FIRST_WAITING = (
+    select(_JOBS.c.id)
+    .where(_JOBS.c.tenant == TenantRow.name, QUEUED)
+    .order_by(_JOBS.c.turn, _JOBS.c.created_at)
+    .limit(1)
+    .scalar_subquery()
+)
+# Not EXISTS: PostgreSQL would join it, and where its statistics are older than the queue, by reading all of that.
+_TENANTS = select(TenantRow.name, TenantRow.weight, TenantRow.virtual_seconds, TenantRow.max_running).where(
+    _FIRST_WAITING.is_not(None)
+)
 _RUNNING = select(_JOBS.c.tenant, _JOBS.c.started_at).where(_JOBS.c.status.in_(HELD))
 
 

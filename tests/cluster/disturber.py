@@ -26,8 +26,8 @@ class Pace:
     By jobs, since a slow machine that is disturbed by the clock would do nothing but start again.
     """
 
-    jobs: tuple[int, int] = (0, 8)
-    pauses: tuple[float, float] = (0.0, 1.5)
+    jobs: tuple[int, int] = (0, 5)
+    pauses: tuple[float, float] = (0.0, 1.2)
     patience_seconds: float = 5.0
     """How long the jobs are waited for: if nothing moves, it goes on all the same."""
 

@@ -5,11 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from tests.state.holders import LEASE, age, hold, long_ago, make, status
+from sqlalchemy import text
+from tests.state.holders import LEASE, REQUEST, age, hold, long_ago, make, status
 
 from curvature_protocol.jobs import JobStatus
 from curvature_protocol.requests import Requirements
-from curvature_state import jobs
+from curvature_state import Database, jobs
 from curvature_state.endings import request_cancel, succeed
 from curvature_state.jobs import NewJob, insert_jobs
 from curvature_state.tables import TenantRow
@@ -179,3 +180,26 @@ def test_a_job_is_held_by_one(database):
         held = list(pool.map(lambda n: hold(database, job.id, f"w{n}"), range(8)))
     assert sum(h is not None for h in held) == 1
     assert status(database, job.id) == JobStatus.RUNNING
+
+
+@pytest.mark.integration
+def test_a_claim_reads_few_rows_however_many_are_queued(postgres_url):
+    database = Database(postgres_url)
+    try:
+        with database.write() as session:  # the statistics know of none of them
+            insert_jobs(session, [NewJob(REQUEST, "d") for _ in range(2000)])
+        before = rows_read(database)
+        assert claim(database) is not None
+        assert has_turn(database, WORKER)
+        assert rows_read(database) - before < 50
+    finally:
+        database.close()
+
+
+def rows_read(database):
+    """Rows of jobs that PostgreSQL has read so far."""
+    with database.write() as session:
+        session.execute(text("SELECT pg_stat_force_next_flush()"))
+    with database.read() as session:
+        query = "SELECT seq_tup_read + coalesce(idx_tup_fetch, 0) FROM pg_stat_user_tables WHERE relname = 'jobs'"
+        return session.scalar(text(query))
