@@ -32,7 +32,7 @@ class Verdict:
     failed: list[str] = field(default_factory=list)
     """Jobs that failed for no reason of their own, or did not fail for theirs."""
     unequal: list[str] = field(default_factory=list)
-    attempts: Counter[int] = field(default_factory=Counter)
+    attempts: dict[int, int] = field(default_factory=dict)
     leftovers: int = 0
     """Files of attempts that came to nothing, removed before the store was looked at."""
 
@@ -121,7 +121,7 @@ def _judge_records(
         if outcome.job_id in rows and shards[outcome.job_id] != outcome.task.parts:
             told = f"job {outcome.job_id} has {shards[outcome.job_id]} shards of {outcome.task.parts}"
             verdict.duplicated.append(told)
-    verdict.attempts.update(rows[o.job_id].attempt for o in disturbed if o.job_id in rows)
+    verdict.attempts = dict(Counter(rows[o.job_id].attempt for o in disturbed if o.job_id in rows))
 
 
 def _judge_store(
