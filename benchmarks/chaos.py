@@ -72,7 +72,7 @@ def table(report: Report) -> str:
         "duplicated": len(verdict.duplicated),
         "torn": len(verdict.torn),
         "not equal to the undisturbed run": len(verdict.unequal),
-        "jobs by number of attempts": attempts,
+        "jobs and shards by number of attempts": attempts,
         "files of attempts that came to nothing": verdict.leftovers,
     }
     return "\n".join(["| | |", "| --- | ---: |", *(f"| {name} | {value} |" for name, value in rows.items())])

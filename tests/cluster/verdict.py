@@ -33,6 +33,7 @@ class Verdict:
     """Jobs that failed for no reason of their own, or did not fail for theirs."""
     unequal: list[str] = field(default_factory=list)
     attempts: dict[int, int] = field(default_factory=dict)
+    """Number of attempts → how many of the disturbed jobs, shards among them, took so many."""
     leftovers: int = 0
     """Files of attempts that came to nothing, removed before the store was looked at."""
 
@@ -121,7 +122,8 @@ def _judge_records(
         if outcome.job_id in rows and shards[outcome.job_id] != outcome.task.parts:
             told = f"job {outcome.job_id} has {shards[outcome.job_id]} shards of {outcome.task.parts}"
             verdict.duplicated.append(told)
-    verdict.attempts = dict(Counter(rows[o.job_id].attempt for o in disturbed if o.job_id in rows))
+    mine = {outcome.job_id for outcome in disturbed}
+    verdict.attempts = dict(Counter(row.attempt for row in rows.values() if mine & {row.id, row.parent_id}))
 
 
 def _judge_store(
