@@ -40,7 +40,7 @@ from curvature_state.keys import create_key
 from curvature_state.tables import JobRow
 
 EXTENSIONS = ["diag_ggn_mc"]
-PARTS = 60
+PARTS, SAMPLES = 60, 512
 _DATA_SET_EXTENSIONS = ["grad", "variance", "diag_ggn_exact", "diag_ggn_mc", "kfac", "batch_l2"]
 _LIMIT_SECONDS = 3600.0
 
@@ -190,8 +190,8 @@ def measure_data_set(folder: Path) -> dict[str, object]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 10)).double().eval()
     model = torch.jit.script(net)
-    inputs, targets = torch.randn(PARTS * 64, 64, dtype=torch.float64), torch.randint(0, 10, (PARTS * 64,))
-    parts = list(zip(inputs.split(64), targets.split(64), strict=True))
+    inputs, targets = torch.randn(PARTS * SAMPLES, 64, dtype=torch.float64), torch.randint(0, 10, (PARTS * SAMPLES,))
+    parts = list(zip(inputs.split(SAMPLES), targets.split(SAMPLES), strict=True))
     rows: list[dict[str, object]] = []
     settings = {"CURVATURE_LEASE_SECONDS": "3"}
     with (
