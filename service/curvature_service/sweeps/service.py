@@ -36,6 +36,8 @@ POLL_SECONDS = 1.0
 """How often the database is asked while no event comes; it is the truth."""
 PAUSE_SECONDS = 0.1
 """How long at least lies between two looks, however many events come."""
+_PAUSE_SECONDS_PER_ROW = 1.5e-4
+_LONGEST_PAUSE_SECONDS = 5.0
 _READERS = 16
 """Manifests read at a time."""
 
@@ -83,6 +85,9 @@ async def states_beyond(
     """Where all rows stand, as soon as another number of them than `finished` is over, or after `seconds`."""
     deadline = time.monotonic() + seconds
     after = await newest(resources, sweep.id) if finished is not None and seconds else "0"
+    if finished is not None and not sweep.done:
+        await asyncio.sleep(min(seconds, _pause(sweep.total)))
+        sweep = await find_sweep(resources, tenant, sweep.id)
     while finished is not None and not sweep.done and count_finished(sweep) == finished:
         left = deadline - time.monotonic()
         if left <= 0:
@@ -90,6 +95,11 @@ async def states_beyond(
         after = await await_news(resources, sweep.id, after, left)
         sweep = await find_sweep(resources, tenant, sweep.id)
     return SweepStates(states=await run_in_threadpool(read_states, resources.database, sweep.id, sweep.total))
+
+
+def _pause(rows: int) -> float:
+    """How long to let things happen before all rows are looked at: else looking at many costs more than they do."""
+    return min(_LONGEST_PAUSE_SECONDS, max(PAUSE_SECONDS, rows * _PAUSE_SECONDS_PER_ROW))
 
 
 def count_finished(sweep: Sweep) -> int:
