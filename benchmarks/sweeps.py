@@ -32,7 +32,7 @@ from benchmarks.bare_task import TASK, make_app
 from benchmarks.transfer import MIB, MemoryWatch
 from tests.cluster.cluster import Cluster
 from tests.cluster.embedded import Embedded
-from tests.cluster.processes import System, find, wait_until
+from tests.cluster.processes import System, cpu_seconds, find, wait_until
 
 from curvature_client import Client, Sweep
 from curvature_state import Database
@@ -40,9 +40,13 @@ from curvature_state.keys import create_key
 from curvature_state.tables import JobRow
 
 EXTENSIONS = ["diag_ggn_mc"]
-PARTS, SAMPLES = 60, 512
+PARTS = 60
+_PART = 512
+"""Samples of each."""
 _DATA_SET_EXTENSIONS = ["grad", "variance", "diag_ggn_exact", "diag_ggn_mc", "kfac", "batch_l2"]
 _LIMIT_SECONDS = 3600.0
+_UNDER_WAY = 20
+"""After so many jobs, the workers have a tenant's program loaded."""
 
 
 class Work:
@@ -100,14 +104,17 @@ def compare(system: System, client: Client, work: Work, workers: int, jobs: int,
         run_ours(system, client, work, 20)  # the model admitted, programs loaded
         run_bare(20)
         for _ in range(rounds):
-            ours.append(run_ours(system, client, work, jobs)["per_second"])
+            ours.append(run_ours(system, client, work, jobs))
             bare.append(run_bare(jobs))
+    rates = [(mine["per_second"], theirs["per_second"]) for mine, theirs in zip(ours, bare, strict=True)]
     return {
         "model": work.model.stem,
         "workers": workers,
-        "jobs_per_second": statistics.median(ours),
-        "bare_per_second": statistics.median(bare),
-        "ratio": statistics.median(mine / theirs for mine, theirs in zip(ours, bare, strict=True)),
+        "jobs_per_second": statistics.median(mine for mine, _ in rates),
+        "bare_per_second": statistics.median(theirs for _, theirs in rates),
+        "ratio": statistics.median(mine / theirs for mine, theirs in rates),
+        "cpu_ms_per_job": statistics.median(ran["cpu_ms_each"] for ran in ours),
+        "cpu_ms_per_bare_task": statistics.median(ran["cpu_ms_each"] for ran in bare),
     }
 
 
@@ -121,6 +128,7 @@ def measure_size(system: System, client: Client, work: Work, jobs: int) -> dict[
         "accept_seconds": ran["accept_seconds"],
         "per_second": ran["per_second"],
         "ms_per_job": 1e3 / ran["per_second"],
+        "cpu_ms_per_job": ran["cpu_ms_each"],
         "api_before_mib": watch.baseline / MIB,
         "api_peak_mib": watch.peak / MIB,
     }
@@ -128,10 +136,11 @@ def measure_size(system: System, client: Client, work: Work, jobs: int) -> dict[
 
 def run_ours(system: System, client: Client, work: Work, jobs: int) -> dict[str, float]:
     """A sweep from its submission to its last job; the rate is that of the workers, from first start to last end."""
-    begun = time.monotonic()
+    begun, used = time.monotonic(), cpu_seconds(system.roots())
     sweep = submit_sweep(client, work, jobs)
     accept_seconds = time.monotonic() - begun
     sweep.wait(_LIMIT_SECONDS)
+    used = cpu_seconds(system.roots()) - used
     database = Database(system.database_url)
     with database.read() as session:
         query = select(func.min(JobRow.started_at), func.max(JobRow.finished_at), func.count())
@@ -141,7 +150,11 @@ def run_ours(system: System, client: Client, work: Work, jobs: int) -> dict[str,
     database.close()
     if succeeded != jobs:
         raise RuntimeError(f"{succeeded} of {jobs} jobs succeeded")
-    return {"accept_seconds": accept_seconds, "per_second": jobs / (last - first).total_seconds()}
+    return {
+        "accept_seconds": accept_seconds,
+        "per_second": jobs / (last - first).total_seconds(),
+        "cpu_ms_each": 1e3 * used / jobs,
+    }
 
 
 def submit_sweep(client: Client, work: Work, jobs: int) -> Sweep:
@@ -151,7 +164,7 @@ def submit_sweep(client: Client, work: Work, jobs: int) -> Sweep:
 
 
 @contextmanager
-def bare_workers(url: str, work: Work, workers: int) -> Iterator[Callable[[int], float]]:
+def bare_workers(url: str, work: Work, workers: int) -> Iterator[Callable[[int], dict[str, float]]]:
     """Bare Celery workers while the block lasts; yields what runs so many tasks and returns tasks a second."""
     with tempfile.TemporaryDirectory(prefix="bare-") as folder:
         broker = url if not url.startswith("unix://") else f"redis+socket://{url[7:].replace('?db=', '?virtual_host=')}"
@@ -163,15 +176,18 @@ def bare_workers(url: str, work: Work, workers: int) -> Iterator[Callable[[int],
         app = make_app(broker)
         rounds = 0
 
-        def run(tasks: int) -> float:
+        def run(tasks: int) -> dict[str, float]:
             nonlocal rounds
             rounds += 1
+            pids = [process.pid for process in processes]
+            used = cpu_seconds(pids)
             for number, seed in enumerate(work.take_seeds(tasks)):
                 app.send_task(TASK, [f"{rounds}-{number}", seed])
             written = Path(folder)
             wait_until(lambda: len(list(written.glob(f"{rounds}-*"))) == tasks, _LIMIT_SECONDS, "bare tasks")
             times = [path.stat().st_mtime for path in written.glob(f"{rounds}-*")]
-            return (tasks - 1) / (max(times) - min(times))
+            used = cpu_seconds(pids) - used
+            return {"per_second": (tasks - 1) / (max(times) - min(times)), "cpu_ms_each": 1e3 * used / tasks}
 
         try:
             yield run
@@ -188,10 +204,10 @@ def bare_workers(url: str, work: Work, workers: int) -> Iterator[Callable[[int],
 def measure_data_set(folder: Path) -> dict[str, object]:
     """60 parts over one, two and three workers, and with a worker killed in the middle; held to one batch."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 10)).double().eval()
-    model = torch.jit.script(net)
-    inputs, targets = torch.randn(PARTS * SAMPLES, 64, dtype=torch.float64), torch.randint(0, 10, (PARTS * SAMPLES,))
-    parts = list(zip(inputs.split(SAMPLES), targets.split(SAMPLES), strict=True))
+    net = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 128), nn.Tanh(), nn.Linear(128, 10)).double()
+    model = torch.jit.script(net.eval())
+    inputs, targets = torch.randn(PARTS * _PART, 64, dtype=torch.float64), torch.randint(0, 10, (PARTS * _PART,))
+    parts = list(zip(inputs.split(_PART), targets.split(_PART), strict=True))
     rows: list[dict[str, object]] = []
     settings = {"CURVATURE_LEASE_SECONDS": "3"}
     with (
@@ -253,6 +269,7 @@ def measure_tenants(folder: Path, queued: int, tries: int = 5) -> dict[str, obje
         ):
             alone = [wait_of_one(other, work) for _ in range(tries)]
             sweep = submit_sweep(busy, work, queued)
+            wait_until(lambda: sweep.refresh().counts.get("succeeded", 0) >= _UNDER_WAY, _LIMIT_SECONDS, "some jobs")
             behind = [wait_of_one(other, work) for _ in range(tries)]
             left = queued - sweep.refresh().counts.get("succeeded", 0)
             sweep.cancel()
@@ -357,18 +374,19 @@ def _table(head: str, rows: list[str]) -> str:
 def _sweep_table(found) -> str:
     throughput = [
         f"{row['model']} | {row['workers']} | {row['jobs_per_second']:.1f} | {row['bare_per_second']:.1f} | "
-        f"{row['ratio']:.2f}"
+        f"{row['ratio']:.2f} | {row['cpu_ms_per_job']:.1f} | {row['cpu_ms_per_bare_task']:.1f}"
         for row in found["throughput"]
     ]
     sizes = [
         f"{row['jobs']} | {row['accept_seconds']:.2f} | {row['per_second']:.1f} | {row['ms_per_job']:.2f} | "
+        f"{row['cpu_ms_per_job']:.1f} | "
         f"{row['api_before_mib']:.0f} | {row['api_peak_mib']:.0f}"
         for row in found["sizes"]
     ]
     return "\n".join(
         [
-            _table("model | workers | jobs/s | bare tasks/s | ratio", throughput),
-            _table("jobs queued | accepted in s | jobs/s | ms per job | API MiB before | at most", sizes),
+            _table("model | workers | jobs/s | bare tasks/s | ratio | CPU ms per job | per bare task", throughput),
+            _table("jobs queued | accepted in s | jobs/s | ms per job | CPU ms | API MiB before | at most", sizes),
         ]
     )
 

@@ -74,9 +74,10 @@ class Cluster:
         self._stack.close()
 
     def roots(self) -> list[int]:
-        """The guardians of its processes."""
+        """The guardians of its processes, and PostgreSQL's first."""
         with self._lock:
-            return [pid for process in self._processes.values() if (pid := process.guardian) is not None]
+            guardians = [pid for process in self._processes.values() if (pid := process.guardian) is not None]
+        return [*guardians, self._postgres.pid]
 
     def add_worker(self) -> None:
         """Start one more worker and wait for it."""
@@ -92,7 +93,7 @@ class Cluster:
         return len(found)
 
     def _start(self) -> None:
-        postgres = PostgresServer()
+        self._postgres = postgres = PostgresServer()
         self._stack.callback(postgres.close)
         postgres.start()
         self.database_url = postgres.url(postgres.create_database())

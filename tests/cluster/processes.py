@@ -43,6 +43,18 @@ def find(system: System, role: str) -> list[psutil.Process]:
     return list(found.values())
 
 
+def cpu_seconds(roots: Sequence[int]) -> float:
+    """CPU time that the processes below (and with) these have had, those that ended and were waited for among them."""
+    found = 0.0
+    for root in roots:
+        try:
+            for process in (parent := psutil.Process(root), *parent.children(recursive=True)):
+                found += sum(process.cpu_times()[:4])
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
 def _has_role(process: psutil.Process, role: str) -> bool:
     try:
         line = process.cmdline()

@@ -84,6 +84,11 @@ class PostgresServer:
         self._run("initdb", "-D", self._data, "-U", "postgres", "--auth=trust", "--encoding=UTF8", "--no-sync")
         self._run("pg_ctl", *self._start_options(), "start")
 
+    @property
+    def pid(self) -> int:
+        """The postmaster's process id."""
+        return int((self._data / "postmaster.pid").read_text().split()[0])
+
     def create_database(self) -> str:
         name = f"test_{uuid.uuid4().hex}"
         with psycopg.connect(self._address("postgres"), autocommit=True) as connection:
