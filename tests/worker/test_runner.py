@@ -74,6 +74,7 @@ class TestSuccess:
     def test_followers_hear_of_start_progress_and_end(self, desk, redis_url):
         job_id = desk.submit(models.small(), models.batch())
         desk.run(job_id)
+        wait_until(lambda: last_heard(redis_url, job_id) == (JobStatus.SUCCEEDED, 1))
         with redis.Redis.from_url(redis_url) as connection:
             entries = connection.xrange(event_stream(job_id))
         heard = [JobEvent.model_validate_json(fields[b"event"]) for _, fields in entries]
@@ -439,7 +440,8 @@ def last_heard(redis_url, job_id):
     with redis.Redis.from_url(redis_url) as connection:
         entries = connection.xrange(event_stream(job_id))
     events = [JobEvent.model_validate_json(fields[b"event"]) for _, fields in entries]
-    return [(event.status, event.attempt) for event in events if event.event == "state"][-1]
+    states = [(event.status, event.attempt) for event in events if event.event == "state"]
+    return states[-1] if states else None
 
 
 def lose_first_acknowledgement(monkeypatch, module, name):

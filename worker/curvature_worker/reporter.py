@@ -19,6 +19,7 @@ from curvature_state.turns import ClaimedJob
 _SLOW_SECONDS = 0.5
 _SILENCE_SECONDS = 10.0
 _PROGRESS_SECONDS = 0.1
+_LAST_PHASE = "storing"
 _CLOSE_SECONDS = 5.0
 _MOST_AT_ONCE = 200
 
@@ -34,14 +35,14 @@ class Reporter:
         self._redis = redis.Redis.from_url(
             redis_url, socket_connect_timeout=1, socket_timeout=1, retry=Retry(NoBackoff(), 1)
         )
-        self._silent_until = self._told_at = 0.0
+        self._silent_until = self._told_at = self._begun_at = 0.0
         self._events: SimpleQueue[JobEvent | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._send, daemon=True, name="reporter")
         self._thread.start()
 
     def state(self, job: ClaimedJob, status: JobStatus) -> None:
-        """Publish a change of state; progress is news a moment later."""
-        self._told_at = time.monotonic()
+        """Publish a change of state."""
+        self._begun_at = time.monotonic()
         self._publish(
             JobEvent(
                 event="state",
@@ -61,9 +62,10 @@ class Reporter:
     def progress(self, job: ClaimedJob, progress: Progress) -> None:
         """Publish progress, not too often."""
         now = time.monotonic()
-        whole = progress.total > 0 and progress.done == progress.total
-        if now < self._silent_until or (now - self._told_at < _PROGRESS_SECONDS and not whole):
+        if now < self._silent_until or (now - self._told_at < _PROGRESS_SECONDS and progress.done < progress.total):
             return
+        if progress.phase == _LAST_PHASE and now - self._begun_at < _PROGRESS_SECONDS:
+            return  # the end comes with it
         self._told_at = now
         self._publish(
             JobEvent(
