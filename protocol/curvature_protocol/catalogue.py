@@ -43,5 +43,6 @@ class Catalogue(Reply):
     """`GET /v1/extensions`."""
 
     engine_version: str
+    rules: tuple[str, ...] = Field(default=(), description="installed packages that bring rules, with their versions")
     extensions: tuple[ExtensionEntry, ...]
     losses: tuple[LossEntry, ...]

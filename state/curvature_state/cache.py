@@ -2,7 +2,8 @@
 
 A quantity depends on the model (its program and parameters, not its file's bytes: two traces of one module differ in
 these), the batch, the loss, the extension with its options, the parameters asked for, the seed where it draws, the
-kind of device, and the engine's version. Numbers' formats are those of model and batch.
+kind of device, and the engine's version, with the packages that bring rules. Numbers' formats are those of model and
+batch.
 """
 
 import hashlib
@@ -68,7 +69,7 @@ def cache_keys(request: Mapping[str, Any], catalogue: Catalogue, digest: str, de
         "parameters": request["parameters"],
         "eval": request["eval"],
         "device": device,
-        "engine": catalogue.engine_version,
+        "engine": [catalogue.engine_version, *catalogue.rules],
     }
     keys = {}
     for extension in request["extensions"]:

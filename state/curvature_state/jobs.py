@@ -112,7 +112,7 @@ def insert_jobs(session: Session, jobs: Sequence[NewJob]) -> None:
     hold_results(session, {source for job in jobs if job.result is not None for source in job.result.sources})
     waiting: dict[str, int] = {}
     for job in _with_parts(jobs):
-        waiting[job.tenant] = waiting.get(job.tenant, 0) + (job.result is None)
+        waiting[job.tenant] = waiting.get(job.tenant, 0) + (job.result is None and not job.parts)
     for tenant, count in waiting.items():
         enter_queue(session, tenant, count)
     _insert(session, JobRow, _rows(jobs))

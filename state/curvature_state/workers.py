@@ -115,6 +115,7 @@ def published_catalogue(database: Database) -> Catalogue | None:
     losses = {loss.name: loss for c in catalogues for loss in c.losses}
     return Catalogue(
         engine_version=catalogues[-1].engine_version,
+        rules=tuple(sorted({package for c in catalogues for package in c.rules})),
         extensions=tuple(extensions.values()),
         losses=tuple(losses.values()),
     )

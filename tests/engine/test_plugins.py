@@ -101,6 +101,7 @@ values = [engine.analyze(net, x, y, ["diag_ggn_exact"], loss=name) for name in (
 assert torch.equal(*[v["diag_ggn_exact"]["weight"] for v in values])
 from curvature_engine.rules import RULES
 assert len(RULES["minimum"]) == 1
+assert engine.catalogue()["rules"] == ["alpha 2.0"], engine.catalogue()["rules"]
 """
     )
     assert done.returncode == 0, done.stderr

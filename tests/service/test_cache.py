@@ -92,6 +92,14 @@ def test_what_differs_is_computed(server, client, changes):
     assert submit(client, **changes).status == "queued"
 
 
+def test_another_package_of_rules_is_another_number(server, client):
+    request = submit(client).request
+    catalogue = built_in_catalogue()
+    other = catalogue.model_copy(update={"rules": ("alpha 1.0",)})
+    found = [cache_keys(request, known, "the model", "cpu")["variance"] for known in (catalogue, other)]
+    assert len(set(found)) == 2
+
+
 def test_a_result_that_was_removed_is_computed_again(server, client):
     first = submit(client)
     compute(server, first)

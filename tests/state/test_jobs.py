@@ -101,6 +101,16 @@ def test_a_full_queue_takes_no_more(database):
     assert make(database, tenant="other").status == JobStatus.QUEUED
 
 
+def test_of_a_job_over_a_data_set_only_its_shards_are_queued(database):
+    make(database)
+    with database.write() as session:
+        session.get(TenantRow, "default").max_queued = 3
+    parts = tuple(NewJob({"part": n}, "d", kind=JobKind.SHARD) for n in range(2))
+    assert make(database, parts=parts).status == JobStatus.WAITING
+    with pytest.raises(QueueFull):
+        make(database)
+
+
 # Listing
 
 

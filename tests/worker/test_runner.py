@@ -81,6 +81,21 @@ class TestSuccess:
         assert [e.status for e in heard if e.event == "state"] == ["running", "succeeded"]
         assert "admitting" in [e.progress.phase for e in heard if e.event == "progress"]
 
+    def test_what_was_computed_before_is_taken_and_its_warnings_with_it(self, desk):
+        asked = {"cache": True, "verify": False}
+        model = models.small()
+        first = desk.run(desk.submit(model, models.batch(), ["variance"], warnings=["of the first"], **asked))
+        both = desk.run(desk.submit(model, models.batch(), ["grad", "variance"], warnings=["of both"], **asked))
+        manifest = desk.manifest(both)
+        grad, variance = manifest.groups
+        assert grad.tensors[0].provenance.cached_from is None
+        assert variance.tensors[0].provenance.cached_from == variance.source.job_id == first.id
+        assert [w for w in manifest.warnings if w.startswith("of ")] == ["of both", "of the first"]
+        assert [key.rpartition("/")[2] for key in sorted(desk.results(both.id))] == [
+            "grad.safetensors",
+            "manifest.json",
+        ]
+
     def test_warnings_of_client_and_engine_come_with_the_result(self, desk):
         model = torch.nn.Sequential(*models.small(), torch.nn.Dropout()).train()
         job = desk.run(desk.submit(model, models.batch(), warnings=["said before"]))

@@ -6,7 +6,7 @@ from curvature_engine.extensions import EXTENSIONS
 from curvature_engine.losses import LOSSES
 from curvature_engine.options import options_schema
 from curvature_engine.parts import obstacle
-from curvature_engine.plugins import EXTENSION_GROUP, LOSS_GROUP, load_plugins
+from curvature_engine.plugins import EXTENSION_GROUP, LOSS_GROUP, load_plugins, rule_packages
 from curvature_engine.version import __version__
 
 
@@ -23,6 +23,7 @@ def catalogue() -> dict[str, Any]:
 
     return {
         "engine_version": __version__,
+        "rules": rule_packages(),
         "extensions": [
             {
                 "name": extension.name,

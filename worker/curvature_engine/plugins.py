@@ -53,6 +53,11 @@ def load_plugins() -> dict[tuple[str, str], str]:
     return {(group, name): package for group, names in brought.items() for name, package in names.items()}
 
 
+def rule_packages() -> list[str]:
+    """The packages that bring rules, with their versions: they take part in every number."""
+    return sorted({_package(point) for point in _points(RULE_GROUP)})
+
+
 def _points(group: str) -> Iterator[EntryPoint]:
     """A group's entry points in an order that does not depend on where packages lie."""
     yield from sorted(entry_points(group=group), key=lambda point: (_package(point), point.name, point.value))

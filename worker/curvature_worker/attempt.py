@@ -136,13 +136,19 @@ class Attempt:
             files, manifest = self._checked(reply, child, labels)
             self._contact.lap("check")
             self._contact.tell("storing")
-            groups = {group.label: group for group in manifest.groups}
-            for label, (cached, found) in reuse.found.items():
-                groups[label] = cached_group(found, cached, label)
-            ordered = tuple(groups[label] for label in labels_of(self._job.request))
-            return self._commit(manifest.model_copy(update={"groups": ordered}), files, reuse)
+            return self._commit(self._with_cached(manifest, reuse), files, reuse)
         finally:
             child.empty_outbox()
+
+    def _with_cached(self, manifest: Manifest, reuse: Reuse) -> Manifest:
+        """What was computed now and what was before, in the order asked for, with the warnings of both."""
+        groups = {group.label: group for group in manifest.groups}
+        warnings = dict.fromkeys(manifest.warnings)
+        for label, (cached, found) in reuse.found.items():
+            groups[label] = cached_group(found, cached, label)
+            warnings |= dict.fromkeys(found.warnings)
+        ordered = tuple(groups[label] for label in labels_of(self._job.request))
+        return manifest.model_copy(update={"groups": ordered, "warnings": tuple(warnings)})
 
     def _checked(
         self, reply: dict[str, Any], child: Confined, labels: Sequence[str]
