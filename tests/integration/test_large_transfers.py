@@ -18,7 +18,6 @@ from tests.integration.serving import wait_for
 from tests.service.planting import sha256, succeed
 from tests.service.planting import upload as plant
 from tests.service.server import LiveServer, settings_in
-from tests.state.servers import RedisServer, S3Server
 
 from curvature_client import Client, JobFailed
 from curvature_client._downloads import StoredFile
@@ -28,7 +27,6 @@ from curvature_client._payloads import Payload
 from curvature_client._transport import Transport
 from curvature_client._uploads import IN_PARTS_BYTES, upload
 from curvature_protocol.jobs import Job
-from curvature_state import migrate
 
 MIB = 2**20
 PART = 5 * MIB
@@ -36,23 +34,6 @@ DATA = b"".join(hashlib.sha256(bytes([n])).digest() * (MIB // 32) for n in range
 """Nine parts, the last one short; no two MiB are alike."""
 SLACK = MIB
 """Heads of requests, and what was on its way when a connection was cut."""
-
-
-@pytest.fixture(scope="module")
-def redis_server():
-    server = RedisServer()
-    try:
-        server.start()
-        yield server
-    finally:
-        server.close()
-
-
-@pytest.fixture(scope="module")
-def sqlite_template(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sqlite") / "template.db"
-    migrate(f"sqlite:///{path}")
-    return path
 
 
 @pytest.fixture
@@ -66,24 +47,6 @@ def settings(tmp_path, redis_server, sqlite_template):
 def api(settings):
     with LiveServer(settings()) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def s3_process():
-    server = S3Server()
-    try:
-        server.start()
-        yield server
-    finally:
-        server.close()
-
-
-@pytest.fixture
-def s3(s3_process, monkeypatch):
-    s3_process.empty()
-    for name, value in s3_process.environment.items():
-        monkeypatch.setenv(name, value)
-    return s3_process
 
 
 @contextmanager
@@ -255,8 +218,8 @@ def test_a_server_of_the_version_before_gets_it_in_one_request():
 # To the store itself
 
 
-def test_a_large_upload_goes_past_the_api(settings, s3, payload):
-    with LiveServer(settings(storage_url=s3.url())) as api:
+def test_a_large_upload_goes_past_the_api(settings, s3_server, payload):
+    with LiveServer(settings(storage_url=s3_server.url())) as api:
         with CuttingProxy(api.address) as proxy, connected(proxy.url) as transport:
             bar = Bar()
             PartedUpload(transport, "models", payload, bar).run()
@@ -264,13 +227,13 @@ def test_a_large_upload_goes_past_the_api(settings, s3, payload):
         assert bar.shown == len(DATA)
         assert content(api) == DATA
         assert not api.client.get(f"/v1/models/{sha256(DATA)}").json()["verified"]
-        assert s3.objects() == [f"some/prefix/models/{sha256(DATA)}"]
+        assert s3_server.objects() == [f"some/prefix/models/{sha256(DATA)}"]
 
 
-def test_a_connection_to_the_store_that_is_cut_costs_the_parts_under_way_alone(settings, s3, payload):
-    host, port = s3.endpoint.removeprefix("http://").split(":")
+def test_a_connection_to_the_store_that_is_cut_costs_the_parts_under_way_alone(settings, s3_server, payload):
+    host, port = s3_server.endpoint.removeprefix("http://").split(":")
     with CuttingProxy((host, int(port)), cuts=[3 * PART + PART // 2]) as proxy:
-        with LiveServer(settings(storage_url=s3.url(), storage_public_endpoint=proxy.url)) as api:
+        with LiveServer(settings(storage_url=s3_server.url(), storage_public_endpoint=proxy.url)) as api:
             with connected(api.url) as transport:
                 upload(transport, "models", payload, progress=False)
                 assert transport.store.usable
@@ -287,9 +250,9 @@ def answer_with(status):
 
 
 @pytest.mark.parametrize("status", [403, 200], ids=["refuses", "answers 200 and stores nothing"])
-def test_a_store_that_is_no_use_is_gone_around(settings, s3, payload, status):
+def test_a_store_that_is_no_use_is_gone_around(settings, s3_server, payload, status):
     with answering(answer_with(status)) as (url, _):
-        with LiveServer(settings(storage_url=s3.url(), storage_public_endpoint=url)) as api:
+        with LiveServer(settings(storage_url=s3_server.url(), storage_public_endpoint=url)) as api:
             with connected(api.url, max_retries=1) as transport:
                 upload(transport, "models", payload, progress=False)
                 assert not transport.store.usable
@@ -302,12 +265,12 @@ def closed_port():
         return f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
-def test_a_store_that_cannot_be_reached_is_gone_around(settings, s3, payload):
-    with LiveServer(settings(storage_url=s3.url(), storage_public_endpoint=closed_port())) as api:
+def test_a_store_that_cannot_be_reached_is_gone_around(settings, s3_server, payload):
+    with LiveServer(settings(storage_url=s3_server.url(), storage_public_endpoint=closed_port())) as api:
         with connected(api.url) as transport:
             upload(transport, "models", payload, progress=False)
         assert content(api) == DATA
-        assert s3.unfinished() == []
+        assert s3_server.unfinished() == []
 
 
 # From the store itself
@@ -322,12 +285,12 @@ def result(api):
     return f"/v1/jobs/{job.id}/result/variance.safetensors", file
 
 
-def test_a_redirect_is_given_to_who_asks_for_it(settings, s3):
-    with LiveServer(settings(storage_url=s3.url())) as api:
+def test_a_redirect_is_given_to_who_asks_for_it(settings, s3_server):
+    with LiveServer(settings(storage_url=s3_server.url())) as api:
         path, file = result(api)
         sent = api.client.get(path, params={"direct": "true"})
         assert sent.status_code == 307
-        assert sent.headers["location"].startswith(s3.endpoint)
+        assert sent.headers["location"].startswith(s3_server.endpoint)
         assert sent.headers["cache-control"] == "no-store"
         found = httpx.get(sent.headers["location"], headers={"Range": "bytes=10-19"}, trust_env=False)
         assert (found.status_code, found.content) == (206, file[10:20])
@@ -343,8 +306,8 @@ def test_a_store_that_signs_nothing_is_read_through_the_api(api):
     assert (reply.status_code, reply.content) == (206, file[10:20])
 
 
-def test_a_large_result_comes_past_the_api_and_without_the_key(settings, s3):
-    with LiveServer(settings(storage_url=s3.url(), api_key="secret")) as api:
+def test_a_large_result_comes_past_the_api_and_without_the_key(settings, s3_server):
+    with LiveServer(settings(storage_url=s3_server.url(), api_key="secret")) as api:
         api.client.headers["Authorization"] = "Bearer secret"
         path, file = result(api)
         keys = []
@@ -355,7 +318,7 @@ def test_a_large_result_comes_past_the_api_and_without_the_key(settings, s3):
             reply(handler, 206, file[first : last + 1])
 
         with answering(answer) as (url, seen):
-            api.resources.direct = type(api.resources.direct)(s3.url(), url)
+            api.resources.direct = type(api.resources.direct)(s3_server.url(), url)
             with connected(api.url, api_key="secret") as transport:
                 stored = StoredFile(transport, path, len(file))
                 assert bytes(stored.read(100, len(file))) == file[100:]
@@ -364,8 +327,8 @@ def test_a_large_result_comes_past_the_api_and_without_the_key(settings, s3):
         assert len({path for _, path, _ in seen}) == 1  # the address was used again
 
 
-def test_an_address_that_is_no_longer_good_is_asked_for_again(settings, s3):
-    with LiveServer(settings(storage_url=s3.url())) as api:
+def test_an_address_that_is_no_longer_good_is_asked_for_again(settings, s3_server):
+    with LiveServer(settings(storage_url=s3_server.url())) as api:
         path, file = result(api)
         with connected(api.url) as transport:
             stored = StoredFile(transport, path, len(file))
@@ -378,9 +341,9 @@ def test_an_address_that_is_no_longer_good_is_asked_for_again(settings, s3):
 
 
 @pytest.mark.parametrize("status", [403, 404, 500, 200])
-def test_a_store_that_gives_nothing_is_gone_around(settings, s3, status):
+def test_a_store_that_gives_nothing_is_gone_around(settings, s3_server, status):
     with answering(answer_with(status)) as (url, seen):
-        with LiveServer(settings(storage_url=s3.url(), storage_public_endpoint=url)) as api:
+        with LiveServer(settings(storage_url=s3_server.url(), storage_public_endpoint=url)) as api:
             path, file = result(api)
             with connected(api.url) as transport:
                 stored = StoredFile(transport, path, len(file))
@@ -389,8 +352,8 @@ def test_a_store_that_gives_nothing_is_gone_around(settings, s3, status):
         assert len(seen) == 1
 
 
-def test_a_store_that_cannot_be_reached_is_read_through_the_api(settings, s3):
-    with LiveServer(settings(storage_url=s3.url(), storage_public_endpoint=closed_port())) as api:
+def test_a_store_that_cannot_be_reached_is_read_through_the_api(settings, s3_server):
+    with LiveServer(settings(storage_url=s3_server.url(), storage_public_endpoint=closed_port())) as api:
         path, file = result(api)
         with connected(api.url) as transport:
             assert bytes(StoredFile(transport, path, len(file)).read(0, len(file))) == file
@@ -401,9 +364,9 @@ def test_a_store_that_cannot_be_reached_is_read_through_the_api(settings, s3):
 
 
 @pytest.fixture
-def cluster(settings, s3, tmp_path):
+def cluster(settings, s3_server, tmp_path):
     """An API on S3 and a worker in a process of its own."""
-    chosen = settings(storage_url=s3.url())
+    chosen = settings(storage_url=s3_server.url())
     names = ("database_url", "storage_url", "redis_url")
     environment = {f"CURVATURE_{name.upper()}": str(getattr(chosen, name)) for name in names}
     environment["CURVATURE_SCRATCH_DIR"] = str(tmp_path / "scratch")
@@ -424,24 +387,24 @@ def linear():
     return torch.nn.Linear(3000, 3000), (torch.randn(2, 3000), torch.randn(2, 3000))
 
 
-def test_a_job_whose_large_files_go_past_the_api(cluster, s3):
+def test_a_job_whose_large_files_go_past_the_api(cluster, s3_server):
     model, (inputs, targets) = linear()
     torch.nn.functional.mse_loss(model(inputs), targets).backward()
     with CuttingProxy(cluster.address) as proxy, Client(proxy.url, progress=False) as client:
         found = client.analyze(model, (inputs, targets), ["grad"], loss="mse")
         sha = client.jobs.get(found.manifest.job_id).request["model"]
-        assert not [key for key in s3.objects() if "/uploads/" in key]
+        assert not [key for key in s3_server.objects() if "/uploads/" in key]
         assert torch.allclose(torch.as_tensor(found["grad"]["weight"]), model.weight.grad, rtol=1e-4, atol=1e-9)
         assert client._transport.store.usable
         assert proxy.sent_bytes < SLACK
     assert cluster.client.get(f"/v1/models/{sha}").json()["verified"]  # the worker has hashed it
 
 
-def test_a_job_whose_model_was_damaged_on_its_way_past_the_api(cluster, s3):
+def test_a_job_whose_model_was_damaged_on_its_way_past_the_api(cluster, s3_server):
     model, batch = linear()
-    host, port = s3.endpoint.removeprefix("http://").split(":")
+    host, port = s3_server.endpoint.removeprefix("http://").split(":")
     with DamagingProxy((host, int(port))) as proxy, Client(cluster.url, progress=False) as client:
-        cluster.resources.direct = type(cluster.resources.direct)(s3.url(), proxy.url)
+        cluster.resources.direct = type(cluster.resources.direct)(s3_server.url(), proxy.url)
         with pytest.raises(JobFailed) as caught:
             client.analyze(model, batch, ["batch_l2"], loss="mse")
         assert (caught.value.code, caught.value.param) == ("hash_mismatch", "model")

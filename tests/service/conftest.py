@@ -2,55 +2,6 @@
 
 import pytest
 from tests.service.server import LiveServer, settings_in
-from tests.state.servers import PostgresServer, RedisServer, S3Server
-
-from curvature_state import migrate
-
-
-@pytest.fixture(scope="session")
-def redis_server():
-    server = RedisServer()
-    try:
-        server.start()
-        yield server
-    finally:
-        server.close()
-
-
-@pytest.fixture(scope="session")
-def sqlite_template(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sqlite") / "template.db"
-    migrate(f"sqlite:///{path}")
-    return path
-
-
-@pytest.fixture(scope="session")
-def postgres():
-    server = PostgresServer()
-    try:
-        server.start()
-        yield server
-    finally:
-        server.close()
-
-
-@pytest.fixture(scope="session")
-def s3_process():
-    server = S3Server()
-    try:
-        server.start()
-        yield server
-    finally:
-        server.close()
-
-
-@pytest.fixture
-def s3_server(s3_process, monkeypatch):
-    """An S3 server with one empty bucket, and the environment that leads to it."""
-    s3_process.empty()
-    for name, value in s3_process.environment.items():
-        monkeypatch.setenv(name, value)
-    return s3_process
 
 
 @pytest.fixture

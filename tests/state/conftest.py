@@ -4,21 +4,10 @@ import shutil
 
 import pytest
 from sqlalchemy import text
-from tests.state.servers import PostgresServer, RedisServer, S3Server
 
 from curvature_state import Database, ObjectStore, migrate
 from curvature_state.database import make_engine, newest_revision
 from curvature_state.tables import Base
-
-
-@pytest.fixture(scope="session")
-def postgres():
-    server = PostgresServer()
-    try:
-        server.start()
-        yield server
-    finally:
-        server.close()
 
 
 @pytest.fixture(scope="session")
@@ -41,13 +30,6 @@ def postgres_url(postgres_database):
     return url
 
 
-@pytest.fixture(scope="session")
-def sqlite_template(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sqlite") / "template.db"
-    migrate(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.integration)])
 def database_url(request, tmp_path):
     """A database with our tables, once SQLite, once PostgreSQL."""
@@ -65,41 +47,12 @@ def database(database_url):
     database.close()
 
 
-@pytest.fixture(scope="session")
-def redis_server():
-    server = RedisServer()
-    try:
-        server.start()
-        yield server
-    finally:
-        server.close()
-
-
 @pytest.fixture
 def redis_connection(redis_server):
     connection = redis_server.connect()
     connection.flushall()
     yield connection
     connection.close()
-
-
-@pytest.fixture(scope="session")
-def s3_process():
-    server = S3Server()
-    try:
-        server.start()
-        yield server
-    finally:
-        server.close()
-
-
-@pytest.fixture
-def s3_server(s3_process, monkeypatch):
-    """An S3 server with one empty bucket, and the environment that leads to it."""
-    s3_process.empty()
-    for name, value in s3_process.environment.items():
-        monkeypatch.setenv(name, value)
-    return s3_process
 
 
 @pytest.fixture

@@ -5,35 +5,21 @@ A child takes more than a second to start, so one pool serves all tests that do 
 
 import os
 import shutil
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
-import redis
-from tests.worker.desk import Desk, wait_until
+from tests.worker.desk import Desk
 
-from curvature_service.embedded.broker import broker_command, find_broker
 from curvature_state import migrate
 from curvature_worker.pool import ChildPool
 from curvature_worker.settings import WorkerSettings
 
 
 @pytest.fixture(scope="session")
-def redis_url():
-    """A Redis-protocol server of our own, on a Unix socket (whose path must be short)."""
-    folder = Path(tempfile.mkdtemp(prefix="cw-"))
-    socket = folder / "redis.sock"
-    process = subprocess.Popen(broker_command(find_broker(), socket, folder), stdout=subprocess.DEVNULL)
-    url = f"unix://{socket}?db=0"
-    connection = redis.Redis.from_url(url)
-    wait_until(lambda: socket.exists() and connection.ping())
-    connection.close()
-    yield url
-    process.terminate()
-    process.wait()
-    shutil.rmtree(folder)
+def redis_url(redis_server):
+    return redis_server.url
 
 
 @pytest.fixture
