@@ -1,6 +1,5 @@
 """The API in this process: the real application behind a real uvicorn on a real port."""
 
-import shutil
 import socket
 import threading
 from pathlib import Path
@@ -20,7 +19,7 @@ from curvature_state.tables import Base
 
 def settings_in(folder, redis_server, sqlite_template, **changes):
     """Settings of a server with its own records and bytes in a folder."""
-    shutil.copy(sqlite_template, folder / "curvature.db")
+    (folder / "curvature.db").write_bytes(sqlite_template)
     settings = {
         "database_url": f"sqlite:///{folder / 'curvature.db'}",
         "storage_url": (folder / "objects").as_uri(),

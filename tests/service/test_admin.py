@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -42,7 +41,7 @@ def run(*words, url, **settings):
 
 @pytest.fixture
 def url(tmp_path, sqlite_template):
-    shutil.copy(sqlite_template, tmp_path / "curvature.db")
+    (tmp_path / "curvature.db").write_bytes(sqlite_template)
     return f"sqlite:///{tmp_path / 'curvature.db'}"
 
 

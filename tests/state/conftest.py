@@ -1,7 +1,5 @@
 """Databases (SQLite and PostgreSQL), a Redis-protocol server, object stores."""
 
-import shutil
-
 import pytest
 from sqlalchemy import text
 
@@ -35,7 +33,7 @@ def database_url(request, tmp_path):
     """A database with our tables, once SQLite, once PostgreSQL."""
     if request.param == "sqlite":
         path = tmp_path / "curvature.db"
-        shutil.copy(request.getfixturevalue("sqlite_template"), path)
+        path.write_bytes(request.getfixturevalue("sqlite_template"))
         return f"sqlite:///{path}"
     return request.getfixturevalue("postgres_url")
 

@@ -32,10 +32,10 @@ def s3_server(s3_process, monkeypatch):
 
 @pytest.fixture(scope="session")
 def sqlite_template(tmp_path_factory):
-    """A SQLite file with our tables, to be copied."""
+    """A SQLite file with our tables, as bytes, so that no test can write into what the others begin with."""
     path = tmp_path_factory.mktemp("sqlite") / "template.db"
     migrate(f"sqlite:///{path}")
-    return path
+    return path.read_bytes()
 
 
 def _running(server):

@@ -120,8 +120,10 @@ def test_without_a_limit_the_queue_is_not_counted(database):
     assert [statement for statement, _ in asked if "count(" in statement] == []
 
 
-def test_the_queue_is_counted_by_its_index_and_no_further_than_the_limit(sqlite_template):
-    database = Database(f"sqlite:///{sqlite_template}")
+def test_the_queue_is_counted_by_its_index_and_no_further_than_the_limit(tmp_path, sqlite_template):
+    path = tmp_path / "curvature.db"
+    path.write_bytes(sqlite_template)
+    database = Database(f"sqlite:///{path}")
     tenant_settings.set_tenant(database, "bounded", max_queued=2)
     asked = statements_of(database, lambda: check_room(database, "bounded"))
     ((statement, parameters),) = [asking for asking in asked if "count(" in asking[0]]
