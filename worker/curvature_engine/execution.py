@@ -1,6 +1,6 @@
 """One run of a compiled program: the value table, and what is noticed on the way."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from curvature_engine.contexts import ScriptContext
 from curvature_engine.errors import EngineError, TooLarge, first_line, memory_ran_out
 from curvature_engine.openings import OPENINGS, Elementary
 from curvature_engine.operators import ROUTERS
+from curvature_engine.sample_axes import SampleAxes
 from curvature_engine.sums import Sums
 from curvature_engine.tape import Tape
 
@@ -61,6 +62,13 @@ class Run:
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._entered: list[ScriptContext] = []
+        self.samples = SampleAxes()
+        """Where the samples are proved to lie, in runs with a graph."""
+
+    def begin(self, inputs: Iterable[Any]) -> None:
+        """Take notice of the inputs, as the program will read them."""
+        if not self.lean:
+            self.samples.begin(tensors_in(list(inputs)))
 
     def attribute(self, owner: Any, name: str) -> Any:
         """Read a module's attribute.
@@ -176,8 +184,10 @@ class Run:
         if self.summed and tainted:
             found = (Sums.of(t, f"aten::{call.name} ({call.place})") for t in tensors_in(result))
             self.sums.extend(sums for sums in found if sums is not None)
+        if tainted and self.samples.proved:
+            self._follow(call, arguments, result, opened)
         if self.tape is not None and not opened:
-            self.tape.observe(call, arguments, result, static=not tainted)
+            self.tape.observe(call, arguments, result, static=not tainted, samples=self.samples)
         if links is not None and entry is not None:
             links.leave(entry, call, arguments, tensors_in(result))
         if tainted:
@@ -190,6 +200,12 @@ class Run:
         for slot, value in zip(call.outputs, result, strict=True):
             values[slot] = value
             self.tainted[slot] = tainted
+
+    def _follow(self, call: OperatorCall, arguments: list[Any], result: Any, opened: bool) -> None:
+        if opened:
+            self.samples.stop()
+        else:
+            self.samples.see(call, arguments, [self.tainted[slot] for slot in call.inputs], result)
 
     def _opened(self, call: OperatorCall, arguments: list[Any]) -> Any:
         """The result of a fused operator by elementary ones, where it consumes parameters; else None."""

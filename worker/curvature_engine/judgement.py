@@ -16,6 +16,7 @@ from curvature_engine.errors import EngineError
 from curvature_engine.parameters import Parameter
 from curvature_engine.precision import accumulation_dtype
 from curvature_engine.probe import Attribution, Code, TapVerdict, Verdict, attribute, predicts, scaled
+from curvature_engine.sample_axes import SampleAxes, sample_numbers
 from curvature_engine.tape import Tap, Tape, Use, backward
 from curvature_engine.watched import pull_back
 
@@ -113,6 +114,28 @@ def random_cotangent(outputs: Tensor, seed: int = 0) -> Tensor:
     """A cotangent that reaches whatever can be reached."""
     generator = torch.Generator().manual_seed(0x5EED + seed)
     return torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+
+
+def proved_strides(verdict: Verdict, outputs: Tensor, tape: Tape, samples: SampleAxes) -> tuple[int | None, ...] | None:
+    """The strides at which the operators themselves put the samples of all taps, where that is what the probe found.
+
+    None where they do not say it of all. A later pass with these strides needs no probe.
+    """
+    if not samples.keeps_rows(outputs):
+        return None
+    for tap, found in zip(tape.taps, verdict.taps, strict=True):
+        if found.attribution is not None and not _is_proved(tap, found.attribution):
+            return None
+    return tuple(tap.stride for tap in tape.taps)
+
+
+def _is_proved(tap: Tap, attribution: Attribution) -> bool:
+    if tap.stride is None or tap.rule is None or attribution.index is not None:
+        return False
+    device = tap.saved[0].device if tap.saved else torch.device("cpu")
+    numbers = tap.rule.canonical(sample_numbers(tap.shapes[0], tap.stride, attribution.N, device))
+    rows = attribution.arrange(numbers, tap.rule.row_axes).flatten(1)
+    return torch.equal(rows, torch.arange(attribution.N, device=device)[:, None].expand_as(rows))
 
 
 def confirm(

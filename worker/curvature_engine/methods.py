@@ -1,13 +1,14 @@
 """The verdict on the path that a part took, and each parameter's method that follows from it."""
 
 from collections.abc import Hashable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from curvature_engine.contributions import PreparedUse, prepare_use
 from curvature_engine.errors import EngineError
-from curvature_engine.judgement import confirm, judge, random_cotangent, reproducible, uses_by_parameter
+from curvature_engine.judgement import confirm, judge, proved_strides, random_cotangent, reproducible, uses_by_parameter
 from curvature_engine.orders import Order
 from curvature_engine.probe import Verdict
 from curvature_engine.program import Parameter
@@ -118,6 +119,7 @@ class Methods:
         found = THIS_JOB if path in self._order.judged else KEPT_VERDICT
         if verdict is None or not self._confirm(part, gradient, verdict):
             verdict = judge(outputs, forward.tape, self._selected)
+            verdict = replace(verdict, strides=proved_strides(verdict, outputs, forward.tape, forward.samples))
             found = EVERY_COLUMN if self._order.verify else THIS_JOB
             if verdict.finite and verdict.confirmable and not forward.routed_by_data:
                 verdicts.keep(path, verdict)
@@ -143,6 +145,9 @@ class Methods:
 
     def _confirm(self, part: Part, gradient: Tensor, verdict: Verdict) -> bool:
         """Whether a kept verdict holds for this batch's rows."""
+        proved = verdict.strides is not None and part.forward.samples.keeps_rows(part.outputs)
+        if proved and verdict.strides == tuple(tap.stride for tap in part.forward.tape.taps):
+            return True
         # The loss's gradient leaves rows silent that other columns reach, but those do not matter to it, except among
         # the inputs of Kronecker factors.
         extensions = [r.extension for r in self._order.requests]

@@ -7,7 +7,8 @@ otherwise mixes samples. As powers are few, a sample's number is sent digit by d
 
 What the probe finds holds for the batch it was asked on. Another batch of the same shapes may have other rows alive, or
 other samples coupled (a matrix of neighbours among the inputs, a gate that was shut), so a kept verdict is confirmed
-on every batch, by the same sendings compared with what the verdict predicts.
+on every batch, by the same sendings compared with what the verdict predicts; unless the operators prove that the rows
+are those samples' in every batch (`sample_axes`).
 """
 
 import math
@@ -87,6 +88,8 @@ class Verdict:
     """Whether every gradient of the probe was finite: only then does it prove anything."""
     confirmable: bool = True
     """Whether every operator that the batch enters has rows to confirm; else the next batch is judged anew."""
+    strides: tuple[int | None, ...] | None = None
+    """Where the operators prove the samples to lie in every tap, if they do: then there is nothing to confirm."""
 
 
 class Verdicts:

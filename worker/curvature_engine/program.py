@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature_engine.digests import Digest
 from curvature_engine.errors import EngineError, first_line
-from curvature_engine.execution import Decision, Run, map_tensors
+from curvature_engine.execution import Decision, Run, map_tensors, tensors_in
 from curvature_engine.formats import FrontEnd, Inputs, open_model
 from curvature_engine.parameters import Parameter
 from curvature_engine.probe import Verdicts
+from curvature_engine.sample_axes import SampleAxes
 from curvature_engine.sums import Sums
 from curvature_engine.tape import Tape
 
@@ -35,6 +36,8 @@ class Forward:
     """Numbers that the program read from the batch's tensors, decisions aside."""
     kept_bytes: int = 0
     """What its results take that are no views: about what its graph keeps."""
+    samples: SampleAxes = field(default_factory=SampleAxes)
+    """Where the samples are proved to lie in the outputs."""
     sums: tuple[Sums, ...] = ()
     """Of all that operators made of the batch, where asked for."""
 
@@ -95,6 +98,7 @@ class Program:
                 outputs = self.front.run(run, arguments)
         finally:
             run.close()
+        run.samples.close(tensors_in(outputs))
         return Forward(
             outputs,
             tape,
@@ -104,6 +108,7 @@ class Program:
             _signature(arguments),
             tuple(run.readings),
             run.kept_bytes,
+            run.samples,
             tuple(run.sums),
         )
 

@@ -18,6 +18,7 @@ from curvature_engine.chain import Links, anchor
 from curvature_engine.errors import EngineError, first_line, memory_ran_out
 from curvature_engine.operators import FIRST_OUTPUT, MOVERS
 from curvature_engine.rules import RULES, Match, Rule, Through
+from curvature_engine.sample_axes import SampleAxes
 from curvature_engine.watched import Derivation, Watched
 
 
@@ -41,6 +42,7 @@ class Tap:
         provisional: whether its output is tracked as derived, too: the tap serves if its rows turn out to be samples'
             (a recurrent layer's first product, with zeros), the derived tensor's consumers if not (a product with
             constant positions).
+        stride: where the samples are proved to lie in the first output (see `SampleAxes`), if they are.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Tap:
     static: bool
     place: str = ""
     provisional: bool = False
+    stride: int | None = None
 
     @property
     def parameters(self) -> str:
@@ -86,16 +89,19 @@ class Tape:
     superseded: set[int] = field(default_factory=set)
     """Provisional taps that cannot serve: past them, their parameter came in by another way as well."""
     _place: str = ""
+    _samples: SampleAxes = field(default_factory=SampleAxes)
 
     def watch(self, name: str, tensors: Sequence[Tensor]) -> None:
         """Watch a parameter's tensors (several may be one parameter)."""
         for tensor in tensors:
             self.watched[id(tensor)] = (Watched(name, tensor, None, tensor._version, tuple(tensors)),)
 
-    def observe(self, call: OperatorCall, arguments: Sequence[Any], result: Any, *, static: bool) -> None:
+    def observe(
+        self, call: OperatorCall, arguments: Sequence[Any], result: Any, *, static: bool, samples: SampleAxes
+    ) -> None:
         """See one operator call, `static` where nothing of the batch entered it; most touch no parameter."""
         if self.touches(arguments):
-            self._place = call.place
+            self._place, self._samples = call.place, samples
             self._record(call, arguments, result, static)
 
     def touches(self, arguments: Sequence[Any]) -> bool:
@@ -233,6 +239,7 @@ class Tape:
                 static,
                 self._place,
                 provisional,
+                self._samples.stride(outputs[0]),
             )
         )
 

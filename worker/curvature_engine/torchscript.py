@@ -62,6 +62,7 @@ class Compiled:
         for slot, value in zip(self._inputs, arguments, strict=True):
             run.values[slot] = map_tensors(run.private, value) if self.edits_tensors else value
             run.tainted[slot] = slot != self._inputs[0]
+        run.begin(run.values[slot] for slot in self._inputs[1:])
         for step, spent in zip(self._steps, self._spent, strict=True):
             step(run)
             if run.lean:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from curvature_engine.calls import OperatorCall
+from curvature_engine.sample_axes import SampleAxes
 from curvature_engine.tape import Tape, shallow_tensors
 
 aten = torch.ops.aten
@@ -51,7 +52,7 @@ class Elementary:
         static = not any(id(t) in self._batch for t in shallow_tensors(given))
         if self._count is not None:
             self._count(result, given)
-        self._tape.observe(call, given, result, static=static)
+        self._tape.observe(call, given, result, static=static, samples=SampleAxes())
         if not static:
             self._batch.update((id(t), t) for t in shallow_tensors([result]))
         return result

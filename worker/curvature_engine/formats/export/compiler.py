@@ -80,6 +80,7 @@ class Compiled:
         for slot, value in zip(self._inputs, arguments, strict=True):
             run.values[slot] = map_tensors(run.private, value) if run.edits else value
             run.tainted[slot] = True
+        run.begin(run.values[slot] for slot in self._inputs)
         for place, step in enumerate(self._steps):
             step(run)
             if run.lean:
