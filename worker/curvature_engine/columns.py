@@ -1,6 +1,6 @@
 """What one column, propagated back through a part, contributes to every parameter."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,14 @@ class Columns:
     ) -> None:
         self._order, self._selected, self._methods = order, selected, methods
         self._part, self._gradient = part, gradient
+
+    def ordinary_gradient(self, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+        """The loss's gradient in parameters; those at the taps, which the same pass meets, are kept at hand."""
+        taps = self._part.forward.tape.taps
+        needed = sorted({u.tap_index for uses in self._methods.uses.values() for u in uses})
+        found = backward(self._part.outputs, [*(taps[i].edges[0] for i in needed), *leaves], self._gradient)
+        self._methods.at_hand = {i: taps[i].shaped([g])[0] for i, g in zip(needed, found, strict=False)}
+        return found[len(needed) :]
 
     def contributions(self, cotangent: Tensor) -> Iterator[tuple[str, Contribution]]:
         """Every parameter's contribution under a cotangent."""

@@ -6,7 +6,8 @@ asked for: reductions go over blocks of samples that fit the budget, or use a ru
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from curvature_engine.errors import memory_ran_out
 from curvature_engine.precision import accumulation_dtype
 from curvature_engine.probe import Attribution
+from curvature_engine.reductions import REDUCTIONS, Moments, Reduction
 from curvature_engine.rules import Rule
 from curvature_engine.tape import Tap, Use, backward
 from curvature_engine.watched import Derivation, pull_back
@@ -29,6 +31,14 @@ class Relief:
 
 _ACCUMULATED_BYTES = 8
 """At most, of one number of a gradient."""
+_CACHED_BYTES = 2**24
+"""Of gradients that are reduced while they lie in a CPU's cache."""
+_RESIDENT_BYTES = 2**28
+"""Of those that keep an accelerator busy."""
+
+
+def _block_bytes(device: torch.device) -> int:
+    return _CACHED_BYTES if device.type == "cpu" else _RESIDENT_BYTES
 
 
 class Contribution(ABC):
@@ -36,6 +46,10 @@ class Contribution(ABC):
 
     shape: tuple[int, ...]
     method = "fallback"
+
+    def __init__(self) -> None:
+        self._expected = Counter[str]()
+        self._found: dict[str, Tensor | Moments] = {}
 
     @property
     def samples_per_block(self) -> int:
@@ -66,27 +80,97 @@ class Contribution(ABC):
     def select(self, samples: Tensor) -> "Contribution":
         """The same of some samples [n], in their order; one may come more than once."""
 
-    def sum_squared(self, center: Tensor | None = None) -> Tensor:
-        """Σ_n (g_n − center)², [*shape]."""
-        total: Tensor | None = None
-        for _, block in self.blocks():
-            block = block if center is None else block - center
-            part = torch.einsum("n...,n...->...", block, block)
-            total = part if total is None else total.add_(part)
-        assert total is not None
-        return total
+    def expect(self, reductions: Collection[str]) -> None:
+        """Say which reductions (names of methods) will be asked for, each as often as it will be.
+
+        One sweep over the gradients may serve several, and who asks for one gets a tensor of his own.
+        """
+        self._expected = Counter(reductions)
+
+    def _still_expected(self) -> list[str]:
+        return [name for name, times in self._expected.items() if times > 0 and name not in self._found]
+
+    def sum_squared(self) -> Tensor:
+        """Σ_n g_n², [*shape]."""
+        found = self._reduced("sum_squared")
+        assert isinstance(found, Tensor)
+        return found
 
     def squared_norms(self) -> Tensor:
         """‖g_n‖², [N]."""
-        return torch.cat([b.flatten(1).square().sum(1) if b.dim() > 1 else b.square() for _, b in self.blocks()])
+        found = self._reduced("squared_norms")
+        assert isinstance(found, Tensor)
+        return found
 
     def total(self) -> Tensor:
         """Σ_n g_n, [*shape]."""
-        total: Tensor | None = None
-        for _, block in self.blocks():
-            total = block.sum(0) if total is None else total.add_(block.sum(0))
-        assert total is not None
-        return total
+        found = self._reduced("total")
+        assert isinstance(found, Tensor)
+        return found
+
+    def moments(self) -> Moments:
+        """Mean and centred sum of squares, [*shape] each."""
+        found = self._reduced("moments")
+        assert isinstance(found, Moments)
+        return found
+
+    def _reduced(self, name: str) -> Tensor | Moments:
+        """A reduction, by one sweep with those that are expected beside it."""
+        if name not in self._found:
+            found = self._short(name)
+            if found is None:
+                self._sweep({name, *self._still_expected()})
+            else:
+                self._found[name] = found
+        self._expected[name] -= 1
+        if self._expected[name] > 0:
+            found = self._found[name]
+            return Moments(*(t.clone() for t in found)) if isinstance(found, Moments) else found.clone()
+        return self._found.pop(name)
+
+    def _short(self, name: str) -> Tensor | Moments | None:
+        """A reduction that is made without writing gradients out, where it can be."""
+        return None
+
+    def _sweep(self, names: Collection[str]) -> None:
+        """Make reductions, one block of gradients after another."""
+        reductions = {name: REDUCTIONS[name]() for name in names}
+        for first, piece, gradients in self._pieces():
+            for reduction in reductions.values():
+                reduction.add(first, piece, gradients)
+        self._found.update({name: reduction.result(self._assemble) for name, reduction in reductions.items()})
+
+    def _pieces(self) -> Iterator[tuple[int, int, Tensor]]:
+        """(first sample, number of the piece, [n, *piece]): all of the gradients, block by block."""
+        for first, block in self.blocks():
+            yield first, 0, block
+
+    def _assemble(self, pieces: list[Tensor]) -> Tensor:
+        """What was made of every piece, as a tensor of the parameter's shape."""
+        return _only(pieces)
+
+    def write_into(self, out: Tensor, factor: float = 1.0) -> None:
+        """Write all gradients, times a factor, into `out` [N, *shape]; make the expected reductions on the way."""
+        reductions: dict[str, Reduction] = {}
+        for name in self._still_expected():
+            found = self._short(name)
+            if found is None:
+                reductions[name] = REDUCTIONS[name]()
+            else:
+                self._found[name] = found
+        for first, block in self._written_into(out):
+            for reduction in reductions.values():
+                reduction.add(first, 0, block)
+            if factor != 1.0:
+                block.mul_(factor)
+        self._found.update({name: reduction.result(_only) for name, reduction in reductions.items()})
+
+    def _written_into(self, out: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Write block after block; each is told when it is there."""
+        for first, block in self.blocks():
+            place = out[first : first + len(block)]
+            place.copy_(block)
+            yield first, place
 
     def materialised(self) -> Tensor:
         """All of it, [N, *shape]."""
@@ -103,6 +187,7 @@ class Fallback(Contribution):
     def __init__(
         self, outputs: Tensor, tensors: Sequence[Tensor], cotangent: Tensor, samples: Sequence[int] | None = None
     ) -> None:
+        super().__init__()
         self._outputs, self._tensors, self._cotangent = outputs, list(tensors), cotangent
         self._samples = range(len(cotangent)) if samples is None else samples
         self.shape = tuple(tensors[0].shape)
@@ -128,6 +213,7 @@ class Materialised(Contribution):
     """Gradients that were written out."""
 
     def __init__(self, gradients: Tensor) -> None:
+        super().__init__()
         self._gradients = gradients
         self.shape = tuple(gradients.shape[1:])
 
@@ -145,6 +231,7 @@ class Absent(Contribution):
     method = "absent"
 
     def __init__(self, like: Tensor, N: int) -> None:
+        super().__init__()
         self._like, self._N = like, N
         self.shape = tuple(like.shape)
 
@@ -199,14 +286,15 @@ class ClosedForm(Contribution):
         budget_bytes: int,
         relief: Relief | None = None,
     ) -> None:
+        super().__init__()
         self.uses, self._relief = uses, relief
         if relief is not None:
             budget_bytes >>= relief.halvings
         self._like, self._N, self._budget_bytes = like, N, budget_bytes
         self.shape = tuple(like.shape)
         element = accumulation_dtype(like.dtype).itemsize
-        per_sample = max(1, like.numel()) * element
-        self.block = max(1, min(N, budget_bytes // max(per_sample, self._working_bytes(element))))
+        most = max(max(1, like.numel()) * element, self._working_bytes(element))
+        self.block = max(1, min(N, min(budget_bytes, _block_bytes(like.device)) // most))
 
     def select(self, samples: Tensor) -> Contribution:
         uses = [(replace(p, saved=tuple(s[samples] for s in p.saved)), g[samples]) for p, g in self.uses]
@@ -251,9 +339,9 @@ class ClosedForm(Contribution):
         """What one sample's intermediates take: a convolution's patches are its input times the kernel's size."""
         worst = 1
         for prepared, g in self.uses:
-            kernel = math.prod(self.shape[2:]) if len(self.shape) > 2 else 1
-            sizes = [g[:1].numel(), *(s[:1].numel() for s in prepared.saved)]
-            worst = max(worst, max(sizes) * kernel * element)
+            assert prepared.tap.rule is not None
+            held = prepared.tap.rule.working_elements(prepared.use.role, _first(prepared.saved), g[:1])
+            worst = max(worst, held * element)
             if isinstance(prepared.use.watched.index, Derivation):  # its gradients come first
                 worst = max(worst, prepared.use.watched.tensor.numel() * element)
         return worst
@@ -271,35 +359,82 @@ class ClosedForm(Contribution):
             try:
                 return self.gradients(slice(first, first + self.block))
             except (RuntimeError, MemoryError) as error:
-                if self.block == 1 or self._relief is None or not memory_ran_out(error):
-                    raise
-            self.block //= 2
-            self._relief.halvings += 1
+                self._halve(error)
 
-    def sum_squared(self, center: Tensor | None = None) -> Tensor:
-        if center is None and (single := self.single()) is not None:
-            prepared, g, rule = single
-            total: Tensor | None = None
-            for block in self._slices():
-                part = rule.sum_squared(prepared.use.role, tuple(s[block] for s in prepared.saved), g[block])
-                if part is None:
-                    return super().sum_squared()
-                total = part if total is None else total.add_(part)
-            assert total is not None
-            return total
-        return super().sum_squared(center)
+    def _halve(self, error: RuntimeError | MemoryError) -> None:
+        """Take fewer samples at a time from now on, if that may help against an error; else raise it."""
+        if self.block == 1 or self._relief is None or not memory_ran_out(error):
+            raise error
+        self.block //= 2
+        self._relief.halvings += 1
 
-    def squared_norms(self) -> Tensor:
-        if (single := self.single()) is not None:
-            prepared, g, rule = single
-            parts = []
-            for block in self._slices():
-                part = rule.squared_norms(prepared.use.role, tuple(s[block] for s in prepared.saved), g[block])
-                if part is None:
-                    return super().squared_norms()
-                parts.append(part)
+    def _sweep(self, names: Collection[str]) -> None:
+        while True:
+            try:
+                return super()._sweep(names)
+            except (RuntimeError, MemoryError) as error:
+                self._halve(error)
+
+    def _short(self, name: str) -> Tensor | Moments | None:
+        single = self.single()
+        if single is None:
+            return None
+        prepared, g, rule = single
+        role = prepared.use.role
+        if name == "moments":
+            return rule.moments(role, prepared.saved, g)
+        if name == "total":
+            return None
+        reduce = rule.sum_squared if name == "sum_squared" else rule.squared_norms
+        parts: list[Tensor] = []
+        for block in self._slices():
+            part = reduce(role, tuple(s[block] for s in prepared.saved), g[block])
+            if part is None:
+                return None
+            parts.append(part)
+        if name == "squared_norms":
             return torch.cat(parts)
-        return super().squared_norms()
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    def _pieces(self) -> Iterator[tuple[int, int, Tensor]]:
+        single = self.single()
+        if single is None:
+            yield from super()._pieces()
+            return
+        prepared, g, rule = single
+        for first in range(0, self._N, self.block):
+            block = slice(first, first + self.block)
+            saved = tuple(s[block] for s in prepared.saved)
+            for piece, gradients in enumerate(rule.pieces(prepared.use.role, saved, g[block])):
+                yield first, piece, gradients
+
+    def _assemble(self, pieces: list[Tensor]) -> Tensor:
+        single = self.single()
+        if single is None:
+            return super()._assemble(pieces)
+        prepared, _, rule = single
+        return rule.assemble(prepared.use.role, pieces)
+
+    def _written_into(self, out: Tensor) -> Iterator[tuple[int, Tensor]]:
+        single = self.single()
+        if single is None or not out.is_contiguous():
+            yield from super()._written_into(out)
+            return
+        prepared, g, rule = single
+        first = 0
+        while first < self._N:
+            block = slice(first, first + self.block)
+            place, saved = out[block], tuple(s[block] for s in prepared.saved)
+            try:
+                written = rule.per_sample_into(prepared.use.role, saved, g[block], place)
+            except (RuntimeError, MemoryError) as error:
+                self._halve(error)
+                continue
+            if not written:
+                gradients = self._written(first)
+                place = out[first : first + len(gradients)].copy_(gradients)
+            yield first, place
+            first += len(place)
 
     def _slices(self) -> Iterator[slice]:
         # A shorter form's intermediates do not grow with the parameter; keep blocks large.
@@ -326,6 +461,11 @@ class ClosedForm(Contribution):
             total = part if total is None else total + part
         assert total is not None
         return total
+
+
+def _only(pieces: list[Tensor]) -> Tensor:
+    (whole,) = pieces
+    return whole
 
 
 def _first(saved: Sequence[Tensor]) -> tuple[Tensor, ...]:

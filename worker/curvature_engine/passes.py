@@ -26,7 +26,6 @@ from curvature_engine.requests import Request
 from curvature_engine.residuals import Residuals, affine, find_strays
 from curvature_engine.results import Group
 from curvature_engine.stores import Layout, ResultStore
-from curvature_engine.tape import backward
 from curvature_engine.tasks import Part, Share, Task, chosen_samples
 
 
@@ -225,21 +224,20 @@ class BackwardPasses:
         if not any(r.extension.name == "grad" for r in self._order.requests):
             return
         leaves = [t for p in self._selected.values() for t in p.tensors]
-        gradients = backward(self._part.outputs, leaves, self._gradient)
+        gradients = self._columns.ordinary_gradient(leaves)
         place = 0
         for name, parameter in self._selected.items():
-            total = torch.zeros(
-                parameter.tensor.shape, dtype=accumulation_dtype(parameter.tensor.dtype), device=parameter.tensor.device
-            )
-            for gradient in gradients[place : place + len(parameter.tensors)]:
-                if gradient is not None:
-                    total += gradient
+            total = _sum_of(gradients[place : place + len(parameter.tensors)], parameter.tensor)
             place += len(parameter.tensors)
             self._gradients[name] = self._gradients[name] + total if name in self._gradients else total
 
     def _column(self, cotangent: Tensor, shares: list[Share]) -> None:
         with torch.no_grad():
+            # One that writes gradients out comes first, so that the others find theirs made.
+            shares = sorted(shares, key=lambda share: not share.accumulator.writes)
+            expected = [name for s in shares if s.samples is None for name in s.accumulator.reductions]
             for name, contribution in self._columns.contributions(cotangent):
+                contribution.expect(expected)
                 for share in shares:
                     share.take(name, contribution)
         self._advance()
@@ -284,6 +282,18 @@ class BackwardPasses:
         }
         tasks = [t.accumulator for t in self.tasks(ResultStore()) if t.request.extension.columns == "averaged"]
         return AveragedFactors(outputs, self._bound, tape.links, contributions, tasks, self._order.budget)
+
+
+def _sum_of(gradients: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """The sum of what came to a parameter's tensors, in a tensor of its own."""
+    dtype = accumulation_dtype(like.dtype)
+    found = [g for g in gradients if g is not None]
+    if len(found) == 1 and found[0].dtype == dtype and not found[0]._is_view() and found[0].is_contiguous():
+        return found[0]
+    total = torch.zeros(like.shape, dtype=dtype, device=like.device)
+    for gradient in found:
+        total += gradient
+    return total
 
 
 def _count_columns(requests: Sequence[Request], bound: BoundLoss) -> dict[str, int]:

@@ -55,6 +55,10 @@ class Slab(ABC):
     def update(self, rows: Sequence[int], change: Change) -> None:
         """Let `change` edit the rows [n, *rest] in place."""
 
+    def place(self, rows: Sequence[int]) -> Tensor | None:
+        """Where the rows lie, [n, *rest], if they lie together in memory."""
+        return None
+
     @abstractmethod
     def result(self) -> Tensor:
         """The whole tensor."""
@@ -69,6 +73,10 @@ class MemorySlab(Slab):
 
     def write(self, rows: Sequence[int], block: Tensor) -> None:
         self._rows[_indices(rows)] = block
+
+    def place(self, rows: Sequence[int]) -> Tensor | None:
+        indices = _indices(rows)
+        return self._rows[indices] if isinstance(indices, slice) else None
 
     def update(self, rows: Sequence[int], change: Change) -> None:
         indices = _indices(rows)

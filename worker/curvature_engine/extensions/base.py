@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -152,6 +152,11 @@ class Accumulator(ABC):
         rows: places in the result of the current part's samples.
         missing: parameter → why it has no result.
     """
+
+    reductions: ClassVar[frozenset[str]] = frozenset()
+    """Which of a contribution's reductions `add` asks for."""
+    writes: ClassVar[bool] = False
+    """Whether `add` writes all gradients out, so that others may reduce them on the way."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting

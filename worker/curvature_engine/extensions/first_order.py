@@ -57,6 +57,8 @@ class PerParameter(Accumulator):
 
 
 class _BatchGrad(Accumulator):
+    writes = True
+
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self._slabs: dict[str, Slab] = {}
@@ -65,6 +67,10 @@ class _BatchGrad(Accumulator):
     def add(self, parameter: str, contribution: Contribution) -> None:
         if parameter not in self._slabs:
             self._slabs[parameter] = self.setting.slab(parameter, (self.setting.N,))
+        place = self._slabs[parameter].place(self.rows)
+        if place is not None:
+            contribution.write_into(place, self._factor)
+            return
         for first, block in contribution.blocks():
             scaled = block if self._factor == 1.0 else block * self._factor
             self._slabs[parameter].write(self.rows[first : first + len(block)], scaled)
@@ -77,6 +83,8 @@ class _BatchGrad(Accumulator):
 
 
 class _BatchL2(PerParameter):
+    reductions = frozenset({"squared_norms"})
+
     def reduce(self, contribution: Contribution) -> Tensor:
         norms = contribution.squared_norms()
         return norms.new_zeros(self.setting.N).index_copy_(0, _numbers(self.rows, norms), norms)
@@ -87,6 +95,8 @@ class _BatchL2(PerParameter):
 
 
 class _SumGradSquared(PerParameter):
+    reductions = frozenset({"sum_squared"})
+
     def reduce(self, contribution: Contribution) -> Tensor:
         return contribution.sum_squared()
 
@@ -95,6 +105,8 @@ class _SumGradSquared(PerParameter):
 
 
 class _Variance(Accumulator):
+    reductions = frozenset({"moments"})
+
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self._moments: dict[str, Moments] = {}

@@ -11,6 +11,8 @@ from curvature_engine.extensions.schemas import MC_SAMPLES, SUBSAMPLING
 class Diagonal(Accumulator):
     """Σ over columns and samples of the squared back-propagated column."""
 
+    reductions = frozenset({"sum_squared"})
+
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self._sums: dict[str, Tensor] = {}
@@ -26,7 +28,8 @@ class Diagonal(Accumulator):
         return sketch_of_squares(contribution)
 
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
-        return {name: total / self.setting.draws for name, total in self._sums.items()}
+        draws = self.setting.draws
+        return {name: total if draws == 1 else total / draws for name, total in self._sums.items()}
 
 
 DIAG_GGN_EXACT = Extension(

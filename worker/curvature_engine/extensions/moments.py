@@ -1,7 +1,4 @@
-"""Mean and spread of individual gradients, of several groups of samples as of one.
-
-Centred before squaring: the difference of two large sums gave negative variances for near-duplicates.
-"""
+"""Mean and spread of individual gradients, of several groups of samples as of one."""
 
 from dataclasses import dataclass, replace
 
@@ -27,8 +24,7 @@ class Moments:
     @classmethod
     def of(cls, contribution: Contribution, n: int) -> "Moments":
         """Those of a contribution with n samples."""
-        mean = contribution.total() / n
-        return cls(n, mean, contribution.sum_squared(center=mean))
+        return cls(n, *contribution.moments())
 
     def in_all(self) -> "Moments":
         """With the spread of all entries together, in float64."""

@@ -19,6 +19,8 @@ from curvature_engine.extensions.moments import Moments
 
 
 class _NoiseScale(Accumulator):
+    reductions = frozenset({"moments"})
+
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         if not setting.part:
@@ -34,7 +36,7 @@ class _NoiseScale(Accumulator):
 
     def sketch(self, parameter: str, contribution: Contribution) -> Sketch:
         shapes = ((), contribution.shape) if self.setting.part else ((),)
-        return Sketch("materialised", 2 * contribution.multiply_adds(), shapes)
+        return Sketch("materialised", contribution.multiply_adds(), shapes)
 
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
         return {**_scales(self._sums, self.setting.N)}

@@ -6,12 +6,14 @@ linear layer, images of a convolution.) From them it makes the samples' gradient
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from curvature_engine.reductions import Moments
 
 
 class Rule(ABC):
@@ -46,6 +48,23 @@ class Rule(ABC):
     def per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor:
         """Gradients of the consumed tensor: saved and g `[n, T, …]` → `[n, *shape]`."""
 
+    def per_sample_into(self, role: str, saved: Sequence[Tensor], g: Tensor, out: Tensor) -> bool:
+        """Write `per_sample` into `out` [n, *shape] without a copy between; False where there is no such way."""
+        return False
+
+    def pieces(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Iterator[Tensor]:
+        """`per_sample` in parts of the consumed tensor, [n, *piece] each, in whatever order is cheapest to make."""
+        yield self.per_sample(role, saved, g)
+
+    def assemble(self, role: str, pieces: list[Tensor]) -> Tensor:
+        """Something of every piece, [*piece], as a tensor of the consumed one's shape."""
+        (whole,) = pieces
+        return whole
+
+    def working_elements(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
+        """How many numbers `pieces` holds beside the gradients, at most: from shapes alone."""
+        return max(g.numel(), *(s.numel() for s in saved)) if saved else g.numel()
+
     def multiply_adds(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
         """How many multiplications and additions `per_sample` takes: from shapes alone."""
         return g.numel()
@@ -60,6 +79,10 @@ class Rule(ABC):
 
     def squared_norms(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor | None:
         """‖gradient_n‖² without writing the gradients out, where that is cheaper: `[n]`."""
+        return None
+
+    def moments(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Moments | None:
+        """Mean and centred sum of squares without writing the gradients out, where that is possible: `[*shape]`."""
         return None
 
     def factor_inputs(self, saved: Sequence[Tensor]) -> Tensor | None:

@@ -4,7 +4,7 @@ A convolution is a linear layer on patches: with the input unfolded to [in·k, p
 shared linear layers holds here (Grosse & Martens 2016, section 3).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvature_engine.rules.base import Match, Rule, gives
+
+_LEAST_RUN = 16
+"""Numbers in a row from which copying windows channels last is cheaper than along the input's own last axis."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,32 @@ class Geometry:
         )
         return windows.reshape(u, c * prod(self.kernel), prod(positions))
 
+    def sliding(self, x: Tensor, positions: Sequence[int]) -> Iterator[Tensor]:
+        """Per place in the kernel's first axis, x [u, c, *space] at all windows: [u, Π positions, k₁…·c].
+
+        Unfolded along the further axes alone, channels last so that runs are long, it holds the windows of every place
+        as slices: with stride 1, of a part of the memory that `patches` takes, and without a copy.
+        """
+        space = [b + s + a for b, s, a in zip(self.before, x.shape[2:], self.after, strict=True)]
+        last = x.new_zeros if any((*self.before, *self.after)) else x.new_empty
+        padded = last((len(x), *space, x.shape[1]))
+        inner = tuple(slice(b, b + s) for b, s in zip(self.before, x.shape[2:], strict=True))
+        padded[(slice(None), *inner)] = x.movedim(1, -1)
+        step = padded.stride()
+        wide = padded.as_strided(
+            (len(x), space[0], *positions[1:], *self.kernel[1:], x.shape[1]),
+            (
+                *step[:2],
+                *(s * d for s, d in zip(step[2:-1], self.stride[1:], strict=True)),
+                *(s * d for s, d in zip(step[2:-1], self.dilation[1:], strict=True)),
+                1,
+            ),
+        ).reshape(len(x), space[0], prod(positions[1:]), prod(self.kernel[1:]) * x.shape[1])
+        for place in range(self.kernel[0]):
+            first = place * self.dilation[0]
+            rows = wide[:, first : first + self.stride[0] * (positions[0] - 1) + 1 : self.stride[0]]
+            yield rows.reshape(len(x), prod(positions), wide.shape[3])
+
 
 class ConvolutionRule(Rule):
     """Closed forms of one convolution; the weight is [out, in/groups, *k], or [in, out/groups, *k] if transposed."""
@@ -59,16 +88,27 @@ class ConvolutionRule(Rule):
         n, T = g.shape[:2]
         if role == "bias":
             return g.flatten(3).sum((1, 3))
-        x, g = saved[0].flatten(0, 1), g.flatten(0, 1)
-        # The transposed convolution is the adjoint: input and output gradient change places.
-        here, unfolded = (x, g) if self.inputs_first else (g, x)
         groups, kernel = self._geometry.groups, self._geometry.kernel
-        patches = self._geometry.patches(unfolded, here.shape[2:])
-        left = here.reshape(here.shape[0] * groups, here.shape[1] // groups, -1)  # [u·groups, a, L]
-        right = patches.reshape(patches.shape[0] * groups, patches.shape[1] // groups, -1)  # [u·groups, b·k, L]
+        left, right = self._factors(saved[0].flatten(0, 1), g.flatten(0, 1))
         product = torch.bmm(left, right.transpose(1, 2))
         product = product.view(n, T, groups * left.shape[1], right.shape[1] // prod(kernel), *kernel)
         return product[:, 0] if T == 1 else product.sum(1)
+
+    def _factors(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """[u·groups, a, L] and [u·groups, b·k, L], the product of which is every image's gradient."""
+        # The transposed convolution is the adjoint: input and output gradient change places.
+        here, unfolded = (x, g) if self.inputs_first else (g, x)
+        groups = self._geometry.groups
+        patches = self._geometry.patches(unfolded, here.shape[2:])
+        left = here.reshape(here.shape[0] * groups, here.shape[1] // groups, -1)
+        return left, patches.reshape(patches.shape[0] * groups, patches.shape[1] // groups, -1)
+
+    def per_sample_into(self, role: str, saved: Sequence[Tensor], g: Tensor, out: Tensor) -> bool:
+        if role == "bias" or g.shape[1] != 1:
+            return False
+        left, right = self._factors(saved[0].flatten(0, 1), g.flatten(0, 1))
+        torch.bmm(left, right.transpose(1, 2), out=out.view(left.shape[0], left.shape[1], right.shape[1]))
+        return True
 
     def multiply_adds(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
         if role == "bias":
@@ -95,6 +135,36 @@ class DirectConvolutionRule(ConvolutionRule):
     def __init__(self, geometry: Geometry, positions: Sequence[int]) -> None:
         super().__init__(geometry, transposed=False)
         self._positions = tuple(positions)
+
+    def pieces(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Iterator[Tensor]:
+        if role == "bias" or not self._slides(saved[0].shape[2]):
+            yield from super().pieces(role, saved, g)
+            return
+        n, T = g.shape[:2]
+        left = g.flatten(0, 1).flatten(2)  # [n·T, out, L]
+        for windows in self._geometry.sliding(saved[0].flatten(0, 1), self._positions):
+            product = torch.bmm(left, windows)
+            yield product if T == 1 else product.view(n, T, *product.shape[1:]).sum(1)
+
+    def assemble(self, role: str, pieces: list[Tensor]) -> Tensor:
+        if len(pieces) == 1:
+            return pieces[0]
+        kernel = self._geometry.kernel
+        whole = torch.stack(pieces, 1)  # [out, k₀, k₁…·c]
+        return whole.view(len(whole), *kernel, -1).movedim(-1, 1).contiguous()
+
+    def working_elements(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
+        if role == "bias":
+            return g.numel()
+        x, kernel = saved[0], self._geometry.kernel
+        wide = prod(kernel[1:]) if self._slides(x.shape[2]) else prod(kernel)
+        return x.shape[0] * x.shape[1] * x.shape[2] * max(prod(x.shape[3:]), prod(g.shape[3:])) * wide
+
+    def _slides(self, channels: int) -> bool:
+        """Whether windows along the first axis as slices of one unfolded tensor are cheaper than all unfolded."""
+        kernel = self._geometry.kernel
+        run = kernel[-1] * channels if len(kernel) > 1 else channels
+        return self._geometry.groups == 1 and kernel[0] > 1 and run >= _LEAST_RUN
 
     def factor_inputs(self, saved: Sequence[Tensor]) -> Tensor | None:
         if not saved:

@@ -6,7 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature_engine.reductions import Moments
 from curvature_engine.rules.base import Match, Rule, gives
+
+_LEAST_SHARE = 2.0**-5
+"""Of the second moment, below which a spread is not taken from the difference: it would lose more than five bits."""
 
 
 class LinearRule(Rule):
@@ -34,6 +38,16 @@ class LinearRule(Rule):
         x = saved[0]
         product = torch.bmm(x.transpose(1, 2), g) if self.inputs_first else torch.bmm(g.transpose(1, 2), x)
         return self._scaled(product, self._alpha)
+
+    def per_sample_into(self, role: str, saved: Sequence[Tensor], g: Tensor, out: Tensor) -> bool:
+        if role == "bias" or self._alpha != 1:
+            return False
+        left, right = (saved[0], g) if self.inputs_first else (g, saved[0])
+        if g.shape[1] == 1:
+            torch.mul(left[:, 0, :, None], right, out=out)
+        else:
+            torch.bmm(left.transpose(1, 2), right, out=out)
+        return True
 
     def multiply_adds(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
         return g.numel() if role == "bias" else g.numel() * saved[0].shape[-1]
@@ -63,6 +77,24 @@ class LinearRule(Rule):
         gram = torch.bmm(x, x.transpose(1, 2)) * torch.bmm(g, g.transpose(1, 2))
         return self._scaled(gram.sum((1, 2)), self._alpha**2)
 
+    def moments(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Moments | None:
+        """Of rows x and g, one for each sample, from products over the samples.
+
+        Σ (g x − mean)² = Σ g² x² − n mean², unless that is a small difference of large sums somewhere. Then from what
+        is centred first: with g = ḡ + δ and x = x̄ + ε, g x − mean = ḡ ε + δ x̄ + (δ ε − C), C = Σ δ ε/n.
+        """
+        if role == "bias" or saved[0].shape[1] != 1:
+            return None
+        left, right = (saved[0], g) if self.inputs_first else (g, saved[0])
+        a, b = self._scaled(left[:, 0], self._alpha), right[:, 0]
+        n = len(a)
+        mean = (a.T @ b).div_(n)
+        second = a.square().T @ b.square()
+        spread = torch.addcmul(second, mean, mean, value=-n)
+        if bool((spread < second.mul_(_LEAST_SHARE)).any()):
+            spread = _centred(a, b)
+        return Moments(mean, spread)
+
     def factor_inputs(self, saved: Sequence[Tensor]) -> Tensor | None:
         return self._scaled(saved[0], self._alpha)[None] if saved else None
 
@@ -72,6 +104,19 @@ class LinearRule(Rule):
     @staticmethod
     def _scaled(value: Tensor, factor: float) -> Tensor:
         return value if factor == 1 else value * factor
+
+
+def _centred(a: Tensor, b: Tensor) -> Tensor:
+    """Σ (a b − mean)² over rows a [n, i], b [n, j], from their deviations from their own means: [i, j]."""
+    a0, b0 = a.mean(0), b.mean(0)
+    da, db = a - a0, b - b0
+    n, a0, b0 = len(a), a0[:, None], b0[None, :]
+    a2, b2 = da.square(), db.square()
+    covariance = da.T @ db
+    spread = a2.T @ b2
+    spread += a0.square() * b2.sum(0) + b0.square() * a2.sum(0)[:, None] + 2 * a0 * b0 * covariance
+    spread += 2 * (a0 * (da.T @ b2) + b0 * (a2.T @ db))
+    return spread.addcmul_(covariance, covariance, value=-1 / n).clamp_(min=0)
 
 
 @gives(LinearRule)

@@ -1,0 +1,140 @@
+"""Sums over individual gradients, made while these are at hand: a block of samples, one piece of the parameter.
+
+A *piece* is a part of a parameter's elements in whatever order is cheapest to make (`Rule.pieces`); what a reduction
+holds of each becomes a tensor of the parameter's shape at the end (`Rule.assemble`). Several reductions share one sweep
+over the gradients, so that these are made once and reduced while they lie in the cache.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Assemble = Callable[[list[Tensor]], Tensor]
+
+_BY_ROWS_FROM = 8192
+"""Elements from which adding squares row by row, in one pass over memory each, beats squaring them all first."""
+
+
+class Moments(NamedTuple):
+    """Of n individual gradients: Σ g/n and Σ (g − mean)², [*p] each."""
+
+    mean: Tensor
+    spread: Tensor
+
+
+class Reduction(ABC):
+    """Takes the pieces of one block after another."""
+
+    @abstractmethod
+    def add(self, first: int, piece: int, gradients: Tensor) -> None:
+        """Take the samples `first` … `first + n`: [n, *piece]; they must not be changed."""
+
+    @abstractmethod
+    def result(self, assemble: Assemble) -> Tensor | Moments:
+        """What came of all."""
+
+
+class SumSquared(Reduction):
+    """Σ g²: [*p]."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+
+    def add(self, first: int, piece: int, gradients: Tensor) -> None:
+        if piece == len(self._sums):
+            self._sums.append(gradients.new_zeros(gradients.shape[1:]))
+        add_squares(self._sums[piece], gradients)
+
+    def result(self, assemble: Assemble) -> Tensor:
+        return assemble(self._sums)
+
+
+class SquaredNorms(Reduction):
+    """‖g‖² of each sample: [N]."""
+
+    def __init__(self) -> None:
+        self._norms: dict[int, Tensor] = {}
+
+    def add(self, first: int, piece: int, gradients: Tensor) -> None:
+        norms = squared_norms(gradients)
+        self._norms[first] = self._norms[first] + norms if first in self._norms else norms
+
+    def result(self, assemble: Assemble) -> Tensor:
+        return torch.cat([self._norms[first] for first in sorted(self._norms)])
+
+
+class Total(Reduction):
+    """Σ g: [*p]."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+
+    def add(self, first: int, piece: int, gradients: Tensor) -> None:
+        part = gradients.sum(0)
+        if piece == len(self._sums):
+            self._sums.append(part)
+        else:
+            self._sums[piece].add_(part)
+
+    def result(self, assemble: Assemble) -> Tensor:
+        return assemble(self._sums)
+
+
+class Spread(Reduction):
+    """Mean and centred sum of squares, blocks merged as groups (Chan, Golub & LeVeque 1983, eq. 2.1).
+
+    Centred before squaring: the difference of two large sums gave negative variances for near-duplicates.
+    """
+
+    def __init__(self) -> None:
+        self._means: list[Tensor] = []
+        self._spreads: list[Tensor] = []
+        self._counts: list[int] = []
+
+    def add(self, first: int, piece: int, gradients: Tensor) -> None:
+        n = len(gradients)
+        mean = gradients.mean(0)
+        spread = torch.zeros_like(mean)
+        add_squares(spread, gradients - mean)
+        if piece == len(self._means):
+            self._means.append(mean)
+            self._spreads.append(spread)
+            self._counts.append(n)
+            return
+        before = self._counts[piece]
+        shift = mean.sub_(self._means[piece])
+        self._means[piece].add_(shift, alpha=n / (before + n))
+        self._spreads[piece].add_(spread).addcmul_(shift, shift, value=before * n / (before + n))
+        self._counts[piece] = before + n
+
+    def result(self, assemble: Assemble) -> Moments:
+        return Moments(assemble(self._means), assemble(self._spreads))
+
+
+REDUCTIONS: dict[str, type[Reduction]] = {
+    "sum_squared": SumSquared,
+    "squared_norms": SquaredNorms,
+    "total": Total,
+    "moments": Spread,
+}
+
+
+def add_squares(total: Tensor, gradients: Tensor) -> None:
+    """Total [*p] += Σ_n gradients [n, *p] squared."""
+    if total.device.type == "cpu" and total.numel() >= _BY_ROWS_FROM:
+        for row in gradients:
+            total.addcmul_(row, row)
+    else:
+        total.add_(gradients.square().sum(0))
+
+
+def squared_norms(gradients: Tensor) -> Tensor:
+    """Σ over all axes but the first, of the squares: [n]."""
+    if gradients.dim() == 1:
+        return gradients.square()
+    # One pass over memory, where squaring first takes two.
+    norms: Tensor = torch.linalg.vector_norm(gradients.flatten(1), dim=1)
+    return norms.square_()
