@@ -73,7 +73,9 @@ class Bench:
             self._tell(f"{number + 1}/{len(self.cells)}", cell)
 
     def measure_memory(self) -> None:
-        for cell in [cell for cell in self.measured if cell.seconds]:
+        """Of every net and work at its largest batch."""
+        timed = sorted((cell for cell in self.measured if cell.seconds), key=lambda cell: cell.N)
+        for cell in {(cell.net, cell.classes, cell.work): cell for cell in timed}.values():
             case = Case(cell.net, cell.N, cell.classes, self.place)
             for who in cell.seconds:
                 found = in_own_process(case, cell.work, who)

@@ -19,8 +19,8 @@ def functional(case: Case, work: Work) -> Job:
     if set(work.names) <= REDUCTIONS.keys():
         return _first_order(case, work)
     if len(work.names) == 1 and work.names[0] in DIAGONALS:
-        if case.positions > 1:
-            raise Unable("GGN diagonals with positions are not written for torch.func")
+        if case.positions > 1 and not work.sampled:
+            raise Unable("exact GGN diagonals with positions are not feasible with torch.func")
         return _diagonal(case, work.names[0])
     raise Unable("not written for torch.func")
 
@@ -59,9 +59,9 @@ def _diagonal(case: Case, name: str) -> Job:
             return functional_call(case.module, parameters, (x.unsqueeze(0),)).squeeze(0)
 
         outputs, pull = vjp(outputs_of, parameters)
-        one_hot = torch.arange(case.classes, device=outputs.device) == label
-        columns = (outputs.softmax(0) - one_hot.to(outputs)).unsqueeze(0) if sampled else _exact_columns(outputs)
-        pulled = vmap(pull)(columns / case.N**0.5)[0]
+        one_hot = torch.arange(case.classes, device=outputs.device) == label.unsqueeze(-1)
+        columns = (outputs.softmax(-1) - one_hot.to(outputs)).unsqueeze(0) if sampled else _exact_columns(outputs)
+        pulled = vmap(pull)(columns / (case.N * case.positions) ** 0.5)[0]
         return {k: g.square().sum(0) for k, g in pulled.items()}
 
     def run(labels: Tensor | None = None) -> Any:

@@ -41,7 +41,7 @@ def overheads(cells: list[Cell], path: Path) -> Path:
     largest = {c.work: c for c in sorted(cells, key=lambda c: c.N) if c.work not in NOT_DRAWN}
     shown = list(largest.values()) or cells
     whos = [who for who in COLOURS if any(who in cell.gradients for cell in shown)]
-    figure, grid = _figure(max(6.0, 0.35 * len(shown) * max(2, len(whos)) ** 0.7), 4.5)
+    figure, grid = _figure(max(6.0, 0.6 * len(shown)), 4.5)
     axes = grid[0][0]
     width = 0.8 / max(1, len(whos))
     for place, who in enumerate(whos):
