@@ -48,8 +48,9 @@ class Cell:
         return {who: s / self.seconds["ours"] for who, s in self.seconds.items() if who not in (UNIT, "ours")}
 
     @property
-    def rounds(self) -> int:
-        return len(self.runs.get("ours", []))
+    def rounds(self) -> dict[str, int]:
+        """How often everybody ran."""
+        return {who: len(seconds) for who, seconds in self.runs.items()}
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "gradients": self.gradients, "ratios": self.ratios, "rounds": self.rounds}

@@ -13,10 +13,12 @@ from torch.func import functional_call, grad, vjp, vmap
 DIAGONALS = {"diag_ggn_exact", "diag_ggn_mc", "batch_diag_ggn_exact", "batch_diag_ggn_mc"}
 MOST_BYTES = 10**9
 """Of Jacobians at a time."""
+MOST_GRADIENT_BYTES = 3 * 10**9
+"""vmap makes them all at once, and some of their squares."""
 
 
 def functional(case: Case, work: Work) -> Job:
-    if set(work.names) <= REDUCTIONS.keys():
+    if work.names != ("grad",) and set(work.names) <= REDUCTIONS.keys():
         return _first_order(case, work)
     if len(work.names) == 1 and work.names[0] in DIAGONALS:
         if case.positions > 1 and not work.sampled:
@@ -27,6 +29,9 @@ def functional(case: Case, work: Work) -> Job:
 
 def _first_order(case: Case, work: Work) -> Job:
     parameters = {name: p.detach() for name, p in case.module.named_parameters()}
+    gradient_bytes = 4 * case.N * sum(p.numel() for p in parameters.values())
+    if gradient_bytes > MOST_GRADIENT_BYTES:
+        raise Unable(f"its individual gradients take {gradient_bytes / 1e9:.1f} GB")
 
     def contribution(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         outputs = functional_call(case.module, parameters, (x.unsqueeze(0),))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def naive(case: Case, work: Work) -> Job:
-    if not set(work.names) <= REDUCTIONS.keys():
+    if work.names == ("grad",) or not set(work.names) <= REDUCTIONS.keys():
         raise Unable("the loop is for quantities of individual gradients")
     module = case.module
     parameters = dict(module.named_parameters())

@@ -36,8 +36,14 @@ def row(cell: Cell, columns: list[str]) -> str:
     floor = f"{cell.floors['floor']:.2f}" if "floor" in cell.floors else ""
     times = [milliseconds(cell.seconds[who]) for who in (UNIT, "ours")]
     ratios = [f"{cell.ratios[peer]:.2f}" if peer in cell.ratios else "" for peer in columns]
-    cells = [f"`{cell.work}`", *times, f"{cell.gradients['ours']:.2f}", floor, *ratios, str(cell.rounds)]
+    cells = [f"`{cell.work}`", *times, f"{cell.gradients['ours']:.2f}", floor, *ratios, rounds(cell)]
     return f"| {' | '.join(cells)} |"
+
+
+def rounds(cell: Cell) -> str:
+    """Of ours; and of who ran least, if that was less often."""
+    least = min(cell.rounds.values())
+    return f"{cell.rounds['ours']}" + (f" (≥ {least})" if least < cell.rounds["ours"] else "")
 
 
 def remarks(cells: list[Cell], skipped: dict[str, str]) -> Iterator[str]:

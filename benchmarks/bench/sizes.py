@@ -6,16 +6,19 @@ from benchmarks.bench.nets import NETS
 from benchmarks.bench.works import EXACT, HESSIAN, INDIVIDUAL, INDIVIDUAL_EXACT, ROOT, WORKS, Work
 
 KEY = {"diag_ggn_mc", "diag_ggn_mc+grad", "variance", "batch_l2", "batch_grad", "kfac"}
-"""Also at N = 128 on All-CNN-C; the first three on the other large nets."""
+"""Also at N = 128 on All-CNN-C."""
 KEY_OF_LARGE = {"diag_ggn_mc", "diag_ggn_mc+grad", "variance"}
+"""Also at N = 128 on the ResNet-18 and the GPT."""
+CURVES = KEY | {"grad", "sum_grad_squared", "diag_ggn_exact", "kflr"}
+"""Against the batch size, on the small nets."""
 SWEPT = ("diag_ggn_mc", "diag_ggn_exact", "kfac", "kflr")
 """Against the number of classes."""
 KFRA_NET = "mlp"
 
 KINDS = ("cheap", "forward", "individual", "exact", "individual_exact", "root", "hessian")
 SIZES: dict[str, tuple[tuple[int, ...], ...]] = {
-    "2c2d": ((128, 32, 8), (128,), (128, 32, 8), (128, 32, 8), (32, 8), (8,), (8,)),
-    "3c3d": ((128, 32, 8), (128,), (128, 32, 8), (128, 32, 8), (32, 8), (8,), (8,)),
+    "2c2d": ((128,), (128,), (32,), (32,), (32,), (8,), (8,)),
+    "3c3d": ((128,), (128,), (32,), (32,), (32,), (8,), (8,)),
     "allcnnc": ((16,), (16,), (16,), (4,), (4,), (1,), (2,)),
     "resnet18": ((16,), (16,), (16,), (8,), (8,), (2,), (2,)),
     "gpt": ((8,), (8,), (8,), (), (), (), ()),
@@ -48,6 +51,8 @@ def default_sizes(net: str, work: Work) -> tuple[int, ...]:
     """Largest first."""
     if work.name == "kfra":
         return (128, 32) if net == KFRA_NET else ()
+    if net in ("2c2d", "3c3d") and work.name in CURVES:
+        return (128, 32, 8)
     sizes = dict(zip(KINDS, SIZES[net], strict=True))[kind(work)]
     key = {"allcnnc": KEY, "resnet18": KEY_OF_LARGE, "gpt": KEY_OF_LARGE}.get(net, set())
     return (128, *sizes) if work.name in key else sizes

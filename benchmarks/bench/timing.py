@@ -12,7 +12,7 @@ from benchmarks.bench.jobs import Job
 
 @dataclass(frozen=True)
 class Effort:
-    """At most so many rounds, and no further one that would exceed the seconds of a cell (but one at least)."""
+    """At most so many rounds; everybody has an equal share of a cell's seconds, and runs once in any case."""
 
     rounds: int
     seconds: float
@@ -31,18 +31,21 @@ def seconds_of(job: Job, place: Place) -> float:
 
 
 def interleave(jobs: dict[str, Job], effort: Effort, place: Place) -> dict[str, list[float]]:
-    """Every job's seconds, a run of each in every round; whoever begins changes."""
+    """Every job's seconds: rounds with a run of each whose share is not used up; whoever begins changes."""
     runs: dict[str, list[float]] = {who: [] for who in jobs}
+    share = effort.seconds / len(jobs)
     order = list(jobs)
-    begun = time.perf_counter()
     gc.collect()
     for done in range(effort.rounds):
-        spent = time.perf_counter() - begun
-        if done and spent * (done + 1) / done > effort.seconds:
-            break
         for who in order[done % len(order) :] + order[: done % len(order)]:
-            runs[who].append(seconds_of(jobs[who], place))
+            if _has_time(runs[who], share):
+                runs[who].append(seconds_of(jobs[who], place))
     return runs
+
+
+def _has_time(runs: list[float], share: float) -> bool:
+    """For one more, if it takes as long as those before."""
+    return not runs or sum(runs) + sum(runs) / len(runs) <= share
 
 
 def medians(runs: dict[str, list[float]]) -> dict[str, float]:
