@@ -9,10 +9,15 @@ from benchmarks.bench.reductions import REDUCTIONS
 from benchmarks.bench.works import Work
 from torch import Tensor
 
+MOST_SAMPLES = 32
+"""A loop's time is proportional to them, and the default run's is not unlimited."""
+
 
 def naive(case: Case, work: Work) -> Job:
     if work.names == ("grad",) or not set(work.names) <= REDUCTIONS.keys():
         raise Unable("the loop is for quantities of individual gradients")
+    if case.N > MOST_SAMPLES:
+        raise Unable(f"timed up to N = {MOST_SAMPLES}; its time is proportional to N")
     module = case.module
     parameters = dict(module.named_parameters())
 

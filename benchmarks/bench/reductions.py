@@ -32,11 +32,12 @@ class NormLoop(Loop):
 class SumLoop(Loop):
     """Keeps one running sum."""
 
-    power = 1
-
     def add(self, gradients: tuple[Tensor, ...]) -> None:
-        powers = tuple(g**self.power for g in gradients)
-        self.kept = [tuple(a.add_(b) for a, b in zip(self.kept[0], powers, strict=True)) if self.kept else powers]
+        if not self.kept:
+            self.kept = [tuple(g.clone() for g in gradients)]
+            return
+        for total, g in zip(self.kept[0], gradients, strict=True):
+            total.add_(g)
 
     def finish(self, N: int) -> Tensors:
         return list(self.kept[0])
@@ -45,7 +46,12 @@ class SumLoop(Loop):
 class SquareLoop(SumLoop):
     """Keeps one running sum of squares."""
 
-    power = 2
+    def add(self, gradients: tuple[Tensor, ...]) -> None:
+        if not self.kept:
+            self.kept = [tuple(g.square() for g in gradients)]
+            return
+        for total, g in zip(self.kept[0], gradients, strict=True):
+            total.addcmul_(g, g)
 
 
 class VarianceLoop:
@@ -56,7 +62,7 @@ class VarianceLoop:
 
     def add(self, gradients: tuple[Tensor, ...]) -> None:
         self.second.add(gradients)
-        self.first.add(tuple(g.clone() for g in gradients) if not self.first.kept else gradients)
+        self.first.add(gradients)
 
     def finish(self, N: int) -> Tensors:
         pairs = zip(self.first.finish(N), self.second.finish(N), strict=True)
