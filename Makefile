@@ -7,6 +7,10 @@ PYTEST_ARGS ?=
 NETS ?= 2000
 JOBS ?= 2000
 CHAOS_ARGS ?=
+BENCH_ARGS ?=
+
+# What only `make bench` compares with.
+PEERS := build/bench-peers
 
 # The environment is up to date when the stamp named after these files' contents exists: a fresh checkout with other
 # times, or a second `make test`, installs nothing and needs no network.
@@ -16,7 +20,7 @@ STAMP := $(VENV)/installed-$(shell cat $(ENV_FILES) | cksum | tr ' ' '-')
 PACKAGES := client/curvature_client protocol/curvature_protocol service/curvature_service state/curvature_state \
             worker/curvature_worker worker/curvature_engine
 
-.PHONY: help env demo test property chaos lint format coverage catalogue constraints clean
+.PHONY: help env demo test property chaos bench lint format coverage catalogue constraints clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -54,6 +58,17 @@ property: env ## Hold NETS random nets against brute force
 
 chaos: env ## Kill everything at random moments while JOBS jobs run; CHAOS_ARGS="--embedded" for `curvature serve`
 	$(BIN)/python benchmarks/chaos.py --jobs $(JOBS) $(CHAOS_ARGS)
+
+bench: env $(PEERS)/installed ## Time the engine beside its peers; BENCH_ARGS="--quick --nets 3c3d", or --output, --plots, --memory
+	PYTHONPATH=$(PEERS) $(BIN)/python -W ignore -m benchmarks.bench $(BENCH_ARGS)
+
+# Outside the environment; without Opacus's own folders `benchmarks` and `examples`, which would hide ours.
+$(PEERS)/installed: requirements-bench.txt
+	rm -rf $(PEERS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(PEERS) \
+	    --requirement requirements-bench.txt
+	rm -rf $(PEERS)/benchmarks $(PEERS)/examples
+	@touch $@
 
 lint: env ## Linters, type checker, import rules, container and Kubernetes files
 	$(BIN)/ruff check .

@@ -1,0 +1,81 @@
+"""The benchmark against peers, on two nets with tiny batches: it compares before it times, and tells both."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKS = ["batch_l2", "variance", "diag_ggn_mc", "kfac", "kfac-expand", "kfra"]
+PARAMETERS = {"2c2d": 3_274_634, "3c3d": 895_210, "allcnnc": 1_387_108}
+
+
+def run(program, *arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", *program, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    output, plots = folder / "bench.json", folder / "plots"
+    options = ["--quick", "--output", str(output), "--plots", str(plots), "--nets", "3c3d", "mlp"]
+    done = run(["-m", "benchmarks.bench"], *options, "--extensions", *WORKS)
+    assert done.returncode == 0, done.stderr
+    return json.loads(output.read_text()), done.stdout, sorted(path.name for path in plots.iterdir())
+
+
+def test_peers_are_compared_and_timed(report):
+    cells = {(cell["net"], cell["work"]): cell for cell in report[0]["cells"]}
+    assert cells.keys() == {("3c3d", work) for work in WORKS if work != "kfra"} | {("mlp", "kfra")}
+    for (_, work), cell in cells.items():
+        peer = "curvlinops" if work == "kfac-expand" else "backpack"
+        assert cell["ratios"][peer] > 0
+        assert cell["errors"].keys() == cell["ratios"].keys()
+        assert max(cell["errors"].values()) < 1e-3
+        assert set(cell["rounds"].values()) == {1}
+
+
+def test_report_names_floors_ratios_and_who_could_not(report):
+    found, text, plots = report
+    assert next(c for c in found["cells"] if c["work"] == "diag_ggn_mc")["floors"] == {"floor": pytest.approx(1.0)}
+    assert "BackPACK's time / ours" in text
+    assert "Opacus has individual gradients and their norms" in text
+    assert plots == ["overhead_3c3d.png", "overhead_mlp.png"]
+
+
+def test_nets_are_those_of_the_papers():
+    program = "from benchmarks.bench.nets import parameters_of; import json, sys;"
+    done = run(["-c", program + "print(json.dumps({n: parameters_of(n) for n in sys.argv[1:]}))", *PARAMETERS])
+    assert json.loads(done.stdout) == PARAMETERS
+
+
+def test_every_extension_is_among_the_works():
+    program = "from benchmarks.bench.works import EXTENSIONS, WORKS; print(sorted(EXTENSIONS.keys() - WORKS.keys()))"
+    assert run(["-c", program]).stdout.strip() == "[]"
+
+
+def test_a_wrong_result_is_not_timed():
+    program = """
+import torch
+from benchmarks.bench import cells
+from benchmarks.bench.cases import Case, Place
+from benchmarks.bench.jobs import Job
+from benchmarks.bench.timing import Effort
+from benchmarks.bench.works import WORKS
+
+def doubled(case, work):
+    job = right(case, work)
+    return Job(job.run, lambda found: {n: {k: 2 * t for k, t in v.items()} for n, v in job.read(found).items()})
+
+right = cells.PEERS["naive"]
+cells.PEERS["naive"] = doubled
+case = Case("mlp", 2, 10, Place(torch.device("cpu"), torch.float32))
+cell = cells.measure(case, WORKS["batch_grad"], ["naive", "functional"], Effort(1, 1.0), 1e9)
+print(sorted(cell.wrong), sorted(cell.ratios))
+"""
+    assert run(["-c", program]).stdout.strip() == "['naive'] ['functional']"
