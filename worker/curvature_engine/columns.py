@@ -12,6 +12,7 @@ from curvature_engine.precision import accumulation_dtype
 from curvature_engine.program import Parameter
 from curvature_engine.tape import backward
 from curvature_engine.tasks import Part
+from curvature_engine.unfolded import Unfolded
 from curvature_engine.verification import Verification
 
 
@@ -20,11 +21,19 @@ class Columns:
 
     Args:
         gradient: the part's rows of the loss's gradient, which may be at hand already.
+        kept_bytes: how much of what rules make of saved inputs may be kept for the next column.
     """
 
     def __init__(
-        self, order: Order, selected: dict[str, Parameter], methods: Methods, part: Part, gradient: Tensor
+        self,
+        order: Order,
+        selected: dict[str, Parameter],
+        methods: Methods,
+        part: Part,
+        gradient: Tensor,
+        kept_bytes: int,
     ) -> None:
+        self._unfolded = Unfolded(kept_bytes)
         self._order, self._selected, self._methods = order, selected, methods
         self._part, self._gradient = part, gradient
 
@@ -73,7 +82,8 @@ class Columns:
                 uses.append((prepared, prepared.arranged_gradient(g)))
         if not uses:
             return Absent(parameter.tensor, self._part.n)
-        return ClosedForm(uses, parameter.tensor, self._part.n, self._order.budget.block_bytes, self._order.relief)
+        order = self._order
+        return ClosedForm(uses, parameter.tensor, self._part.n, order.budget.block_bytes, order.relief, self._unfolded)
 
     def _fallbacks(self, cotangent: Tensor) -> dict[str, Contribution]:
         """Per-sample gradients of the parameters without closed form: together where they fit the budget."""

@@ -16,9 +16,10 @@ from torch import Tensor
 from curvature_engine.errors import memory_ran_out
 from curvature_engine.precision import accumulation_dtype
 from curvature_engine.probe import Attribution
-from curvature_engine.reductions import REDUCTIONS, Moments, Reduction
+from curvature_engine.reductions import REDUCTIONS, Moments, Outer, Reduction
 from curvature_engine.rules import Rule
 from curvature_engine.tape import Tap, Use, backward
+from curvature_engine.unfolded import Unfolded
 from curvature_engine.watched import Derivation, pull_back
 
 
@@ -79,6 +80,10 @@ class Contribution(ABC):
     @abstractmethod
     def select(self, samples: Tensor) -> "Contribution":
         """The same of some samples [n], in their order; one may come more than once."""
+
+    def outer(self) -> Outer | None:
+        """The gradients as outer products, where they are such."""
+        return None
 
     def expect(self, reductions: Collection[str]) -> None:
         """Say which reductions (names of methods) will be asked for, each as often as it will be.
@@ -285,9 +290,10 @@ class ClosedForm(Contribution):
         N: int,
         budget_bytes: int,
         relief: Relief | None = None,
+        unfolded: Unfolded | None = None,
     ) -> None:
         super().__init__()
-        self.uses, self._relief = uses, relief
+        self.uses, self._relief, self._unfolded = uses, relief, unfolded
         if relief is not None:
             budget_bytes >>= relief.halvings
         self._like, self._N, self._budget_bytes = like, N, budget_bytes
@@ -396,6 +402,13 @@ class ClosedForm(Contribution):
             return torch.cat(parts)
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
+    def outer(self) -> Outer | None:
+        single = self.single()
+        if single is None:
+            return None
+        prepared, g, rule = single
+        return rule.outer(prepared.use.role, prepared.saved, g)
+
     def _pieces(self) -> Iterator[tuple[int, int, Tensor]]:
         single = self.single()
         if single is None:
@@ -404,9 +417,22 @@ class ClosedForm(Contribution):
         prepared, g, rule = single
         for first in range(0, self._N, self.block):
             block = slice(first, first + self.block)
-            saved = tuple(s[block] for s in prepared.saved)
-            for piece, gradients in enumerate(rule.pieces(prepared.use.role, saved, g[block])):
+            saved, role = tuple(s[block] for s in prepared.saved), prepared.use.role
+            unfolded = self._unfold(prepared, first)
+            for piece, gradients in enumerate(rule.pieces(role, saved, g[block], unfolded)):
                 yield first, piece, gradients
+
+    def _unfold(self, prepared: PreparedUse, first: int) -> Tensor | None:
+        """What the rule makes of the inputs of a block of samples, which columns to come may use again."""
+        rule, block = prepared.tap.rule, slice(first, first + self.block)
+        assert rule is not None
+
+        def make() -> Tensor | None:
+            return rule.unfold(prepared.use.role, tuple(s[block] for s in prepared.saved))
+
+        if self._unfolded is None:
+            return make()
+        return self._unfolded.get((prepared.tap_index, prepared.use.role, first, self.block), make)
 
     def _assemble(self, pieces: list[Tensor]) -> Tensor:
         single = self.single()

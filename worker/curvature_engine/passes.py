@@ -23,7 +23,7 @@ from curvature_engine.precision import accumulation_dtype
 from curvature_engine.probe import Code
 from curvature_engine.program import Parameter
 from curvature_engine.requests import Request
-from curvature_engine.residuals import Residuals, affine, find_strays
+from curvature_engine.residuals import Residuals, affine, find_bends
 from curvature_engine.results import Group
 from curvature_engine.stores import Layout, ResultStore
 from curvature_engine.tasks import Part, Share, Task, chosen_samples
@@ -72,7 +72,7 @@ class BackwardPasses:
         self._part = part
         self._gradient = part.rows(self._bound.gradient())
         self._methods.enter(part, self._gradient)
-        self._columns = Columns(self._order, self._selected, self._methods, part, self._gradient)
+        self._columns = Columns(self._order, self._selected, self._methods, part, self._gradient, self.kept_bytes)
         if any(r.extension.columns == "averaged" for r in self._order.requests):
             self._averaged = self._prepare_averaged()
 
@@ -159,6 +159,11 @@ class BackwardPasses:
     def contribution(self, name: str) -> Contribution:
         """A parameter's contribution with the shapes that it will have in the current part, and no numbers."""
         return self._columns.pattern(name)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What may be kept between columns."""
+        return self._order.budget.block_bytes if sum(self.columns.values()) > 1 else 0
 
     def tap_bytes(self) -> int:
         """What the gradients at the current part's taps take, for one cotangent."""
@@ -253,14 +258,17 @@ class BackwardPasses:
             return
         residuals = Residuals(self._part.outputs, self._gradient, self._order.budget.block_bytes)
         per_sample = any(s.request.extension.residual == "per sample" or s.samples is not None for s in shares)
-        strays = find_strays(
+        bends = find_bends(
             self._part.outputs, self._gradient, [u for uses in self._methods.uses.values() for u in uses]
         )
         for name, parameter in self._selected.items():
             uses = self._methods.uses.get(name)
-            if uses is None or not affine(uses) or not strays.isdisjoint(u.tap_index for u in uses):
+            taps = [] if uses is None else [u.tap_index for u in uses]
+            if uses is None or not affine(uses) or not bends.strays.isdisjoint(taps):
                 self._elementwise.add(name)
                 blocks = residuals.of_tensors(parameter.tensors, per_sample=per_sample)
+            elif bends.curved.isdisjoint(taps):
+                blocks = iter(())
             else:
                 blocks = residuals.of_uses(uses, parameter.tensor)
             for first, block in blocks:

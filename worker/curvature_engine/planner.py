@@ -153,7 +153,7 @@ class Planner:
         intermediates = max((p.peak_bytes for r in parts for p in r.parameters), default=0)
         columns = 3 * outputs.nbytes
         probing = (2 + work.probe_digits()) * gradients + parameters if work.methods else 0
-        computing = gradients + work.arranged_bytes() + intermediates + columns
+        computing = gradients + work.arranged_bytes() + work.kept_bytes + intermediates + columns
         return self._division.forward_bytes + max(probing, computing)
 
     def _stream(self, parts: Sequence[RequestPlan], held: int) -> tuple[list[RequestPlan], int]:

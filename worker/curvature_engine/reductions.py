@@ -25,6 +25,36 @@ class Moments(NamedTuple):
     spread: Tensor
 
 
+class Outer(NamedTuple):
+    """Individual gradients as outer products of `kept` [N, i], the same for every column, and `column` [N, j].
+
+    Attributes:
+        turned: whether the parameter is [i, j]; else it is [j, i].
+    """
+
+    kept: Tensor
+    column: Tensor
+    turned: bool
+
+    def squared(self) -> "Outer":
+        """That of the squares."""
+        return self._replace(kept=self.kept.square(), column=self.column.square())
+
+    def sum(self) -> Tensor:
+        """Σ over the samples, [*p]."""
+        return self.kept.T @ self.column if self.turned else self.column.T @ self.kept
+
+    def write_into(self, out: Tensor) -> None:
+        """All samples' products, into [N, *p]."""
+        left, right = (self.kept, self.column) if self.turned else (self.column, self.kept)
+        torch.mul(left[:, :, None], right[:, None], out=out)
+
+    def rows(self, first: int, stop: int) -> Tensor:
+        """Some samples' products, [n, *p]."""
+        left, right = (self.kept, self.column) if self.turned else (self.column, self.kept)
+        return left[first:stop, :, None] * right[first:stop, None]
+
+
 class Reduction(ABC):
     """Takes the pieces of one block after another."""
 

@@ -18,7 +18,7 @@ channels of a position share one product.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -148,15 +148,27 @@ def affine(uses: Sequence[PreparedUse]) -> bool:
     return not any(isinstance(p.use.watched.index, Derivation) for p in uses) and not feed_each_other(uses)
 
 
-def find_strays(outputs: Tensor, cotangent: Tensor, uses: Sequence[PreparedUse]) -> set[int]:
-    """Numbers of the taps at which second derivatives reach rows of other samples than first derivatives told.
+class Bends(NamedTuple):
+    """Where second derivatives of the residual are found, by the numbers of the taps.
+
+    Attributes:
+        strays: where they reach rows of other samples than first derivatives told.
+        curved: where there are any: elsewhere H is zero, with every tap (ReLU nets have it nowhere).
+    """
+
+    strays: set[int]
+    curved: set[int]
+
+
+def find_bends(outputs: Tensor, cotangent: Tensor, uses: Sequence[PreparedUse]) -> Bends:
+    """The taps with second derivatives, and those where these pair rows unexpectedly.
 
     Where a layer's outputs are zero a product's gradient is, too: no row was heard, or a sample's only, and the second
     derivatives may still pair any two. They are linear in the cotangent, so the probe's code tells them apart: with
     every sample's cotangent scaled by its own power of two, each row of H v must come back scaled by its own sample's.
     """
     taps = {p.tap_index: p for p in uses}
-    plain = _images_at(outputs, cotangent, taps)
+    plain = {i: image for i, image in _images_at(outputs, cotangent, taps).items() if bool(image.any())}
     code = Code.for_gradients(len(outputs), list(plain.values()))
     strays: set[int] = set()
     for factors in code.factors(outputs.device) if plain else ():
@@ -166,7 +178,7 @@ def find_strays(outputs: Tensor, cotangent: Tensor, uses: Sequence[PreparedUse])
             for number, image in plain.items()
             if not predicts(taps[number].tap, taps[number].attribution, image, found[number], factors, all_listed=False)
         }
-    return strays
+    return Bends(strays, set(plain))
 
 
 def _images_at(outputs: Tensor, cotangent: Tensor, taps: Mapping[int, PreparedUse]) -> dict[int, Tensor]:

@@ -173,6 +173,8 @@ def _environment(home: Path, threads: int | None) -> dict[str, str]:
     """Nothing of ours: no secrets, no settings."""
     environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     environment |= {"HOME": str(home), "TMPDIR": str(home), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    # Large tensors in huge pages: else the faults of first touching them take as long as a backward pass.
+    environment["THP_MEM_ALLOC_ENABLE"] = "1"
     if threads is not None:
         environment |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     return environment

@@ -7,7 +7,11 @@ from torch import Tensor
 from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting
 from curvature_engine.extensions.schemas import MC_SAMPLES, SUBSAMPLING
+from curvature_engine.extensions.squared_outer import SquaredOuters
 from curvature_engine.stores import Slab
+
+_BLOCK_NUMBERS = 2**22
+"""Of products that are made before they are added."""
 
 
 class BatchDiagonal(Accumulator):
@@ -16,24 +20,61 @@ class BatchDiagonal(Accumulator):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self._sums: dict[str, Slab] = {}
+        self._outers = SquaredOuters()
+        self._begun: set[str] = set()
+        """Parameters with something in the current part's rows."""
+
+    def start(self, rows: Sequence[int]) -> None:
+        self._multiply_out()
+        self._begun.clear()
+        super().start(rows)
 
     def add(self, parameter: str, contribution: Contribution) -> None:
-        if parameter not in self._sums:
-            self._sums[parameter] = self.setting.slab(parameter, (self.setting.N,))
+        if self._outers.take(parameter, contribution):
+            return
         for first, block in contribution.blocks():
-            self._add_to(parameter, self.rows[first : first + len(block)], block.square() / self.setting.draws)
+
+            def change(sums: Tensor, block: Tensor = block) -> None:
+                block = block.to(sums.device)
+                sums.addcmul_(block, block, value=1 / self.setting.draws)
+
+            self._slab(parameter).update(self.rows[first : first + len(block)], change)
+        self._begun.add(parameter)
+
+    def _multiply_out(self) -> None:
+        """Put what waits as outer products into the current part's rows."""
+        for parameter, squares in self._outers.release().items():
+            squares.column.div_(self.setting.draws)
+            place = None if parameter in self._begun else self._slab(parameter).place(self.rows)
+            if place is not None:
+                squares.write_into(place)
+                self._begun.add(parameter)
+                continue
+            numbers = min(_BLOCK_NUMBERS, self.setting.budget_bytes // 16)
+            size = max(1, numbers // max(1, squares.kept.shape[1] * squares.column.shape[1]))
+            for first in range(0, len(self.rows), size):
+                self._add_block(parameter, first, squares.rows(first, first + size))
 
     def result_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (self.setting.N, *shape)
 
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
-        return {name: total.result() for name, total in self._sums.items()}
+        self._multiply_out()
+        return {name: self._sums[name].result() for name in self.setting.parameters if name in self._sums}
 
-    def _add_to(self, parameter: str, rows: Sequence[int], block: Tensor) -> None:
+    def _slab(self, parameter: str) -> Slab:
+        if parameter not in self._sums:
+            self._sums[parameter] = self.setting.slab(parameter, (self.setting.N,))
+        return self._sums[parameter]
+
+    def _add_block(self, parameter: str, first: int, block: Tensor) -> None:
+        """Add to the rows of the part's samples from `first` on."""
+
         def change(sums: Tensor) -> None:
             sums += block.to(sums.device)
 
-        self._sums[parameter].update(rows, change)
+        self._slab(parameter).update(self.rows[first : first + len(block)], change)
+        self._begun.add(parameter)
 
 
 BATCH_DIAG_GGN_EXACT = Extension(

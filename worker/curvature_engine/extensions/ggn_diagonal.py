@@ -1,11 +1,14 @@
 """The diagonal of the generalized Gauss-Newton matrix, exact and by Monte Carlo."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting, Sketch
 from curvature_engine.extensions.first_order import sketch_of_squares
 from curvature_engine.extensions.schemas import MC_SAMPLES, SUBSAMPLING
+from curvature_engine.extensions.squared_outer import SquaredOuters
 
 
 class Diagonal(Accumulator):
@@ -16,9 +19,21 @@ class Diagonal(Accumulator):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self._sums: dict[str, Tensor] = {}
+        self._outers = SquaredOuters()
+
+    def start(self, rows: Sequence[int]) -> None:
+        self._multiply_out()
+        super().start(rows)
 
     def add(self, parameter: str, contribution: Contribution) -> None:
-        part = contribution.sum_squared()
+        if self.setting.columns == 1 or not self._outers.take(parameter, contribution):
+            self._put(parameter, contribution.sum_squared())
+
+    def _multiply_out(self) -> None:
+        for parameter, squares in self._outers.release().items():
+            self._put(parameter, squares.sum())
+
+    def _put(self, parameter: str, part: Tensor) -> None:
         if parameter in self._sums:
             self._sums[parameter].add_(part)
         else:
@@ -29,7 +44,12 @@ class Diagonal(Accumulator):
 
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
         draws = self.setting.draws
-        return {name: total if draws == 1 else total / draws for name, total in self._sums.items()}
+        return {name: total if draws == 1 else total / draws for name, total in self._totals().items()}
+
+    def _totals(self) -> dict[str, Tensor]:
+        """The sums over all columns and samples."""
+        self._multiply_out()
+        return {name: self._sums[name] for name in self.setting.parameters if name in self._sums}
 
 
 DIAG_GGN_EXACT = Extension(

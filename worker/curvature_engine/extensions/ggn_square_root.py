@@ -26,11 +26,15 @@ class _SquareRoot(Accumulator):
         v = self._filled.get(parameter, 0)
         if parameter not in self._columns:
             self._columns[parameter] = self.setting.slab(parameter, (self.setting.columns, self.setting.N))
-        for first, block in contribution.blocks():
-            rows = [v * self.setting.N + row for row in self.rows[first : first + len(block)]]
-            scaled = block if self.setting.draws == 1 else block / self.setting.draws**0.5
-            self._columns[parameter].write(rows, scaled)
         self._filled[parameter] = v + 1
+        rows, factor = [v * self.setting.N + row for row in self.rows], self.setting.draws**-0.5
+        place = self._columns[parameter].place(rows)
+        if place is not None:
+            contribution.write_into(place, factor)
+            return
+        for first, block in contribution.blocks():
+            scaled = block if factor == 1.0 else block * factor
+            self._columns[parameter].write(rows[first : first + len(block)], scaled)
 
     def result_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (self.setting.columns, self.setting.N, *shape)

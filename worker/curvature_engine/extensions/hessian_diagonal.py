@@ -10,12 +10,13 @@ from curvature_engine.extensions.schemas import SUBSAMPLING
 
 class _Diagonal(Diagonal):
     def add_residual(self, parameter: str, first: int, block: Tensor) -> None:
-        self._sums[parameter] += block.sum(0)
+        self._put(parameter, block.sum(0))
 
 
 class _BatchDiagonal(BatchDiagonal):
     def add_residual(self, parameter: str, first: int, block: Tensor) -> None:
-        self._add_to(parameter, self.rows[first : first + len(block)], block)
+        self._multiply_out()
+        self._add_block(parameter, first, block)
 
 
 DIAG_HESSIAN = Extension(

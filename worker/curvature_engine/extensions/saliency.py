@@ -19,7 +19,7 @@ _DIAGONAL = {
 
 class _Saliency(Diagonal):
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
-        sums, parameters = self._sums, self.setting.parameters
+        sums, parameters = self._totals(), self.setting.parameters
         return {n: parameters[n].to(d.dtype).square() * d / (2 * self.setting.draws) for n, d in sums.items()}
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from curvature_engine.reductions import Moments
+from curvature_engine.reductions import Moments, Outer
 
 
 class Rule(ABC):
@@ -48,12 +48,23 @@ class Rule(ABC):
     def per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor:
         """Gradients of the consumed tensor: saved and g `[n, T, …]` → `[n, *shape]`."""
 
+    def outer(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Outer | None:
+        """The gradients as outer products of one vector of the saved inputs and one of g, where they are such."""
+        return None
+
     def per_sample_into(self, role: str, saved: Sequence[Tensor], g: Tensor, out: Tensor) -> bool:
         """Write `per_sample` into `out` [n, *shape] without a copy between; False where there is no such way."""
         return False
 
-    def pieces(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Iterator[Tensor]:
-        """`per_sample` in parts of the consumed tensor, [n, *piece] each, in whatever order is cheapest to make."""
+    def unfold(self, role: str, saved: Sequence[Tensor]) -> Tensor | None:
+        """What `pieces` takes of the saved inputs, the same for every g; None where it takes them as they are."""
+        return None
+
+    def pieces(self, role: str, saved: Sequence[Tensor], g: Tensor, unfolded: Tensor | None) -> Iterator[Tensor]:
+        """`per_sample` in parts of the consumed tensor, [n, *piece] each, in whatever order is cheapest to make.
+
+        `unfolded` is what `unfold` gives.
+        """
         yield self.per_sample(role, saved, g)
 
     def assemble(self, role: str, pieces: list[Tensor]) -> Tensor:

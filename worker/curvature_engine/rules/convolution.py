@@ -47,11 +47,10 @@ class Geometry:
         )
         return windows.reshape(u, c * prod(self.kernel), prod(positions))
 
-    def sliding(self, x: Tensor, positions: Sequence[int]) -> Iterator[Tensor]:
-        """Per place in the kernel's first axis, x [u, c, *space] at all windows: [u, Π positions, k₁…·c].
+    def wide(self, x: Tensor, positions: Sequence[int]) -> Tensor:
+        """Unfold x [u, c, *space] along all axes but the first: [u, padded space₀, Π positions₁…, k₁…·c].
 
-        Unfolded along the further axes alone, channels last so that runs are long, it holds the windows of every place
-        as slices: with stride 1, of a part of the memory that `patches` takes, and without a copy.
+        Channels come last, so that runs are long.
         """
         space = [b + s + a for b, s, a in zip(self.before, x.shape[2:], self.after, strict=True)]
         last = x.new_zeros if any((*self.before, *self.after)) else x.new_empty
@@ -59,7 +58,7 @@ class Geometry:
         inner = tuple(slice(b, b + s) for b, s in zip(self.before, x.shape[2:], strict=True))
         padded[(slice(None), *inner)] = x.movedim(1, -1)
         step = padded.stride()
-        wide = padded.as_strided(
+        windows = padded.as_strided(
             (len(x), space[0], *positions[1:], *self.kernel[1:], x.shape[1]),
             (
                 *step[:2],
@@ -67,11 +66,18 @@ class Geometry:
                 *(s * d for s, d in zip(step[2:-1], self.dilation[1:], strict=True)),
                 1,
             ),
-        ).reshape(len(x), space[0], prod(positions[1:]), prod(self.kernel[1:]) * x.shape[1])
+        )
+        return windows.reshape(len(x), space[0], prod(positions[1:]), prod(self.kernel[1:]) * x.shape[1])
+
+    def sliding(self, wide: Tensor, positions: Sequence[int]) -> Iterator[Tensor]:
+        """Per place in the kernel's first axis, the windows at all positions: [u, Π positions, k₁…·c].
+
+        With stride 1 these are slices of `wide`: without a copy, in a part of the memory that `patches` takes.
+        """
         for place in range(self.kernel[0]):
             first = place * self.dilation[0]
             rows = wide[:, first : first + self.stride[0] * (positions[0] - 1) + 1 : self.stride[0]]
-            yield rows.reshape(len(x), prod(positions), wide.shape[3])
+            yield rows.reshape(len(wide), prod(positions), wide.shape[3])
 
 
 class ConvolutionRule(Rule):
@@ -85,28 +91,36 @@ class ConvolutionRule(Rule):
         self.inputs_first = transposed
 
     def per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor:
-        n, T = g.shape[:2]
+        T = g.shape[1]
         if role == "bias":
             return g.flatten(3).sum((1, 3))
-        groups, kernel = self._geometry.groups, self._geometry.kernel
-        left, right = self._factors(saved[0].flatten(0, 1), g.flatten(0, 1))
-        product = torch.bmm(left, right.transpose(1, 2))
-        product = product.view(n, T, groups * left.shape[1], right.shape[1] // prod(kernel), *kernel)
-        return product[:, 0] if T == 1 else product.sum(1)
+        here, patches = self._sides(saved[0].flatten(0, 1), g.flatten(0, 1))
+        return self._products(here, patches, T)
 
-    def _factors(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """[u·groups, a, L] and [u·groups, b·k, L], the product of which is every image's gradient."""
+    def _sides(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """What a gradient is the product of: a tensor [u, a, *space] and patches [u, b·k, L]."""
         # The transposed convolution is the adjoint: input and output gradient change places.
         here, unfolded = (x, g) if self.inputs_first else (g, x)
+        return here, self._geometry.patches(unfolded, here.shape[2:])
+
+    def _products(self, here: Tensor, patches: Tensor, T: int) -> Tensor:
+        """Gradients [n, a, b/groups, *k] of n samples with T images each."""
+        left, right = self._by_group(here.flatten(2)), self._by_group(patches)
+        product = torch.bmm(left, right.transpose(1, 2))
+        width = right.shape[1] // prod(self._geometry.kernel)
+        product = product.view(-1, T, here.shape[1], width, *self._geometry.kernel)
+        return product[:, 0] if T == 1 else product.sum(1)
+
+    def _by_group(self, x: Tensor) -> Tensor:
+        """[u, c, L] → [u·groups, c/groups, L]."""
         groups = self._geometry.groups
-        patches = self._geometry.patches(unfolded, here.shape[2:])
-        left = here.reshape(here.shape[0] * groups, here.shape[1] // groups, -1)
-        return left, patches.reshape(patches.shape[0] * groups, patches.shape[1] // groups, -1)
+        return x.reshape(x.shape[0] * groups, x.shape[1] // groups, x.shape[2])
 
     def per_sample_into(self, role: str, saved: Sequence[Tensor], g: Tensor, out: Tensor) -> bool:
         if role == "bias" or g.shape[1] != 1:
             return False
-        left, right = self._factors(saved[0].flatten(0, 1), g.flatten(0, 1))
+        here, patches = self._sides(saved[0].flatten(0, 1), g.flatten(0, 1))
+        left, right = self._by_group(here.flatten(2)), self._by_group(patches)
         torch.bmm(left, right.transpose(1, 2), out=out.view(left.shape[0], left.shape[1], right.shape[1]))
         return True
 
@@ -136,13 +150,23 @@ class DirectConvolutionRule(ConvolutionRule):
         super().__init__(geometry, transposed=False)
         self._positions = tuple(positions)
 
-    def pieces(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Iterator[Tensor]:
-        if role == "bias" or not self._slides(saved[0].shape[2]):
-            yield from super().pieces(role, saved, g)
+    def unfold(self, role: str, saved: Sequence[Tensor]) -> Tensor | None:
+        if role == "bias":
+            return None
+        x = saved[0].flatten(0, 1)
+        unfold = self._geometry.wide if self._slides(x.shape[1]) else self._geometry.patches
+        return unfold(x, self._positions)
+
+    def pieces(self, role: str, saved: Sequence[Tensor], g: Tensor, unfolded: Tensor | None) -> Iterator[Tensor]:
+        if role == "bias" or unfolded is None:
+            yield self.per_sample(role, saved, g)
             return
         n, T = g.shape[:2]
+        if not self._slides(saved[0].shape[2]):
+            yield self._products(g.flatten(0, 1), unfolded, T)
+            return
         left = g.flatten(0, 1).flatten(2)  # [n·T, out, L]
-        for windows in self._geometry.sliding(saved[0].flatten(0, 1), self._positions):
+        for windows in self._geometry.sliding(unfolded, self._positions):
             product = torch.bmm(left, windows)
             yield product if T == 1 else product.view(n, T, *product.shape[1:]).sum(1)
 

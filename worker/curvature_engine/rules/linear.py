@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature_engine.reductions import Moments
+from curvature_engine.reductions import Moments, Outer
 from curvature_engine.rules.base import Match, Rule, gives
 
 _LEAST_SHARE = 2.0**-5
@@ -38,6 +38,11 @@ class LinearRule(Rule):
         x = saved[0]
         product = torch.bmm(x.transpose(1, 2), g) if self.inputs_first else torch.bmm(g.transpose(1, 2), x)
         return self._scaled(product, self._alpha)
+
+    def outer(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Outer | None:
+        if role == "bias" or g.shape[1] != 1:
+            return None
+        return Outer(self._scaled(saved[0][:, 0], self._alpha), g[:, 0], self.inputs_first)
 
     def per_sample_into(self, role: str, saved: Sequence[Tensor], g: Tensor, out: Tensor) -> bool:
         if role == "bias" or self._alpha != 1:
