@@ -112,6 +112,8 @@ class BackwardPasses:
         if self._averaged is not None:
             self._averaged.add_to([s.accumulator for s in shares if s.columns == "averaged"])
             self._advance()
+        for share in shares:
+            share.accumulator.stop()
 
     def gradient_contributions(self) -> dict[str, Contribution]:
         """Every parameter's individual gradients in the current part."""
@@ -163,7 +165,15 @@ class BackwardPasses:
     @property
     def kept_bytes(self) -> int:
         """What may be kept between columns."""
-        return self._order.budget.block_bytes if sum(self.columns.values()) > 1 else 0
+        if sum(self.columns.values()) <= 1:
+            return 0
+        needed = sum(
+            p.tap.rule.unfolded_elements(p.use.role, p.saved) * accumulation_dtype(self._part.outputs.dtype).itemsize
+            for uses in self._methods.uses.values()
+            for p in uses
+            if p.tap.rule is not None
+        )
+        return min(self._order.budget.block_bytes, needed)
 
     def tap_bytes(self) -> int:
         """What the gradients at the current part's taps take, for one cotangent."""

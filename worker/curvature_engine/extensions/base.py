@@ -146,7 +146,7 @@ class Accumulator(ABC):
     """Takes one parameter's contribution per column, and gives the result at the end.
 
     The samples come in one part or several, each with its own forward pass: `start` announces a part, then come all of
-    its columns.
+    its columns, then `stop`.
 
     Attributes:
         rows: places in the result of the current part's samples.
@@ -171,6 +171,9 @@ class Accumulator(ABC):
     def start(self, rows: Sequence[int]) -> None:
         """Begin a part, whose contributions hold the samples with these places in the result."""
         self.rows = rows
+
+    def stop(self) -> None:  # noqa: B027 (most have nothing to do)
+        """End a part: no more of its columns come."""
 
     def sketch(self, parameter: str, contribution: Contribution) -> Sketch:
         """What `add` would do with contributions like this one, whose numbers mean nothing."""

@@ -25,7 +25,6 @@ class BatchDiagonal(Accumulator):
         """Parameters with something in the current part's rows."""
 
     def start(self, rows: Sequence[int]) -> None:
-        self._multiply_out()
         self._begun.clear()
         super().start(rows)
 
@@ -41,8 +40,8 @@ class BatchDiagonal(Accumulator):
             self._slab(parameter).update(self.rows[first : first + len(block)], change)
         self._begun.add(parameter)
 
-    def _multiply_out(self) -> None:
-        """Put what waits as outer products into the current part's rows."""
+    def stop(self) -> None:
+        # What waits as outer products goes into the part's rows.
         for parameter, squares in self._outers.release().items():
             squares.column.div_(self.setting.draws)
             place = None if parameter in self._begun else self._slab(parameter).place(self.rows)
@@ -59,7 +58,6 @@ class BatchDiagonal(Accumulator):
         return (self.setting.N, *shape)
 
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
-        self._multiply_out()
         return {name: self._sums[name].result() for name in self.setting.parameters if name in self._sums}
 
     def _slab(self, parameter: str) -> Slab:

@@ -1,7 +1,5 @@
 """The diagonal of the generalized Gauss-Newton matrix, exact and by Monte Carlo."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from curvature_engine.contributions import Contribution
@@ -21,15 +19,11 @@ class Diagonal(Accumulator):
         self._sums: dict[str, Tensor] = {}
         self._outers = SquaredOuters()
 
-    def start(self, rows: Sequence[int]) -> None:
-        self._multiply_out()
-        super().start(rows)
-
     def add(self, parameter: str, contribution: Contribution) -> None:
         if self.setting.columns == 1 or not self._outers.take(parameter, contribution):
             self._put(parameter, contribution.sum_squared())
 
-    def _multiply_out(self) -> None:
+    def stop(self) -> None:
         for parameter, squares in self._outers.release().items():
             self._put(parameter, squares.sum())
 
@@ -48,7 +42,6 @@ class Diagonal(Accumulator):
 
     def _totals(self) -> dict[str, Tensor]:
         """The sums over all columns and samples."""
-        self._multiply_out()
         return {name: self._sums[name] for name in self.setting.parameters if name in self._sums}
 
 

@@ -15,7 +15,7 @@ class _Diagonal(Diagonal):
 
 class _BatchDiagonal(BatchDiagonal):
     def add_residual(self, parameter: str, first: int, block: Tensor) -> None:
-        self._multiply_out()
+        self.stop()
         self._add_block(parameter, first, block)
 
 

@@ -60,6 +60,10 @@ class Rule(ABC):
         """What `pieces` takes of the saved inputs, the same for every g; None where it takes them as they are."""
         return None
 
+    def unfolded_elements(self, role: str, saved: Sequence[Tensor]) -> int:
+        """How many numbers `unfold` gives."""
+        return 0
+
     def pieces(self, role: str, saved: Sequence[Tensor], g: Tensor, unfolded: Tensor | None) -> Iterator[Tensor]:
         """`per_sample` in parts of the consumed tensor, [n, *piece] each, in whatever order is cheapest to make.
 

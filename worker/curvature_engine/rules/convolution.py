@@ -131,6 +131,11 @@ class ConvolutionRule(Rule):
         here, unfolded = (x, g) if self.inputs_first else (g, x)
         return here.numel() * unfolded.shape[2] // groups * taps
 
+    def working_elements(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
+        if role == "bias":
+            return g.numel()
+        return max(saved[0].numel(), g.numel()) * prod(self._geometry.kernel)
+
     def factor_outputs(self, role: str, g: Tensor) -> Tensor | None:
         n, T, out = g.shape[:3]
         groups = self._geometry.groups
@@ -178,11 +183,17 @@ class DirectConvolutionRule(ConvolutionRule):
         return whole.view(len(whole), *kernel, -1).movedim(-1, 1).contiguous()
 
     def working_elements(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
+        return max(g.numel(), self.unfolded_elements(role, saved))
+
+    def unfolded_elements(self, role: str, saved: Sequence[Tensor]) -> int:
         if role == "bias":
-            return g.numel()
-        x, kernel = saved[0], self._geometry.kernel
-        wide = prod(kernel[1:]) if self._slides(x.shape[2]) else prod(kernel)
-        return x.shape[0] * x.shape[1] * x.shape[2] * max(prod(x.shape[3:]), prod(g.shape[3:])) * wide
+            return 0
+        x, geometry = saved[0], self._geometry
+        channels = x.shape[0] * x.shape[1] * x.shape[2]
+        if not self._slides(x.shape[2]):
+            return channels * prod(geometry.kernel) * prod(self._positions)
+        rows = geometry.before[0] + x.shape[3] + geometry.after[0]
+        return channels * rows * prod(geometry.kernel[1:]) * prod(self._positions[1:])
 
     def _slides(self, channels: int) -> bool:
         """Whether windows along the first axis as slices of one unfolded tensor are cheaper than all unfolded."""
