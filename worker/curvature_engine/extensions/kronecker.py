@@ -23,8 +23,17 @@ from torch import Tensor
 from curvature_engine.contributions import Absent, ClosedForm, Contribution, PreparedUse
 from curvature_engine.errors import EngineError
 from curvature_engine.extensions.base import Accumulator, Extension, ForeseenUse, KroneckerFactors, Setting, Sketch
+from curvature_engine.extensions.factor_sums import (
+    averaged_moment,
+    columns_of_one_sample,
+    cost_of_inputs,
+    positions,
+    summed_columns,
+    summed_moment,
+)
 from curvature_engine.extensions.mergers import OWN, Merger, State, companion
 from curvature_engine.extensions.schemas import MC_SAMPLES
+from curvature_engine.rules.gram import add_product
 from curvature_engine.tape import Use
 from curvature_engine.watched import Derivation
 
@@ -68,6 +77,10 @@ class Kronecker(Accumulator):
         self._A: dict[str, Tensor] = {}
         self._positions: dict[str, int] = {}
         self._met: set[str] = set()
+        # Of the current part: B, biases with the B of a weight, and why there is no form (None: there is).
+        self._current: dict[str, Tensor] = {}
+        self._twins: dict[str, tuple[str, float]] = {}
+        self._reasons: dict[str, str | None] = {}
 
     @classmethod
     def foresee(cls, uses: Sequence[ForeseenUse]) -> str | None:
@@ -78,68 +91,99 @@ class Kronecker(Accumulator):
 
     def start(self, rows: Sequence[int]) -> None:
         super().start(rows)
-        self._met.clear()
+        self._close_part()
 
     def add(self, parameter: str, contribution: Contribution) -> None:
         self._add(parameter, contribution, contribution)
 
     def note_missing(self, parameter: str, contribution: Contribution) -> None:
-        found = self._outputs(contribution)
-        if isinstance(found, str):
-            self._leave_out(parameter, found)
+        reason = self._reason(contribution)
+        if reason is not None:
+            self._leave_out(parameter, reason)
 
     def _add(self, parameter: str, left: Contribution, right: Contribution) -> None:
         """Add Σ l rᵀ to B."""
         if parameter in self.missing:
             return
-        s = self._columns(left)
-        if isinstance(s, str):
-            self._leave_out(parameter, s)
+        if parameter not in self._reasons or not isinstance(left, ClosedForm):
+            self._reasons[parameter] = self._reason(left)
+        reason = self._reasons[parameter]
+        if reason is not None:
+            self._leave_out(parameter, reason)
             return
-        other = s if right is left else self._columns(right)
         assert isinstance(left, ClosedForm)
-        assert isinstance(other, Tensor)
-        B = moment(s, other)
-        self._B[parameter] = self._B[parameter].add_(B) if parameter in self._B else B
-        if parameter not in self._met:  # the inputs are the same for every column
-            self._met.add(parameter)
-            joint = self._joint and self._bias_of(parameter) is not None
-            self._add_inputs(parameter, [p for p, _ in left.uses], joint)
+        assert isinstance(right, ClosedForm)
+        first = parameter not in self._met
+        self._met.add(parameter)
+        if first and (twin := self._twin_of(parameter)) is not None:
+            self._twins[parameter] = twin
+        if parameter not in self._twins:
+            self._add_outputs(parameter, left, right)
+        if first:  # the inputs are the same for every column
+            self._add_inputs(parameter, [p for p, _ in left.uses])
 
-    def _columns(self, contribution: Contribution) -> Tensor | str:
-        """What B sums over, [groups, n, positions, out], summed over positions except under "expand"; or why not."""
-        found = self._outputs(contribution)
-        if isinstance(found, str):
-            return found
-        s = torch.cat(found, dim=2)
-        return s if self._approximation == "expand" else s.sum(2, keepdim=True)
+    def _twin_of(self, bias: str) -> tuple[str, float] | None:
+        """A weight with the same columns, whose B the bias has, too, and the factor that the bias is multiplied by."""
+        uses = self.setting.uses.get(bias, ())
+        scales = {p.tap.rule.bias_scale for p in uses if p.tap.rule is not None}
+        if len(scales) != 1 or any(p.use.role != "bias" for p in uses):
+            return None
+        weight = self._weight_of(bias)
+        return (weight, scales.pop()) if weight is not None and weight in self._current else None
+
+    def _add_outputs(self, parameter: str, left: ClosedForm, right: ClosedForm) -> None:
+        """Add a column's Σ l rᵀ, both summed over positions first except under "expand"."""
+        if self._approximation != "expand":
+            s = summed_columns(left)
+            other = s if right is left else summed_columns(right)
+            self._current[parameter] = add_product(s, other, self._current.get(parameter))
+            return
+        for (prepared, g), (_, h) in zip(left.uses, right.uses, strict=True):
+            assert prepared.tap.rule is not None
+            B = prepared.tap.rule.output_moment(prepared.use.role, g, h, self._current.get(parameter))
+            assert B is not None
+            self._current[parameter] = B
+
+    def _close_part(self) -> None:
+        """Add the current part's B to that of the parts before."""
+        for bias, (weight, scale) in self._twins.items():
+            self._current[bias] = self._current[weight] * scale**2
+        for name, B in self._current.items():
+            self._B[name] = self._B[name].add_(B) if name in self._B else B
+        self._current, self._twins, self._reasons = {}, {}, {}
+        self._met.clear()
 
     def sketch(self, parameter: str, contribution: Contribution) -> Sketch:
-        found = self._outputs(contribution)
-        if isinstance(found, str):
-            return Sketch("factors", 0, (), found)
+        reason = self._reason(contribution)
+        if reason is not None:
+            return Sketch("factors", 0, (), reason)
         assert isinstance(contribution, ClosedForm)
         n = len(self.rows)
+        found = columns_of_one_sample(contribution)
         groups, out = found[0].shape[0], found[0].shape[3]
-        positions = sum(o.shape[2] for o in found) if self._approximation == "expand" else 1
+        places = sum(o.shape[2] for o in found) if self._approximation == "expand" else 1
         shapes = [(groups, out, out) if groups > 1 else (out, out)]
-        cost = groups * n * positions * out * out
-        held = sum(o.nbytes for o in found)
+        cost = groups * n * places * out * out
+        held = n * sum(o.nbytes for o in found)
         if contribution.uses[0][0].use.role == "weight":
             width = prod(contribution.shape) // max(1, groups * out)
             width += self._joint and self._bias_of(parameter) is not None
             shapes.append((groups, width, width) if groups > 1 else (width, width))
-            cost += groups * n * positions * width * width // max(1, self.setting.columns)
-            held = max(held, min(self.setting.budget_bytes, groups * n * found[0].shape[2] * width * found[0].itemsize))
+            averaged = self._approximation == "reduce"
+            uses = [p for p, _ in contribution.uses]
+            products, working = cost_of_inputs(uses, self.setting.budget_bytes, averaged=averaged)
+            cost += products // max(1, self.setting.columns)
+            held = max(held, working)
         elif self._joint and (weight := self._weight_of(parameter)) is not None:
             return Sketch("factors", 0, (), f"its block is part of that of {weight}, after the weight's columns")
         return Sketch("factors", cost, tuple(shapes), intermediate_bytes=held)
 
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
-        counts = {name: self._count(name) for name in self._A}
+        blocks = self._blocks()
+        inputs, self._A = self._A, {}
         return {
-            name: self._pair(B, self._A[name] / counts[name] if name in counts else None)
-            for name, B in self._blocks().items()
+            name: self._pair(B, inputs[name].div_(self._count(name)) if name in inputs else None)
+            for name, B in blocks.items()
         }
 
     def state(self) -> dict[str, Tensor | KroneckerFactors]:
@@ -152,7 +196,8 @@ class Kronecker(Accumulator):
         return found
 
     def _blocks(self) -> dict[str, Tensor]:
-        """B of every parameter that has a form."""
+        """B of every parameter that has a form; it is given away."""
+        self._close_part()
         if self._joint:
             for weight in [name for name in self._B if name not in self.missing]:
                 bias = self._bias_of(weight)
@@ -163,20 +208,18 @@ class Kronecker(Accumulator):
         empirical = self.setting.options.get("fisher") == "empirical"
         scale = self.setting.Z if empirical else 1 / self.setting.draws
         # Of a parameter left out in one part, the others' sums are of no use.
-        return {name: B * scale for name, B in self._B.items() if name not in self.missing}
+        found, self._B = self._B, {}
+        return {name: B.mul_(scale) for name, B in found.items() if name not in self.missing}
 
     def _count(self, parameter: str) -> int:
         """What A's sum is divided by."""
         return self._positions[parameter] if self._approximation == "expand" else self.setting.N
 
-    def _outputs(self, contribution: Contribution) -> list[Tensor] | str:
-        """Every use's columns s [groups, n, positions, out], or why there is no Kronecker form."""
+    def _reason(self, contribution: Contribution) -> str | None:
+        """Why there is no Kronecker form, or None."""
         if not isinstance(contribution, ClosedForm):
-            absent = isinstance(contribution, Absent)
-            return _UNREACHED if absent else _FALLBACK
-        outputs = [p.tap.rule.factor_outputs(p.use.role, g) for p, g in contribution.uses if p.tap.rule is not None]
-        reason = self._obstacle(contribution, outputs)
-        return [o for o in outputs if o is not None] if reason is None else reason
+            return _UNREACHED if isinstance(contribution, Absent) else _FALLBACK
+        return self._obstacle(contribution)
 
     def _weight_of(self, bias: str) -> str | None:
         """The weight whose block takes in this bias."""
@@ -209,9 +252,9 @@ class Kronecker(Accumulator):
         taps = sorted(p.tap_index for p in uses)
         return bias if bias and taps == sorted(p.tap_index for p in self.setting.uses.get(bias, ())) else None
 
-    def _obstacle(self, contribution: ClosedForm, outputs: list[Tensor | None]) -> str | None:
-        """Why there is no Kronecker form, or None."""
+    def _obstacle(self, contribution: ClosedForm) -> str | None:
         uses = [p for p, _ in contribution.uses]
+        outputs = [p.tap.rule.factor_outputs(p.use.role, g[:1]) for p, g in contribution.uses if p.tap.rule is not None]
         if any(o is None for o in outputs):
             kinds = sorted({p.tap.name for p, o in zip(uses, outputs, strict=True) if o is None})
             return _no_form(kinds)
@@ -235,34 +278,17 @@ class Kronecker(Accumulator):
                 return "no Kronecker form by reduce: samples have different numbers of positions"
         return None
 
-    def _add_inputs(self, parameter: str, uses: list[PreparedUse], joint: bool) -> None:
+    def _add_inputs(self, parameter: str, uses: list[PreparedUse]) -> None:
         """Add a part's Σ x xᵀ (under "reduce" of inputs averaged over positions), and count its positions."""
         if uses[0].use.role != "weight":
             return
-        n, rows = len(self.rows), 0
-        one = self._inputs(uses, slice(0, 1), joint)
-        for prepared, x in zip(uses, one, strict=True):
-            # Padding rows of zeros (irregular attributions) do not count as positions.
-            rows += prepared.attribution.R * (x.shape[2] // prepared.saved[0].shape[1])
-        size = max(1, min(n, self.setting.budget_bytes // max(1, sum(x.nbytes for x in one))))
-        for first in range(0, n, size):
-            x = torch.cat(self._inputs(uses, slice(first, first + size), joint), dim=2)
-            if self._approximation == "reduce":
-                x = x.sum(2, keepdim=True) * (n / rows)
-            A = moment(x, x)
-            self._A[parameter] = self._A[parameter].add_(A) if parameter in self._A else A
+        joint = self._joint and self._bias_of(parameter) is not None
+        # Padding rows of zeros (irregular attributions) do not count as positions.
+        rows = sum(positions(p) for p in uses)
+        form = averaged_moment if self._approximation == "reduce" else summed_moment
+        A = form(uses, self.setting.budget_bytes, joint=joint)
+        self._A[parameter] = self._A[parameter].add_(A) if parameter in self._A else A
         self._positions[parameter] = self._positions.get(parameter, 0) + rows
-
-    @staticmethod
-    def _inputs(uses: list[PreparedUse], block: slice, joint: bool) -> list[Tensor]:
-        """Every use's inputs of some samples, [groups, n, positions, in]."""
-        found = []
-        for prepared in uses:
-            rule = prepared.tap.rule
-            x = None if rule is None else rule.factor_inputs(tuple(s[block] for s in prepared.saved))
-            assert x is not None
-            found.append(_with_one(x, prepared, block) if joint else x)
-        return found
 
     @staticmethod
     def _pair(B: Tensor, A: Tensor | None) -> KroneckerFactors:
@@ -285,22 +311,8 @@ class Factors(Merger):
         return state[OWN] / state[_COUNT] if _COUNT in state else state[OWN]
 
 
-def moment(left: Tensor, right: Tensor) -> Tensor:
-    """Σ over samples and positions of l rᵀ: twice [groups, n, positions, d] → [groups, d, d]."""
-    return torch.bmm(left.flatten(1, 2).transpose(1, 2), right.flatten(1, 2))
-
-
 def _no_form(operators: Sequence[str]) -> str:
     return f"no Kronecker form for {', '.join(operators)}"
-
-
-def _with_one(x: Tensor, prepared: PreparedUse, block: slice) -> Tensor:
-    """Inputs [groups, N, positions, in] with what the bias is multiplied by after them; padding rows stay zero."""
-    attribution, rule = prepared.attribution, prepared.tap.rule
-    assert rule is not None
-    ones = attribution.arrange(x.new_full((attribution.R, 1), rule.bias_scale), 1)[block]  # [n, T, 1]
-    ones = ones.repeat_interleave(x.shape[2] // ones.shape[1], dim=1)
-    return torch.cat([x, ones.expand(x.shape[0], *ones.shape)], dim=3)
 
 
 def _columns(options: Mapping[str, Any]) -> Mapping[str, Any]:

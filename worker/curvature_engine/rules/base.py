@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from curvature_engine.reductions import Moments, Outer
+from curvature_engine.rules.gram import add_product, gram_multiply_adds
 
 
 class Rule(ABC):
@@ -107,6 +108,55 @@ class Rule(ABC):
     def factor_outputs(self, role: str, g: Tensor) -> Tensor | None:
         """Back-propagated columns s of the Kronecker factor B: `[groups, n, positions, out]`, or None."""
         return None
+
+    def input_positions(self, saved: Sequence[Tensor]) -> int:
+        """How many of `factor_inputs`' positions one row has."""
+        x = self.factor_inputs([s[:1] for s in saved])
+        return 0 if x is None else x.shape[2] // max(1, saved[0].shape[1])
+
+    def input_moment(self, saved: Sequence[Tensor], budget_bytes: int) -> Tensor | None:
+        """Σ x xᵀ of `factor_inputs` over samples and positions, `[groups, in, in]`: a tensor of its own."""
+        total: Tensor | None = None
+        for x in self._input_blocks(saved, budget_bytes):
+            rows = x.flatten(1, 2)
+            total = add_product(rows, rows, total)
+        return total
+
+    def input_moment_cost(self, saved: Sequence[Tensor], budget_bytes: int) -> tuple[int, int]:
+        """What `input_moment` takes, from shapes alone: multiplications and additions, and bytes beside the result."""
+        x = self.factor_inputs([s[:1] for s in saved])
+        if x is None:
+            return 0, 0
+        n = len(saved[0])
+        held = max(x.nbytes, min(budget_bytes, n * x.nbytes)) + x.shape[0] * x.shape[3] ** 2 * x.element_size()
+        return gram_multiply_adds(x.shape[0], x.shape[3], n * x.shape[2]), held
+
+    def input_sums(self, saved: Sequence[Tensor], budget_bytes: int) -> Tensor | None:
+        """Σ x of `factor_inputs` over each sample's positions, `[groups, n, in]`."""
+        blocks = [x.sum(2) for x in self._input_blocks(saved, budget_bytes)]
+        return torch.cat(blocks, 1) if blocks else None
+
+    def output_sums(self, role: str, g: Tensor) -> Tensor | None:
+        """Σ s of `factor_outputs` over each sample's positions, `[groups, n, out]`."""
+        s = self.factor_outputs(role, g)
+        return None if s is None else s.sum(2)
+
+    def output_moment(self, role: str, left: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor | None:
+        """Σ l rᵀ of `factor_outputs` over samples and positions, `[groups, out, out]`; added to `total` if there is."""
+        s = self.factor_outputs(role, left)
+        other = s if right is left else self.factor_outputs(role, right)
+        return None if s is None or other is None else add_product(s.flatten(1, 2), other.flatten(1, 2), total)
+
+    def _input_blocks(self, saved: Sequence[Tensor], budget_bytes: int) -> Iterator[Tensor]:
+        """`factor_inputs` of as many samples at a time as fit the budget."""
+        one = self.factor_inputs([s[:1] for s in saved])
+        if one is None:
+            return
+        size = max(1, budget_bytes // max(1, one.nbytes))
+        for first in range(0, len(saved[0]), size):
+            x = self.factor_inputs([s[first : first + size] for s in saved])
+            assert x is not None
+            yield x
 
     @classmethod
     def offers_factors(cls, operator: str) -> bool:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curvature_engine.rules.base import Match, Rule, gives
+from curvature_engine.rules.patch_moments import choose_form, patch_moment, patch_sums
 
 _LEAST_RUN = 16
 """Numbers in a row from which copying windows channels last is cheaper than along the input's own last axis."""
@@ -86,8 +87,9 @@ class ConvolutionRule(Rule):
     row_axes = 1
     channel_axis = 1
 
-    def __init__(self, geometry: Geometry, *, transposed: bool) -> None:
+    def __init__(self, geometry: Geometry, positions: Sequence[int], *, transposed: bool) -> None:
         self._geometry = geometry
+        self._positions = tuple(positions)
         self.inputs_first = transposed
 
     def per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor:
@@ -141,6 +143,26 @@ class ConvolutionRule(Rule):
         groups = self._geometry.groups
         return g.reshape(n, T, groups, out // groups, -1).permute(2, 0, 1, 4, 3).flatten(2, 3)
 
+    def input_positions(self, saved: Sequence[Tensor]) -> int:
+        return prod(self._positions)
+
+    def output_sums(self, role: str, g: Tensor) -> Tensor | None:
+        groups = self._geometry.groups
+        return g.flatten(3).sum((1, 3)).view(len(g), groups, -1).transpose(0, 1)
+
+    def output_moment(self, role: str, left: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor | None:
+        groups = self._geometry.groups
+        out, length = left.shape[2] // groups, prod(left.shape[3:])
+        if length < out // 2:  # one product for all samples is worth the copy
+            return super().output_moment(role, left, right, total)
+        s, other = (g.reshape(-1, groups, out, length) for g in (left, right))
+        if groups > 1:
+            found = torch.matmul(s, other.mT).sum(0)
+            return found if total is None else total.add_(found)
+        total = left.new_zeros(1, out, out) if total is None else total
+        total[0].addbmm_(s[:, 0], other[:, 0].mT)
+        return total
+
     def _grouped(self, patches: Tensor, n: int) -> Tensor:
         """[n·T, in·k, L] → [groups, n, T·L, in/groups·k]."""
         groups = self._geometry.groups
@@ -152,8 +174,7 @@ class DirectConvolutionRule(ConvolutionRule):
     """The ordinary convolution."""
 
     def __init__(self, geometry: Geometry, positions: Sequence[int]) -> None:
-        super().__init__(geometry, transposed=False)
-        self._positions = tuple(positions)
+        super().__init__(geometry, positions, transposed=False)
 
     def unfold(self, role: str, saved: Sequence[Tensor]) -> Tensor | None:
         if role == "bias":
@@ -207,12 +228,26 @@ class DirectConvolutionRule(ConvolutionRule):
         x = saved[0]
         return self._grouped(self._geometry.patches(x.flatten(0, 1), self._positions), x.shape[0])
 
+    def input_moment(self, saved: Sequence[Tensor], budget_bytes: int) -> Tensor | None:
+        return patch_moment(saved[0].flatten(0, 1), self._geometry, self._positions, budget_bytes) if saved else None
+
+    def input_moment_cost(self, saved: Sequence[Tensor], budget_bytes: int) -> tuple[int, int]:
+        form = choose_form(saved[0].flatten(0, 1), self._geometry, self._positions, budget_bytes)
+        return form.multiply_adds, form.working_bytes
+
+    def input_sums(self, saved: Sequence[Tensor], budget_bytes: int) -> Tensor | None:
+        if not saved:
+            return None
+        x = saved[0].sum(1)
+        sums = patch_sums(x, self._geometry, self._positions)
+        return sums.view(len(x), self._geometry.groups, -1).transpose(0, 1)
+
 
 class TransposedConvolutionRule(ConvolutionRule):
     """The transposed convolution; its patches are what each output position receives from the input."""
 
-    def __init__(self, geometry: Geometry, output_padding: Sequence[int]) -> None:
-        super().__init__(geometry, transposed=True)
+    def __init__(self, geometry: Geometry, positions: Sequence[int], output_padding: Sequence[int]) -> None:
+        super().__init__(geometry, positions, transposed=True)
         self._output_padding = tuple(output_padding)
 
     def factor_inputs(self, saved: Sequence[Tensor]) -> Tensor | None:
@@ -256,7 +291,7 @@ def match_convolution(name: str, arguments: Sequence[Any], watched: Mapping[int,
     geometry = Geometry(_spread(stride, space), before, after, dilation, groups, kernel)
     rule: Rule
     if transposed:
-        rule = TransposedConvolutionRule(geometry, _spread(output_padding, space))
+        rule = TransposedConvolutionRule(geometry, output.shape[2:], _spread(output_padding, space))
     else:
         rule = DirectConvolutionRule(geometry, output.shape[2:])
     roles = {p: "weight" if p == 1 else "bias" for p in watched}

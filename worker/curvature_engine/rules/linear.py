@@ -8,6 +8,7 @@ from torch import Tensor
 
 from curvature_engine.reductions import Moments, Outer
 from curvature_engine.rules.base import Match, Rule, gives
+from curvature_engine.rules.gram import Gram, gram_multiply_adds
 
 _LEAST_SHARE = 2.0**-5
 """Of the second moment, below which a spread is not taken from the difference: it would lose more than five bits."""
@@ -102,6 +103,28 @@ class LinearRule(Rule):
 
     def factor_inputs(self, saved: Sequence[Tensor]) -> Tensor | None:
         return self._scaled(saved[0], self._alpha)[None] if saved else None
+
+    def input_positions(self, saved: Sequence[Tensor]) -> int:
+        return 1
+
+    def input_moment(self, saved: Sequence[Tensor], budget_bytes: int) -> Tensor | None:
+        if not saved:
+            return None
+        rows = saved[0].flatten(0, 1)[None]
+        total = Gram(1, rows.shape[2], rows.shape[1], rows)
+        total.add(rows)
+        found = total.finish()
+        return found if self._alpha == 1 else found.mul_(self._alpha**2)
+
+    def input_moment_cost(self, saved: Sequence[Tensor], budget_bytes: int) -> tuple[int, int]:
+        n, T, width = saved[0].shape
+        return gram_multiply_adds(1, width, n * T), 0
+
+    def input_sums(self, saved: Sequence[Tensor], budget_bytes: int) -> Tensor | None:
+        return self._scaled(saved[0].sum(1), self._alpha)[None] if saved else None
+
+    def output_sums(self, role: str, g: Tensor) -> Tensor | None:
+        return self._scaled(g.sum(1) if g.shape[1] != 1 else g[:, 0], self.bias_scale if role == "bias" else 1)[None]
 
     def factor_outputs(self, role: str, g: Tensor) -> Tensor | None:
         return (self._scaled(g, self.bias_scale) if role == "bias" else g)[None]

@@ -1,0 +1,62 @@
+"""Sums of products of rows: Σ l rᵀ, and Σ x xᵀ at little more than half its multiplications."""
+
+import torch
+from torch import Tensor
+
+_BLOCKS = 4
+_NARROWEST = 64
+_FEWEST_ROWS = 1024
+"""Below, filling in the mirror image costs as much as it saves."""
+
+
+def add_product(left: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor:
+    """Σ l rᵀ over rows, [groups, rows, d] and [groups, rows, e] → [groups, d, e]; added to `total` where one is given.
+
+    Rows may have any stride.
+    """
+    if len(left) != 1:
+        return torch.bmm(left.mT, right) if total is None else total.baddbmm_(left.mT, right)
+    if total is None:
+        return torch.mm(left[0].T, right[0])[None]
+    total[0].addmm_(left[0].T, right[0])
+    return total
+
+
+class Gram:
+    """Σ x xᵀ of many rows, which may come in blocks; only the upper triangle of its blocks is multiplied out.
+
+    Args:
+        rows: how many will come.
+        like: whose dtype and device it has.
+    """
+
+    def __init__(self, groups: int, width: int, rows: int, like: Tensor) -> None:
+        halved = groups == 1 and rows >= _FEWEST_ROWS and width >= 2 * _NARROWEST
+        self._step = max(_NARROWEST, -(-width // _BLOCKS)) if halved else width
+        self._total = like.new_empty(groups, width, width)
+        self._empty = True
+
+    def add(self, x: Tensor) -> None:
+        """Add rows [groups, rows, width]."""
+        beta = 0 if self._empty else 1
+        self._empty = False
+        if len(x) != 1:
+            self._total.baddbmm_(x.mT, x, beta=beta)
+            return
+        for i in range(0, x.shape[2], self._step):
+            self._total[0, i : i + self._step, i:].addmm_(x[0, :, i : i + self._step].T, x[0, :, i:], beta=beta)
+
+    def finish(self) -> Tensor:
+        """The sum, [groups, width, width]."""
+        if self._empty:
+            return self._total.zero_()
+        for i in range(self._step, self._total.shape[1], self._step):
+            self._total[:, i : i + self._step, :i] = self._total[:, :i, i : i + self._step].mT
+        return self._total
+
+
+def gram_multiply_adds(groups: int, width: int, rows: int) -> int:
+    """How many multiplications and additions `Gram` takes."""
+    halved = groups == 1 and rows >= _FEWEST_ROWS and width >= 2 * _NARROWEST
+    blocks = -(-width // max(_NARROWEST, -(-width // _BLOCKS))) if halved else 1
+    return groups * rows * width * width * (blocks + 1) // (2 * blocks)
