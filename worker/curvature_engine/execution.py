@@ -154,8 +154,12 @@ class Run:
             self.routed_by_data = True
 
     def note_cast(self, source: Any, result: Any) -> None:
-        """Let the tape see a method applied to a watched parameter."""
-        if self.tape is not None and result is not source:
+        """Let it be seen that a method made one value of another: a watched parameter, or a tensor of the batch."""
+        if result is source:
+            return
+        if self.samples.proved:
+            self.samples.cast(source, result)
+        if self.tape is not None:
             self.tape.observe_cast(source, result)
 
     def call(self, call: OperatorCall) -> None:
@@ -184,8 +188,8 @@ class Run:
         if self.summed and tainted:
             found = (Sums.of(t, f"aten::{call.name} ({call.place})") for t in tensors_in(result))
             self.sums.extend(sums for sums in found if sums is not None)
-        if tainted and self.samples.proved:
-            self._follow(call, arguments, result, opened)
+        if self.samples.proved and not opened:
+            self.samples.see(call, arguments, result)
         if self.tape is not None and not opened:
             self.tape.observe(call, arguments, result, static=not tainted, samples=self.samples)
         if links is not None and entry is not None:
@@ -201,12 +205,6 @@ class Run:
             values[slot] = value
             self.tainted[slot] = tainted
 
-    def _follow(self, call: OperatorCall, arguments: list[Any], result: Any, opened: bool) -> None:
-        if opened:
-            self.samples.stop()
-        else:
-            self.samples.see(call, arguments, [self.tainted[slot] for slot in call.inputs], result)
-
     def _opened(self, call: OperatorCall, arguments: list[Any]) -> Any:
         """The result of a fused operator by elementary ones, where it consumes parameters; else None."""
         if self.tape is None or not self.tape.touches(arguments):
@@ -214,7 +212,7 @@ class Run:
         batch = [tensor for tensors in self._of_batch(call, arguments) for tensor in tensors]
         if call.overload._overloadname == "data" and self.tainted[call.inputs[1]]:
             self.routed_by_data = True  # a packed sequence's lengths say where its rows go
-        return OPENINGS[call.name](Elementary(self.tape, call, batch, self._count), arguments)
+        return OPENINGS[call.name](Elementary(self.tape, call, batch, self._count, self.samples), arguments)
 
     def _count(self, result: Any, arguments: Sequence[Any]) -> None:
         """Count the memory of a new result, and stop where it is more than allowed."""
