@@ -81,7 +81,7 @@ def _product(seen: Seen, a: Tensor, b: Tensor, result: Tensor) -> Found:
         return None
     (axis, from_right), *others = places
     for other, place in others:
-        if place != from_right or from_right < 3 or other[1:] != axis[1:]:
+        if place != from_right or other[1:] != axis[1:]:  # rows of one and columns of the other are at 2 and at 1
             return None
     return placed(axis, result.dim() - from_right, result)
 
@@ -109,14 +109,18 @@ def attention(seen: Seen, result: Any) -> Found:
 
 def einsum(seen: Seen, result: Any) -> Found:
     """Sums of products: the samples' letter is the same everywhere, and stays."""
-    equation, operands = seen.arguments[0].replace(" ", ""), seen.arguments[1]
-    left, arrow, right = equation.partition("->")
-    if not arrow or "." in equation:
+    left, arrow, right = seen.arguments[0].replace(" ", "").partition("->")
+    terms, operands = left.split(","), seen.arguments[1]
+    if not arrow or len(terms) != len(operands):
         return None
+    # The axes that an ellipsis stands for get letters of their own; they line up from the right.
+    sizes = [t.dim() - len(term.replace("...", "")) for term, t in zip(terms, operands, strict=True)]
+    unnamed = "".join(chr(0x100 + i) for i in range(max(sizes)))
     found: tuple[str, Axis] | None = None
-    for letters, tensor in zip(left.split(","), operands, strict=True):
+    for term, size, tensor in zip(terms, sizes, operands, strict=True):
         if not seen.tracks(tensor):
             continue
+        letters = term.replace("...", unnamed[len(unnamed) - size :])
         axis = seen.axis(tensor)
         if axis is None or len(letters) != tensor.dim() or letters.count(letters[axis.number]) > 1:
             return None
@@ -124,7 +128,7 @@ def einsum(seen: Seen, result: Any) -> Found:
         if found is not None and (found[0] != letter or found[1][1:] != axis[1:]):
             return None
         found = letter, axis
-    return None if found is None else placed(found[1], right.find(found[0]), result)
+    return None if found is None else placed(found[1], right.replace("...", unnamed).find(found[0]), result)
 
 
 _SPACE = re.compile(r"([123])d")
