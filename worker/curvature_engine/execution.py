@@ -59,6 +59,7 @@ class Run:
         self.kept_bytes = 0
         """What the operators' results take that are no views: about what a graph keeps of them."""
         self._overlay: dict[tuple[int, str], Any] = {}
+        self._of_batch_attributes: set[tuple[int, str]] = set()
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._entered: list[ScriptContext] = []
@@ -112,12 +113,29 @@ class Run:
         with torch.no_grad():
             return copy.set_(self._storages[place], tensor.storage_offset(), tensor.shape, tensor.stride())
 
-    def set_attribute(self, owner: Any, name: str, value: Any) -> None:
+    def set_attribute(self, owner: Any, name: str, value: Any, *, tainted: bool) -> None:
         """Write an attribute for this run only: the next job finds the module as it was."""
         if isinstance(owner, ScriptContext):
             owner.attributes[name] = value
-        else:
-            self._overlay[hash(owner), name] = value
+            return
+        key = (hash(owner), name)
+        self._overlay[key] = value
+        (self._of_batch_attributes.add if tainted else self._of_batch_attributes.discard)(key)
+
+    def is_of_batch(self, owner: Any, name: str) -> bool:
+        """Whether an attribute depends on the batch: this run may have written it."""
+        return not isinstance(owner, ScriptContext) and (hash(owner), name) in self._of_batch_attributes
+
+    def put_batch_into(self, slot: int) -> None:
+        """Note that a value of the batch went into a container: and so into all that hold it, by whatever name."""
+        container, before = self.values[slot], self.tainted[slot]
+        self.tainted[slot] = True
+        if before or not isinstance(container, list | dict):
+            return
+        for other, value in enumerate(self.values):
+            if _holds(value, container):
+                self.tainted[other] = True
+        self._of_batch_attributes.update(key for key, value in self._overlay.items() if _holds(value, container))
 
     def move(self, sources: list[int], targets: list[int]) -> None:
         """Copy values between slots, all at once (a loop may swap two)."""
@@ -328,6 +346,15 @@ def _rejection(call: OperatorCall, error: Exception) -> EngineError:
         param="inputs",
         remedy="give inputs of the number, shapes and dtypes that the model was written for",
     )
+
+
+def _holds(value: Any, container: Any) -> bool:
+    """Whether a value is a container, or has it somewhere inside."""
+    if value is container:
+        return True
+    if isinstance(value, dict):
+        return any(_holds(v, container) for v in value.values())
+    return isinstance(value, list | tuple) and any(_holds(v, container) for v in value)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
