@@ -10,9 +10,10 @@ takes a tracked tensor must be one of these:
 
 - one that is known to make each sample's elements of that sample's elements; its results are tracked in turn;
 - one through which no gradient comes back: its results need not be tracked;
-- any other: there the proof ends.
+- any other: its results are *mixed*, and so is what is made of them. A program may ask a mixed tensor what it likes, as
+  long as no gradient comes back from it: the outputs must not be mixed.
 
-What is not tracked has nothing tracked behind it that a gradient could reach. Tensors are known by identity, so that
+What is neither has nothing tracked behind it that a gradient could reach. Tensors are known by identity, so that
 none is lost in a list, an attribute or another slot of the program; whoever makes a tensor of another without `see`
 tells it to `cast`.
 """
@@ -26,6 +27,8 @@ from curvature_engine.calls import OperatorCall
 from curvature_engine.followers import EDITORS, FOLLOWERS, Found, Seen, tensors_among
 
 _LEAST_SAMPLES = 2
+_MIXED = 0
+"""In place of a stride."""
 
 
 class SampleAxes:
@@ -33,7 +36,7 @@ class SampleAxes:
 
     Attributes:
         N: how many samples.
-        proved: whether every operator so far keeps them apart.
+        proved: whether there is anything left to prove: not after an edit that cannot be followed.
     """
 
     def __init__(self) -> None:
@@ -64,23 +67,24 @@ class SampleAxes:
         held = self._held
         entered: list[Tensor] = []
         for argument in arguments:
-            if isinstance(argument, Tensor):
-                if id(argument) in held:
-                    entered.append(argument)
-            elif isinstance(argument, list | tuple):
-                entered.extend(t for t in argument if id(t) in held)
+            if id(argument) in held:
+                entered.append(argument)
+            elif type(argument) is list or type(argument) is tuple:
+                entered.extend([t for t in argument if id(t) in held])
         if not entered:
             return
         if call.writes:
             self._edited(call, arguments, entered, result)
             return
         follow = FOLLOWERS.get(call.name)
-        found = None if follow is None else follow(Seen(held, self.N, call, arguments, entered), result)
+        found = None
+        if follow is not None and _MIXED not in [held[id(t)][1] for t in entered]:
+            found = follow(Seen(held, self.N, call, arguments, entered), result)
         if found is not None and len(found) == 1 and found[0][0] is result:
             if found[0][1]:
                 held[id(result)] = found[0]
-        elif not self._take(found, entered, result):
-            self.stop()
+        else:
+            self._take(found, entered, result)
 
     def cast(self, source: Any, result: Any) -> None:
         """Take notice of a tensor that was made of another one, element by element."""
@@ -98,7 +102,7 @@ class SampleAxes:
     def stride(self, tensor: Tensor) -> int | None:
         """A tensor's stride, while there is a proof."""
         found = self._held.get(id(tensor))
-        return None if found is None else found[1]
+        return None if found is None or found[1] == _MIXED else found[1]
 
     def close(self, outputs: Iterable[Tensor]) -> None:
         """Let go of all tensors but the outputs."""
@@ -114,24 +118,30 @@ class SampleAxes:
     def _edited(self, call: OperatorCall, arguments: Sequence[Any], entered: list[Tensor], result: Any) -> None:
         """Follow an edit in place: the edited tensor has to stay what it and all its views are known for."""
         edited, name = arguments[0], call.name.removesuffix("_")
-        if call.writes == (0,) and result is edited and id(edited) in self._held and name in EDITORS:
+        known = id(edited) in self._held and all(self._held[id(t)][1] != _MIXED for t in entered)
+        if call.writes == (0,) and result is edited and known and name in EDITORS:
             found = FOLLOWERS[name](Seen(self._held, self.N, call, arguments, entered), result)
             if found is not None and found[0][1] == self._held[id(edited)][1]:
                 return
         self.stop()
 
-    def _take(self, found: Found, entered: Sequence[Tensor], result: Any) -> bool:
-        """Track several results, or none. Returns whether no gradient can come back but by those that were found."""
+    def _take(self, found: Found, entered: Sequence[Tensor], result: Any) -> None:
+        """Track several results, or none; those that were not found are mixed if a gradient can come back from them."""
         told = set()
         for tensor, stride in found or ():
             told.add(id(tensor))
             if stride:
                 self._held[id(tensor)] = tensor, stride
-        rest = [t for t in tensors_among(result) if id(t) not in told]
-        if any(t.requires_grad for t in rest) and any(t.requires_grad for t in entered):
-            return False
+        differentiable = any(t.requires_grad for t in entered)
         # A view would become differentiable by an edit of the tensor that it shows.
-        places = {t.untyped_storage().data_ptr() for t in entered}
-        return not any(
-            (t.is_floating_point() or t.is_complex()) and t.untyped_storage().data_ptr() in places for t in rest
-        )
+        places = {_place(t) for t in entered}
+        for tensor in tensors_among(result):
+            if id(tensor) not in told and (
+                (tensor.requires_grad and differentiable)
+                or ((tensor.is_floating_point() or tensor.is_complex()) and _place(tensor) in places)
+            ):
+                self._held[id(tensor)] = tensor, _MIXED
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -21,7 +21,6 @@ from curvature_engine.rules import RULES, Match, Rule, Through
 from curvature_engine.sample_axes import SampleAxes
 from curvature_engine.watched import Derivation, Watched
 
-
 _PRODUCTS = frozenset(("linear", "addmm", "matmul", "mm"))
 """Whose outputs may have rows of samples although nothing of the batch entered: products with an initial state."""
 

@@ -1,6 +1,6 @@
 """The registry of followers: aten operator → how the samples go through it.
 
-What is not listed ends the proof where gradients go through it. A follower holds for every overload and every form of
+What is not listed mixes samples where gradients go through it. A follower holds for every overload and every form of
 the arguments, or gives None.
 """
 
@@ -53,6 +53,7 @@ _BY_FOLLOWER: tuple[tuple[Follower, str], ...] = (
     (layers.matmul, "matmul mm bmm mv"),
     (layers.baddbmm, "baddbmm"),
     (layers.attention, "scaled_dot_product_attention"),
+    (layers.bilinear, "bilinear"),
     (layers.einsum, "einsum"),
     (
         layers.space,

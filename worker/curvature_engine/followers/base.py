@@ -117,10 +117,10 @@ def elementwise(seen: Seen, result: Any) -> Found:
     """Every element from the elements at its place, after broadcasting."""
     if not isinstance(result, Tensor):
         return None
-    first, shape = seen.entered[0], result.shape
-    stride = seen.stride(first)
-    if all(t.shape == shape and seen.stride(t) == stride for t in seen.entered):
-        return [(result, stride)]
+    shape = result.shape
+    strides = {seen.stride(t) if t.shape == shape else 0 for t in seen.entered}
+    if len(strides) == 1 and 0 not in strides:
+        return [(result, strides.pop())]
     found = seen.shared()
     return None if found is None else placed(found[0], result.dim() - found[1], result)
 
@@ -130,5 +130,3 @@ def first_alone(seen: Seen, result: Any) -> Found:
     first = seen.arguments[0]
     seen.entered = [t for t in seen.entered if t is first]
     return elementwise(seen, result) if seen.entered else [(result, 0)]
-
-

@@ -107,6 +107,15 @@ def attention(seen: Seen, result: Any) -> Found:
     return None if found is None else placed(found[0], result.dim() - found[1], result)
 
 
+def bilinear(seen: Seen, result: Any) -> Found:
+    """Products along the last axes of two tensors that have the others in common."""
+    found = seen.shared(least=2)
+    if found is None or not all(any(t is x for x in seen.arguments[:2]) for t in seen.entered):
+        return None
+    constant = not any(seen.tracks(t) for t in seen.arguments[2:])
+    return placed(found[0], found[0].number, result) if constant else None
+
+
 def einsum(seen: Seen, result: Any) -> Found:
     """Sums of products: the samples' letter is the same everywhere, and stays."""
     left, arrow, right = seen.arguments[0].replace(" ", "").partition("->")

@@ -1,7 +1,6 @@
 """Followers of operators that move elements about, or pick some."""
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ def transposed(seen: Seen, result: Any) -> Found:
     """Two axes change places."""
     x = seen.arguments[0]
     first, second = seen.axes("dim0", x.dim()), seen.axes("dim1", x.dim())
-    if seen.name in ("swapaxes",):
+    if seen.name == "swapaxes":
         first, second = seen.axes("axis0", x.dim()), seen.axes("axis1", x.dim())
     if first is None or second is None:
         return None
@@ -105,7 +104,7 @@ def indexed(seen: Seen, result: Any) -> Found:
         return None
     if any(indices[d].dtype in (torch.bool, torch.uint8) for d in used):
         return None
-    made = len(torch.broadcast_shapes(*(indices[d].shape for d in used)))
+    made = max(indices[d].dim() for d in used)
     return placed(axis, axis.number + (made - len(used) if axis.number > used[0] else 0), result)
 
 
