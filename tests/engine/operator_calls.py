@@ -61,7 +61,12 @@ def elementwise_calls(name: str):
         overload = getattr(packet, overload_name)
         if "out" in overload_name or any(a.is_out for a in overload._schema.arguments):
             continue
-        for shapes in (["2 2 2"] * 5, ["2 2 2", "2 2", "2", "1", "1"], ["2", "2 2 2", "2 1 2", "1", "1"], ["2 2", "2", "1"]):
+        for shapes in (
+            ["2 2 2"] * 5,
+            ["2 2 2", "2 2", "2", "1", "1"],
+            ["2", "2 2 2", "2 1 2", "1", "1"],
+            ["2 2", "2", "1"],
+        ):
             for kind in "rwb":
                 arguments = _filled(overload, list(shapes), kind)
                 try:
@@ -251,6 +256,8 @@ for _a, _b in ((X, X), (X, "r 2 2"), ("r 2 2", X), (Z, "r 4 2 2"), (X, "r 2"), (
 silent("matmul", "r 2", "r 2 2")
 silent("matmul", "=0 2 2", "=0 2 2")
 spoken("matmul", "=0 2 2 2", "=0 2 2 2")
+spoken("bilinear", X, X, X, "r 2")
+spoken("bilinear", "r 2 2", "=0 2 2", "r 2 2 2")
 spoken("mm", "r 2 2", "r 2 2")
 silent("mm", "=0 2 2", "=0 2 2")
 spoken("mv", "r 2 2", "r 2")
@@ -284,13 +291,13 @@ silent("einsum", "ii->i", ["r 2 2"])
 silent("einsum", "ij,kj->ik", ["=0 2 2", "=0 2 2"])
 silent("einsum", "i,i->", ["r 2", "r 2"])
 silent("einsum", "ij,jk", ["r 2 2", "r 2 2"])
-for _space, _x in ((1, "r 2 2 4"), (2, "r 2 2 4 4"), (3, "r 2 2 4 4 4")):
-    for _x in (_x, _x[:2] + _x[4:]):
+for _space in (1, 2, 3):
+    for _x in ("r 2 2" + " 4" * _space, "r 2" + " 4" * _space):
         for _name in ("max", "avg"):
             spoken(f"{_name}_pool{_space}d", _x, [2] * _space, [2] * _space)
             _several = "adaptive_max" if _name == "max" else "adaptive_avg"
             spoken(f"{_several}_pool{_space}d", _x, [2] * _space)
-        if _space > 1 or len(_x) > 5:
+        if _space > 1 or _x == "r 2 2 4":
             spoken(f"max_pool{_space}d_with_indices", _x, [2] * _space, [2] * _space)
         if _space > 1:
             spoken(f"_adaptive_avg_pool{_space}d", _x, [2] * _space)

@@ -123,7 +123,20 @@ def test_followers_are_for_operators_that_may_be_called():
 
 
 def test_an_axis_is_one_whose_index_says_the_sample():
-    for shape in [(2, 4), (4, 2), (2, 2, 2), (8,), (1, 4, 2), (2, 1, 4), (4, 4), (6, 2), (2, 3), (2, 3, 2), (3, 2), (6, 3)]:
+    for shape in [
+        (2, 4),
+        (4, 2),
+        (2, 2, 2),
+        (8,),
+        (1, 4, 2),
+        (2, 1, 4),
+        (4, 4),
+        (6, 2),
+        (2, 3),
+        (2, 3, 2),
+        (3, 2),
+        (6, 3),
+    ]:
         numel = torch.Size(shape).numel()
         for stride in range(1, numel // 2 + 1):
             if numel % (stride * 2):
@@ -176,7 +189,9 @@ def test_edits_in_place_that_are_more_than_elementwise_end_the_proof(name):
     assert not samples.proved
 
 
-@pytest.mark.parametrize("text", ["relu_", "mul_.Scalar 2.0", "clamp_ -1.0 1.0", "add_.Scalar 1.0", "zero_", "dropout_ 0.5 False"])
+@pytest.mark.parametrize(
+    "text", ["relu_", "mul_.Scalar 2.0", "clamp_ -1.0 1.0", "add_.Scalar 1.0", "zero_", "dropout_ 0.5 False"]
+)
 def test_elementwise_edits_in_place_go_on(text):
     samples, h = tracked(3)
     name, *numbers = text.split()
@@ -199,11 +214,36 @@ def test_writing_into_what_is_not_tracked_ends_the_proof():
     assert not samples.proved
 
 
-def test_a_view_of_several_samples_ends_the_proof_even_before_gradients_reach_it():
+def test_a_view_of_several_samples_is_mixed_even_before_gradients_reach_it():
     samples, x = SampleAxes(), torch.randn(N, 3)
     samples.begin([x])
-    passed(samples, "select.int", x, 0, 0)  # a later edit of x would show in it
+    first = passed(samples, "select.int", x, 0, 0)  # a later edit of x shows in it
+    assert samples.stride(x) == 3
+    passed(samples, "add_.Tensor", x, passed(samples, "mul.Tensor", x, torch.nn.Parameter(torch.ones(3))))
+    y = passed(samples, "add.Tensor", x, first)
+    assert y.requires_grad
+    assert not samples.keeps_rows(y)
+
+
+def test_an_edit_of_what_is_mixed_ends_the_proof():
+    samples, h = tracked(3)
+    first = passed(samples, "select.int", h, 0, 0)
+    passed(samples, "add_.Tensor", first, torch.ones(3, dtype=torch.float64))
     assert not samples.proved
+
+
+def test_an_edit_by_what_is_mixed_ends_the_proof():
+    samples, h = tracked(3)
+    mean = passed(samples, "mean.dim", h, [0])
+    passed(samples, "add_.Tensor", h, mean)
+    assert not samples.proved
+
+
+def test_a_mixture_may_be_asked_what_does_not_come_back():
+    samples, h = tracked(3)
+    large = passed(samples, "gt.Scalar", passed(samples, "sum", h), 0.0)
+    y = passed(samples, "where.self", large, h, h)
+    assert samples.keeps_rows(y)
 
 
 def test_what_no_gradient_comes_back_through_may_do_as_it_likes():
@@ -217,14 +257,22 @@ def test_what_no_gradient_comes_back_through_may_do_as_it_likes():
     assert samples.proved
 
 
-def test_what_gradients_come_back_through_ends_the_proof_unless_it_is_known():
-    for text, *arguments in (("mean.dim", [0]), ("sum",), ("cumsum", 0), ("softmax.int", 0), ("diff",), ("trace",)):
-        samples, h = tracked(N)
-        passed(samples, text, h, *arguments)
-        assert not samples.proved, text
+@pytest.mark.parametrize("text", ["mean.dim 0", "cumsum 0", "softmax.int 0", "diff", "sum", "trace"])
+def test_what_gradients_come_back_through_is_mixed_unless_it_is_known(text):
+    samples, h = tracked(N)
+    name, *axis = text.split()
+    axes = [int(a) for a in axis]
+    mixed = passed(samples, name, h, *([axes] if name == "mean.dim" else axes))
+    assert samples.stride(mixed) is None
+    y = passed(samples, "add.Tensor", h, mixed)
+    assert not samples.keeps_rows(y)
+    assert samples.proved
+    assert samples.keeps_rows(passed(samples, "relu", h))
 
 
-def test_statistics_that_gradients_come_back_through_are_tracked_or_end_the_proof():
+def test_statistics_that_gradients_come_back_through_are_mixed_too():
     samples, h = tracked(4, 3)
-    _, mean, _ = passed(samples, "native_group_norm", h, None, None, N, 4, 3, 2, 1e-5)
-    assert not samples.proved or not mean.requires_grad
+    y, mean, _ = passed(samples, "native_group_norm", h, None, None, N, 4, 3, 2, 1e-5)
+    assert samples.keeps_rows(y)
+    wide = passed(samples, "repeat", mean, [1, 2])
+    assert not samples.keeps_rows(passed(samples, "mul.Tensor", passed(samples, "select.int", y, 2, 0), wide))
