@@ -5,6 +5,7 @@ from typing import Dict, List, NamedTuple, Tuple  # noqa: UP035 (TorchScript rea
 
 import pytest
 import torch
+from tests.engine.reference import Reference
 from torch import nn
 
 import curvature_engine as engine
@@ -151,3 +152,40 @@ def test_inputs_may_come_as_a_named_tuple():
     script = torch.jit.script(TwoInputs().eval())
     result = engine.analyze(script, Pair(X, X), Y, ["outputs"])
     assert torch.equal(result["outputs"], script(X, X))
+
+
+class ByAttribute(nn.Module):
+    """What the batch made comes back by an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.l, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.state = torch.zeros(1)
+
+    def forward(self, x):
+        self.state = torch.tanh(self.l(x))
+        return self.out(torch.tanh(self.l(torch.tanh(self.l(self.state)))))
+
+
+class ByAnotherName(nn.Module):
+    """What the batch made goes into a list by one name, and comes back by another."""
+
+    def __init__(self):
+        super().__init__()
+        self.l, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        own: list[torch.Tensor] = []
+        lists = [own]
+        lists[0].append(torch.tanh(self.l(x)))
+        return self.out(torch.tanh(self.l(torch.tanh(self.l(own[0])))))
+
+
+@pytest.mark.parametrize("make", [ByAttribute, ByAnotherName])
+def test_what_the_batch_made_is_known_by_whatever_way_it_comes_back(make):
+    torch.manual_seed(0)
+    module, x = make().double(), torch.randn(4, 4, dtype=torch.float64)
+    targets = torch.randn(4, 3, dtype=torch.float64)
+    result = engine.analyze(torch.jit.script(module), x, targets, ["batch_grad"], loss="mse")["batch_grad"]
+    for parameter, expected in Reference(module, (x,), targets, "mse", "mean").batch_grad().items():
+        torch.testing.assert_close(result[parameter], expected, rtol=1e-10, atol=1e-13)

@@ -59,6 +59,7 @@ class Run:
         self.kept_bytes = 0
         """What the operators' results take that are no views: about what a graph keeps of them."""
         self._overlay: dict[tuple[int, str], Any] = {}
+        self._of_batch_attributes: set[tuple[int, str]] = set()
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._entered: list[ScriptContext] = []
@@ -112,12 +113,29 @@ class Run:
         with torch.no_grad():
             return copy.set_(self._storages[place], tensor.storage_offset(), tensor.shape, tensor.stride())
 
-    def set_attribute(self, owner: Any, name: str, value: Any) -> None:
+    def set_attribute(self, owner: Any, name: str, value: Any, *, tainted: bool) -> None:
         """Write an attribute for this run only: the next job finds the module as it was."""
         if isinstance(owner, ScriptContext):
             owner.attributes[name] = value
-        else:
-            self._overlay[hash(owner), name] = value
+            return
+        key = (hash(owner), name)
+        self._overlay[key] = value
+        (self._of_batch_attributes.add if tainted else self._of_batch_attributes.discard)(key)
+
+    def is_of_batch(self, owner: Any, name: str) -> bool:
+        """Whether an attribute depends on the batch: this run may have written it."""
+        return not isinstance(owner, ScriptContext) and (hash(owner), name) in self._of_batch_attributes
+
+    def put_batch_into(self, slot: int) -> None:
+        """Note that a value of the batch went into a container: and so into all that hold it, by whatever name."""
+        container, before = self.values[slot], self.tainted[slot]
+        self.tainted[slot] = True
+        if before or not isinstance(container, list | dict):
+            return
+        for other, value in enumerate(self.values):
+            if _holds(value, container):
+                self.tainted[other] = True
+        self._of_batch_attributes.update(key for key, value in self._overlay.items() if _holds(value, container))
 
     def move(self, sources: list[int], targets: list[int]) -> None:
         """Copy values between slots, all at once (a loop may swap two)."""
@@ -154,8 +172,12 @@ class Run:
             self.routed_by_data = True
 
     def note_cast(self, source: Any, result: Any) -> None:
-        """Let the tape see a method applied to a watched parameter."""
-        if self.tape is not None and result is not source:
+        """Let it be seen that a method made one value of another: a watched parameter, or a tensor of the batch."""
+        if result is source:
+            return
+        if self.samples.proved:
+            self.samples.cast(source, result)
+        if self.tape is not None:
             self.tape.observe_cast(source, result)
 
     def call(self, call: OperatorCall) -> None:
@@ -184,8 +206,8 @@ class Run:
         if self.summed and tainted:
             found = (Sums.of(t, f"aten::{call.name} ({call.place})") for t in tensors_in(result))
             self.sums.extend(sums for sums in found if sums is not None)
-        if tainted and self.samples.proved:
-            self._follow(call, arguments, result, opened)
+        if self.samples.proved and not opened:
+            self.samples.see(call, arguments, result)
         if self.tape is not None and not opened:
             self.tape.observe(call, arguments, result, static=not tainted, samples=self.samples)
         if links is not None and entry is not None:
@@ -201,12 +223,6 @@ class Run:
             values[slot] = value
             self.tainted[slot] = tainted
 
-    def _follow(self, call: OperatorCall, arguments: list[Any], result: Any, opened: bool) -> None:
-        if opened:
-            self.samples.stop()
-        else:
-            self.samples.see(call, arguments, [self.tainted[slot] for slot in call.inputs], result)
-
     def _opened(self, call: OperatorCall, arguments: list[Any]) -> Any:
         """The result of a fused operator by elementary ones, where it consumes parameters; else None."""
         if self.tape is None or not self.tape.touches(arguments):
@@ -214,7 +230,7 @@ class Run:
         batch = [tensor for tensors in self._of_batch(call, arguments) for tensor in tensors]
         if call.overload._overloadname == "data" and self.tainted[call.inputs[1]]:
             self.routed_by_data = True  # a packed sequence's lengths say where its rows go
-        return OPENINGS[call.name](Elementary(self.tape, call, batch, self._count), arguments)
+        return OPENINGS[call.name](Elementary(self.tape, call, batch, self._count, self.samples), arguments)
 
     def _count(self, result: Any, arguments: Sequence[Any]) -> None:
         """Count the memory of a new result, and stop where it is more than allowed."""
@@ -330,6 +346,15 @@ def _rejection(call: OperatorCall, error: Exception) -> EngineError:
         param="inputs",
         remedy="give inputs of the number, shapes and dtypes that the model was written for",
     )
+
+
+def _holds(value: Any, container: Any) -> bool:
+    """Whether a value is a container, or has it somewhere inside."""
+    if value is container:
+        return True
+    if isinstance(value, dict):
+        return any(_holds(v, container) for v in value.values())
+    return isinstance(value, list | tuple) and any(_holds(v, container) for v in value)
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -16,7 +16,8 @@ from curvature_engine.errors import EngineError
 from curvature_engine.parameters import Parameter
 from curvature_engine.precision import accumulation_dtype
 from curvature_engine.probe import Attribution, Code, TapVerdict, Verdict, attribute, predicts, scaled
-from curvature_engine.sample_axes import SampleAxes, sample_numbers
+from curvature_engine.sample_axes import SampleAxes
+from curvature_engine.sample_strides import sample_numbers
 from curvature_engine.tape import Tap, Tape, Use, backward
 from curvature_engine.watched import pull_back
 

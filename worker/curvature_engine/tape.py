@@ -21,6 +21,9 @@ from curvature_engine.rules import RULES, Match, Rule, Through
 from curvature_engine.sample_axes import SampleAxes
 from curvature_engine.watched import Derivation, Watched
 
+_PRODUCTS = frozenset(("linear", "addmm", "matmul", "mm"))
+"""Whose outputs may have rows of samples although nothing of the batch entered: products with an initial state."""
+
 
 @dataclass(frozen=True)
 class Use:
@@ -227,6 +230,8 @@ class Tape:
         static: bool,
         provisional: bool = False,
     ) -> None:
+        if static and provisional and name in _PRODUCTS:
+            self._samples.adopt(outputs[0])
         self.taps.append(
             Tap(
                 name,

@@ -131,7 +131,7 @@ class Compiled:
 
         def step(run: Run) -> None:
             run.values[out] = run.attribute(run.values[owner], name)
-            run.tainted[out] = False
+            run.tainted[out] = run.is_of_batch(run.values[owner], name)
 
         return step
 
@@ -140,7 +140,7 @@ class Compiled:
         name = node.s("name")
 
         def step(run: Run) -> None:
-            run.set_attribute(run.values[owner], name, run.values[value])
+            run.set_attribute(run.values[owner], name, run.values[value], tainted=run.tainted[value])
 
         return step
 
@@ -270,7 +270,7 @@ class Compiled:
             result = as_typed(function(*[run.values[i] for i in ins]))
             tainted = any(run.tainted[i] for i in ins)
             if tainted and ins:  # appending a batch-dependent tensor makes the whole list so
-                run.tainted[ins[0]] = True
+                run.put_batch_into(ins[0])
             for out in outs[:1]:
                 run.values[out] = result
                 run.tainted[out] = tainted

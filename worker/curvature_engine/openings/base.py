@@ -26,8 +26,10 @@ class Elementary:
         fused: OperatorCall,
         batch: Iterable[Tensor],
         count: Callable[[Any, Sequence[Any]], None] | None = None,
+        samples: SampleAxes | None = None,
     ) -> None:
         self._tape, self._fused, self._count = tape, fused, count
+        self._samples = SampleAxes() if samples is None else samples
         self._batch = {id(t): t for t in batch}  # kept, so that an id stays its tensor's
 
     @property
@@ -52,7 +54,9 @@ class Elementary:
         static = not any(id(t) in self._batch for t in shallow_tensors(given))
         if self._count is not None:
             self._count(result, given)
-        self._tape.observe(call, given, result, static=static, samples=SampleAxes())
+        if self._samples.proved:
+            self._samples.see(call, given, result)
+        self._tape.observe(call, given, result, static=static, samples=self._samples)
         if not static:
             self._batch.update((id(t), t) for t in shallow_tensors([result]))
         return result
