@@ -60,7 +60,8 @@ chaos: env ## Kill everything at random moments while JOBS jobs run; CHAOS_ARGS=
 	$(BIN)/python benchmarks/chaos.py --jobs $(JOBS) $(CHAOS_ARGS)
 
 bench: env $(PEERS)/installed ## Time the engine beside its peers; BENCH_ARGS="--quick --nets 3c3d", or --output, --plots, --memory
-	PYTHONPATH=$(PEERS) $(BIN)/python -W ignore -m benchmarks.bench $(BENCH_ARGS)
+# Huge pages for everybody, as in the worker's processes.
+	THP_MEM_ALLOC_ENABLE=1 PYTHONPATH=$(PEERS) $(BIN)/python -W ignore -m benchmarks.bench $(BENCH_ARGS)
 
 # Outside the environment; without Opacus's own folders `benchmarks` and `examples`, which would hide ours.
 $(PEERS)/installed: requirements-bench.txt

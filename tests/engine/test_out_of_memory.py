@@ -12,7 +12,7 @@ from tests.engine.test_table import BY_NAME
 from torch import nn
 
 import curvature_engine as engine
-from curvature_engine.contributions import ClosedForm
+from curvature_engine.closed_form import ClosedForm
 from curvature_engine.passes import BackwardPasses
 from curvature_engine.rules.linear import LinearRule
 

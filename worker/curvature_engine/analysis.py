@@ -16,7 +16,7 @@ from torch import Tensor
 from curvature_engine.against import take_up_others
 from curvature_engine.batches import take_batch
 from curvature_engine.budget import Budget, check_whole_number
-from curvature_engine.contributions import Relief
+from curvature_engine.closed_form import Relief
 from curvature_engine.errors import DoesNotFit, EngineError, lacks_memory
 from curvature_engine.losses import BoundLoss, LossSpec
 from curvature_engine.orders import Order, Progress

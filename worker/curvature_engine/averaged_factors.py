@@ -9,7 +9,8 @@ from torch import Tensor
 from curvature_engine.averaging import Averaging, Step, trace_chain
 from curvature_engine.budget import Budget
 from curvature_engine.chain import EdgeKey, Links, edge_key, unsupported_chain
-from curvature_engine.contributions import ClosedForm, Contribution, PreparedUse
+from curvature_engine.closed_form import ClosedForm, PreparedUse
+from curvature_engine.contributions import Contribution
 from curvature_engine.extensions import Accumulator
 from curvature_engine.losses import BoundLoss
 

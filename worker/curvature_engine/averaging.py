@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge
 
 from curvature_engine.budget import Budget
 from curvature_engine.chain import EdgeKey, Link, Links, Socket, anchor, edge_key, unsupported_chain
-from curvature_engine.contributions import PreparedUse
+from curvature_engine.closed_form import PreparedUse
 from curvature_engine.errors import EngineError
 from curvature_engine.jacobians import Form, form_of
 from curvature_engine.losses import BoundLoss

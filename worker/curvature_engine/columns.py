@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from curvature_engine.contributions import Absent, ClosedForm, Contribution, Fallback, Materialised
+from curvature_engine.closed_form import ClosedForm
+from curvature_engine.contributions import Absent, Contribution, Fallback, Materialised
 from curvature_engine.methods import Methods
 from curvature_engine.orders import Order
 from curvature_engine.precision import accumulation_dtype

@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from curvature_engine.contributions import Absent, ClosedForm, Contribution
+from curvature_engine.closed_form import ClosedForm
+from curvature_engine.contributions import Absent, Contribution
 from curvature_engine.dot_products import gram_factors, groups_of, row_pairs
 
 

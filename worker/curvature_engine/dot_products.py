@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from curvature_engine.contributions import ClosedForm, Contribution
+from curvature_engine.closed_form import ClosedForm
+from curvature_engine.contributions import Contribution
 
 
 def dot_products(contribution: Contribution, N: int, budget_bytes: int) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from curvature_engine.contributions import PreparedUse, prepare_use
+from curvature_engine.closed_form import PreparedUse, prepare_use
 from curvature_engine.errors import EngineError
 from curvature_engine.judgement import confirm, judge, proved_strides, random_cotangent, reproducible, uses_by_parameter
 from curvature_engine.orders import Order

@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from curvature_engine.budget import Budget
-from curvature_engine.contributions import Relief
+from curvature_engine.closed_form import Relief
 from curvature_engine.extensions import Against
 from curvature_engine.parts import DataSetPart
 from curvature_engine.program import Program

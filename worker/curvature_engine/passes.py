@@ -240,9 +240,9 @@ class BackwardPasses:
             return
         leaves = [t for p in self._selected.values() for t in p.tensors]
         gradients = self._columns.ordinary_gradient(leaves)
-        place = 0
+        place, taken = 0, {self._gradient.untyped_storage().data_ptr()}
         for name, parameter in self._selected.items():
-            total = _sum_of(gradients[place : place + len(parameter.tensors)], parameter.tensor)
+            total = _sum_of(gradients[place : place + len(parameter.tensors)], parameter.tensor, taken)
             place += len(parameter.tensors)
             self._gradients[name] = self._gradients[name] + total if name in self._gradients else total
 
@@ -302,12 +302,15 @@ class BackwardPasses:
         return AveragedFactors(outputs, self._bound, tape.links, contributions, tasks, self._order.budget)
 
 
-def _sum_of(gradients: Sequence[Tensor | None], like: Tensor) -> Tensor:
-    """The sum of what came to a parameter's tensors, in a tensor of its own."""
+def _sum_of(gradients: Sequence[Tensor | None], like: Tensor, taken: set[int]) -> Tensor:
+    """The sum of what came to a parameter's tensors, in a tensor of its own: `taken` is the memory of others."""
     dtype = accumulation_dtype(like.dtype)
     found = [g for g in gradients if g is not None]
     if len(found) == 1 and found[0].dtype == dtype and not found[0]._is_view() and found[0].is_contiguous():
-        return found[0]
+        memory = found[0].untyped_storage().data_ptr()
+        if memory not in taken:
+            taken.add(memory)
+            return found[0]
     total = torch.zeros(like.shape, dtype=dtype, device=like.device)
     for gradient in found:
         total += gradient

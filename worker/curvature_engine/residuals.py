@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from curvature_engine.contributions import ClosedForm, PreparedUse
+from curvature_engine.closed_form import ClosedForm, PreparedUse
 from curvature_engine.errors import EngineError
 from curvature_engine.judgement import random_cotangent
 from curvature_engine.losses import accumulation_dtype

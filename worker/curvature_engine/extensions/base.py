@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from curvature_engine.contributions import ClosedForm, Contribution, PreparedUse
+from curvature_engine.closed_form import ClosedForm, PreparedUse
+from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.mergers import Merger
 from curvature_engine.options import Options
 from curvature_engine.precision import accumulation_dtype

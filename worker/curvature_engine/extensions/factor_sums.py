@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from curvature_engine.contributions import ClosedForm, PreparedUse
+from curvature_engine.closed_form import ClosedForm, PreparedUse
 from curvature_engine.rules import Rule
 from curvature_engine.rules.gram import Gram, gram_multiply_adds
 

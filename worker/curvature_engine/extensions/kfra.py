@@ -17,7 +17,8 @@ Jacobian for every sample. With one sample, or without nonlinearities, KFRA is K
 
 from dataclasses import replace
 
-from curvature_engine.contributions import ClosedForm, Contribution
+from curvature_engine.closed_form import ClosedForm
+from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.base import Extension, Sketch
 from curvature_engine.extensions.kronecker import APPROXIMATION, JOINT_BIAS, STRICT, Kronecker
 

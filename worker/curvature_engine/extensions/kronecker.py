@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature_engine.contributions import Absent, ClosedForm, Contribution, PreparedUse
+from curvature_engine.closed_form import ClosedForm, PreparedUse
+from curvature_engine.contributions import Absent, Contribution
 from curvature_engine.errors import EngineError
 from curvature_engine.extensions.base import Accumulator, Extension, ForeseenUse, KroneckerFactors, Setting, Sketch
 from curvature_engine.extensions.factor_sums import (
