@@ -15,7 +15,7 @@ from torch import Tensor
 Assemble = Callable[[list[Tensor]], Tensor]
 
 _BY_ROWS_FROM = 8192
-"""Elements from which adding squares row by row, in one pass over memory each, beats squaring them all first."""
+"""Elements from which adding row by row, in one pass over memory each, beats working on a whole block."""
 
 
 class Moments(NamedTuple):
@@ -114,34 +114,51 @@ class Total(Reduction):
 
 
 class Spread(Reduction):
-    """Mean and centred sum of squares, blocks merged as groups (Chan, Golub & LeVeque 1983, eq. 2.1).
+    """Mean and centred sum of squares, of groups of samples merged (Chan, Golub & LeVeque 1983, eq. 2.1).
 
-    Centred before squaring: the difference of two large sums gave negative variances for near-duplicates.
+    Centred before squaring: the difference of two large sums gave negative variances for near-duplicates. Of large
+    pieces, groups are single samples (Welford 1962): three passes over memory each.
     """
 
     def __init__(self) -> None:
-        self._means: list[Tensor] = []
-        self._spreads: list[Tensor] = []
-        self._counts: list[int] = []
+        self._groups: list[_Group] = []
 
     def add(self, first: int, piece: int, gradients: Tensor) -> None:
-        n = len(gradients)
-        mean = gradients.mean(0)
-        spread = torch.zeros_like(mean)
-        add_squares(spread, gradients - mean)
-        if piece == len(self._means):
-            self._means.append(mean)
-            self._spreads.append(spread)
-            self._counts.append(n)
-            return
-        before = self._counts[piece]
-        shift = mean.sub_(self._means[piece])
-        self._means[piece].add_(shift, alpha=n / (before + n))
-        self._spreads[piece].add_(spread).addcmul_(shift, shift, value=before * n / (before + n))
-        self._counts[piece] = before + n
+        if piece == len(self._groups):
+            like = gradients[0]
+            self._groups.append(_Group(torch.zeros_like(like), torch.zeros_like(like)))
+        group = self._groups[piece]
+        if _by_rows(gradients[0]):
+            group.add_rows(gradients)
+        else:
+            group.add_block(gradients)
 
     def result(self, assemble: Assemble) -> Moments:
-        return Moments(assemble(self._means), assemble(self._spreads))
+        return Moments(assemble([g.mean for g in self._groups]), assemble([g.spread for g in self._groups]))
+
+
+class _Group:
+    """Moments of the samples so far."""
+
+    def __init__(self, mean: Tensor, spread: Tensor) -> None:
+        self.n, self.mean, self.spread = 0, mean, spread
+
+    def add_rows(self, gradients: Tensor) -> None:
+        shift = torch.empty_like(self.mean)
+        for row in gradients:
+            torch.sub(row, self.mean, out=shift)
+            self._shift(shift, 1)
+
+    def add_block(self, gradients: Tensor) -> None:
+        mean = gradients.mean(0)
+        add_squares(self.spread, gradients - mean)
+        self._shift(mean.sub_(self.mean), len(gradients))
+
+    def _shift(self, shift: Tensor, n: int) -> None:
+        """Take in n samples whose mean is `shift` away."""
+        before, self.n = self.n, self.n + n
+        self.mean.add_(shift, alpha=n / self.n)
+        self.spread.addcmul_(shift, shift, value=before * n / self.n)
 
 
 REDUCTIONS: dict[str, type[Reduction]] = {
@@ -154,11 +171,15 @@ REDUCTIONS: dict[str, type[Reduction]] = {
 
 def add_squares(total: Tensor, gradients: Tensor) -> None:
     """Total [*p] += Σ_n gradients [n, *p] squared."""
-    if total.device.type == "cpu" and total.numel() >= _BY_ROWS_FROM:
+    if _by_rows(total):
         for row in gradients:
             total.addcmul_(row, row)
     else:
         total.add_(gradients.square().sum(0))
+
+
+def _by_rows(like: Tensor) -> bool:
+    return like.device.type == "cpu" and like.numel() >= _BY_ROWS_FROM
 
 
 def squared_norms(gradients: Tensor) -> Tensor:

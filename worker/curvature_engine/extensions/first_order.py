@@ -123,7 +123,8 @@ class _Variance(Accumulator):
         return Sketch("materialised", contribution.multiply_adds(), shapes)
 
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
-        return {name: m.spread / self.setting.N * self._factor for name, m in self._moments.items()}
+        N, factor = self.setting.N, self._factor
+        return {n: m.spread / N if factor == 1.0 else m.spread * (factor / N) for n, m in self._moments.items()}
 
     def state(self) -> dict[str, Tensor | KroneckerFactors]:
         means = {companion(name, "mean"): m.mean for name, m in self._moments.items()}
