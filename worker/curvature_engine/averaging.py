@@ -7,12 +7,12 @@ for each sample at once:
 
 - elements that change places: B stays, the places change;
 - diagonal J_n with diagonals d_n: B ⊙ 1/N Σ_n d_n d_nᵀ;
-- one J for all samples: Jᵀ B J, N columns a pass;
+- one J for all samples: Jᵀ B J, many columns a pass;
 - each output element selected from the input's: B's entries added up where they came from;
 - others: J_n row by row, for as many samples together as fit the budget.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge
 from curvature_engine.budget import Budget
 from curvature_engine.chain import EdgeKey, Link, Links, Socket, anchor, edge_key, unsupported_chain
 from curvature_engine.closed_form import PreparedUse
-from curvature_engine.errors import EngineError
+from curvature_engine.errors import EngineError, memory_ran_out
 from curvature_engine.jacobians import Form, form_of
 from curvature_engine.losses import BoundLoss
 from curvature_engine.precision import accumulation_dtype
@@ -271,7 +271,7 @@ class Averaging:
         if kind == "diagonal":
             B = _average_diagonal(passage, B, N)
         elif kind == "constant":
-            B = _conjugate(passage, B, N)
+            B = _conjugate(passage, B, N, self._budget.block_bytes)
         elif kind == "selected" and step.link.intact(step.source.position):
             B = _average_selected(passage, B, N)
         else:
@@ -288,6 +288,37 @@ class _Passage:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         return self.step.pull_back(spread(vectors, self.after, self.step.target.shape))[self.before]
+
+    def anew(self, vectors: Tensor) -> Tensor | None:
+        """Products with one J for all samples, [m, D_out] → [m, D_in] for any m, by calling the operator once more.
+
+        None where that is not as simple: for samples beside the first axis, and operators that edit or refuse.
+        """
+        step, call = self.step, self.step.link.call
+        source, target = step.source, step.target
+        if call.writes or not (_is_plain(self.before, source.shape) and _is_plain(self.after, target.shape)):
+            return None
+        m = len(vectors)
+        with torch.enable_grad():
+            x = torch.zeros(m, *source.shape[1:], dtype=source.dtype, device=vectors.device, requires_grad=True)
+            arguments = list(step.link.arguments)
+            arguments[source.position] = x
+            try:
+                y = call.invoke(arguments)
+            except RuntimeError as error:
+                if memory_ran_out(error):
+                    raise
+                return None
+            if not isinstance(y, Tensor) or y.shape != (m, *target.shape[1:]) or not y.requires_grad:
+                return None
+            (found,) = torch.autograd.grad(y, x, vectors.to(y.dtype).reshape(y.shape))
+        return found.reshape(m, -1).to(accumulation_dtype(found.dtype))
+
+    def made_anew(self, vectors: Tensor) -> Tensor:
+        """`anew` where it is known to work."""
+        found = self.anew(vectors)
+        assert found is not None
+        return found
 
     def random(self) -> Tensor:
         """One vector [D_out] that finds out what is claimed of the Jacobian wrongly."""
@@ -313,6 +344,13 @@ class _Passage:
             )
 
 
+def _is_plain(layout: Tensor, shape: torch.Size) -> bool:
+    """Whether samples lie along the first axis, their elements in order."""
+    return len(layout) == shape[0] and torch.equal(
+        layout.reshape(-1), torch.arange(layout.numel(), device=layout.device)
+    )
+
+
 def _average_diagonal(passage: _Passage, B: Tensor, N: int) -> Tensor:
     """B ⊙ 1/N Σ_n d_n d_nᵀ, in blocks of rows."""
     d = passage(B.new_ones(N, len(B)))
@@ -325,17 +363,24 @@ def _average_diagonal(passage: _Passage, B: Tensor, N: int) -> Tensor:
     return result
 
 
-def _conjugate(passage: _Passage, B: Tensor, N: int) -> Tensor:
-    """Jᵀ B J, N columns a pass."""
-    same = passage(passage.random().expand(N, -1))
+def _conjugate(passage: _Passage, B: Tensor, N: int, block_bytes: int) -> Tensor:
+    """Jᵀ B J, as many columns a pass as there is room for, or N where the operator takes only its own batch."""
+    u = passage.random()
+    same = passage(u.expand(N, -1))
     passage.check(same, same[:1].expand_as(same))
-    half = _pulled_back(passage, B, N)  # row j: Jᵀ B[j], so B J
-    return _pulled_back(passage, half.T.contiguous(), N)  # row i: Jᵀ (B J)[:, i]
+    size, pull_back = N, passage.__call__
+    anew = passage.anew(u[None])
+    if anew is not None:
+        passage.check(anew, same[:1])
+        pull_back = passage.made_anew
+        size = max(N, block_bytes // ((len(B) + passage.before.shape[1]) * B.element_size()))
+    half = _pulled_back(pull_back, B, size)  # row j: Jᵀ B[j], so B J
+    return _pulled_back(pull_back, half.T.contiguous(), size)  # row i: Jᵀ (B J)[:, i]
 
 
-def _pulled_back(passage: _Passage, vectors: Tensor, N: int) -> Tensor:
-    parts = [vectors[first : first + N] for first in range(0, len(vectors), N)]
-    return torch.cat([passage(part)[: len(part)] for part in parts])
+def _pulled_back(pull_back: Callable[[Tensor], Tensor], vectors: Tensor, size: int) -> Tensor:
+    parts = [vectors[first : first + size] for first in range(0, len(vectors), size)]
+    return torch.cat([pull_back(part)[: len(part)] for part in parts])
 
 
 def _average_selected(passage: _Passage, B: Tensor, N: int) -> Tensor:
