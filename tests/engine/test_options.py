@@ -79,14 +79,14 @@ def test_dot_products_in_either_form_and_any_chunk(T, budget_bytes):
 
 def test_dot_products_never_write_all_gradients_out(monkeypatch):
     largest = []
-    original = engine.contributions.ClosedForm.gradients
+    original = engine.closed_form.ClosedForm.gradients
 
     def watched(self, block):
         gradients = original(self, block)
         largest.append(gradients.nbytes)
         return gradients
 
-    monkeypatch.setattr(engine.contributions.ClosedForm, "gradients", watched)
+    monkeypatch.setattr(engine.closed_form.ClosedForm, "gradients", watched)
     module = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Tanh(), torch.nn.Linear(20, 3))
     x, targets = torch.randn(64, 40, 30), torch.randn(64, 40, 3)
     engine.analyze(torch.jit.script(module), x, targets, ["batch_dot"], loss="mse", budget_bytes=40_000)
