@@ -107,8 +107,6 @@ class Bench:
         facts = ", ".join(f"{k} {v}" for k, v in machine(self.place).items())
         lines = ["# The engine beside its peers", "", f"{facts}, {self.bandwidth / 1e9:.1f} GB/s written by a copy."]
         lines += [*tables(self.measured, self.peers), *remarks(self.measured, self.skipped)]
-        if self.memory:
-            lines += ["\n## Peak memory, MB\n", *memory_table(self.memory)]
         return "\n".join([*lines, "\n## Summary", *summary(self.measured, self.peers)])
 
 
@@ -121,9 +119,10 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     bench = Bench(options)
     bench.run()
+    print(bench.text(), flush=True)
     if options.memory:
         bench.measure_memory()
-    print(bench.text())
+        print("\n".join(["\n## Peak memory, MB\n", *memory_table(bench.memory)]))
     if options.output:
         options.output.write_text(json.dumps(bench.as_json(), indent=1))
     if options.plots:
