@@ -75,6 +75,9 @@ def curves(cells: list[Cell], axis: str, path: Path) -> Path:
             if line:
                 axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=TITLES[who], color=COLOURS[who])
         axes.set(xscale="log", yscale="log", xlabel={"N": "batch size"}.get(axis, axis), ylabel="s")
+        measured = sorted({getattr(c, axis) for c in cells if c.work == work})
+        axes.set_xticks(measured, [str(value) for value in measured])
+        axes.tick_params(axis="x", which="minor", labelbottom=False)
         axes.set_title(work, fontsize=8)
     for axes in grid.flat[len(works) :]:
         axes.set_visible(False)
