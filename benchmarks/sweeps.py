@@ -41,7 +41,7 @@ from curvature_state.tables import JobRow
 
 EXTENSIONS = ["diag_ggn_mc"]
 PARTS = 60
-_PART = 512
+_PART = 4096
 """Samples of each."""
 _DATA_SET_EXTENSIONS = ["grad", "variance", "diag_ggn_exact", "diag_ggn_mc", "kfac", "batch_l2"]
 _LIMIT_SECONDS = 3600.0
