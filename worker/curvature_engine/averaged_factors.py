@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from curvature_engine.averaging import Averaging, Step, trace_chain
+from curvature_engine.averaging import Averaging
 from curvature_engine.budget import Budget
 from curvature_engine.chain import EdgeKey, Links, edge_key, unsupported_chain
+from curvature_engine.chain_steps import Step, trace_chain
 from curvature_engine.closed_form import ClosedForm, PreparedUse
 from curvature_engine.contributions import Contribution
 from curvature_engine.extensions import Accumulator

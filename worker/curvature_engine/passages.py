@@ -1,0 +1,176 @@
+"""Matrices through one operator: 1/N Σ_n J_nᵀ B J_n, by the form of its Jacobians J_n."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from curvature_engine.chain_steps import Step
+from curvature_engine.errors import EngineError, memory_ran_out
+from curvature_engine.precision import accumulation_dtype
+
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+_HALF_TOLERANCE = 5e-2
+
+
+def spread(vectors: Tensor, layout: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor with vectors [n ≤ N, D] in the places of the first n samples, zero elsewhere."""
+    full = vectors.new_zeros(shape.numel())
+    full[layout[: len(vectors)].reshape(-1)] = vectors.reshape(-1)
+    return full.view(shape)
+
+
+class Passage:
+    """Products with the J_nᵀ of one operator, a vector for each sample: [n ≤ N, D_out] → [N, D_in]."""
+
+    def __init__(self, step: Step, before: Tensor, after: Tensor, generator: torch.Generator) -> None:
+        self.step, self.before, self.after = step, before, after
+        self._generator = generator
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        return self.step.pull_back(spread(vectors, self.after, self.step.target.shape))[self.before]
+
+    def anew(self, vectors: Tensor) -> Tensor | None:
+        """Products with one J for all samples, [m, D_out] → [m, D_in] for any m, by calling the operator once more.
+
+        None where that is not as simple: for samples beside the first axis, and operators that edit or refuse.
+        """
+        step, call = self.step, self.step.link.call
+        source, target = step.source, step.target
+        if call.writes or not (_is_plain(self.before, source.shape) and _is_plain(self.after, target.shape)):
+            return None
+        m = len(vectors)
+        with torch.enable_grad():
+            x = torch.zeros(m, *source.shape[1:], dtype=source.dtype, device=vectors.device, requires_grad=True)
+            arguments = list(step.link.arguments)
+            arguments[source.position] = x
+            try:
+                y = call.invoke(arguments)
+            except RuntimeError as error:
+                if memory_ran_out(error):
+                    raise
+                return None
+            if not isinstance(y, Tensor) or y.shape != (m, *target.shape[1:]) or not y.requires_grad:
+                return None
+            (found,) = torch.autograd.grad(y, x, vectors.to(y.dtype).reshape(y.shape))
+        return found.reshape(m, -1).to(accumulation_dtype(found.dtype))
+
+    def made_anew(self, vectors: Tensor) -> Tensor:
+        """`anew` where it is known to work."""
+        found = self.anew(vectors)
+        assert found is not None
+        return found
+
+    def random(self) -> Tensor:
+        """One vector [D_out] that finds out what is claimed of the Jacobian wrongly."""
+        random = torch.randn(self.after.shape[1], generator=self._generator, dtype=torch.float64)
+        return random.to(self.after.device, accumulation_dtype(self.step.target.dtype))
+
+    def check(self, found: Tensor, expected: Tensor) -> None:
+        """Compare what two ways give.
+
+        Raises:
+            EngineError: `verification_failed`.
+        """
+        ends = (self.step.source.dtype, self.step.target.dtype)  # a cast is as precise as the coarser one
+        tolerance = max(_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in ends)
+        if not bool(torch.isfinite(found).all()) or not bool(torch.isfinite(expected).all()):
+            return
+        if bool((found - expected).abs().max() > tolerance * expected.abs().max().clamp(min=1e-30)):
+            raise EngineError(
+                "verification_failed",
+                f"{self.step.link.title} does not act as kfra takes it to; no result is given",
+                param="kfra",
+                remedy="please report this model; kflr gives Kronecker factors without this step",
+            )
+
+
+def _is_plain(layout: Tensor, shape: torch.Size) -> bool:
+    """Whether samples lie along the first axis, their elements in order."""
+    return len(layout) == shape[0] and torch.equal(
+        layout.reshape(-1), torch.arange(layout.numel(), device=layout.device)
+    )
+
+
+def average_diagonal(passage: Passage, B: Tensor, N: int) -> Tensor:
+    """B ⊙ 1/N Σ_n d_n d_nᵀ, in blocks of rows."""
+    d = passage(B.new_ones(N, len(B)))
+    u = passage.random()
+    passage.check(passage(u.expand(N, -1)), d * u)
+    result = torch.empty_like(B)
+    for first in range(0, len(B), 1024):
+        rows = slice(first, first + 1024)
+        result[rows] = B[rows] * (d[:, rows].T @ d / N)
+    return result
+
+
+def conjugate(passage: Passage, B: Tensor, N: int, block_bytes: int) -> Tensor:
+    """Jᵀ B J, as many columns a pass as there is room for, or N where the operator takes only its own batch."""
+    u = passage.random()
+    same = passage(u.expand(N, -1))
+    passage.check(same, same[:1].expand_as(same))
+    size, pull_back = N, passage.__call__
+    anew = passage.anew(u[None])
+    if anew is not None:
+        passage.check(anew, same[:1])
+        pull_back = passage.made_anew
+        size = max(N, block_bytes // ((len(B) + passage.before.shape[1]) * B.element_size()))
+    half = _pulled_back(pull_back, B, size)  # row j: Jᵀ B[j], so B J
+    return _pulled_back(pull_back, half.T.contiguous(), size)  # row i: Jᵀ (B J)[:, i]
+
+
+def _pulled_back(pull_back: Callable[[Tensor], Tensor], vectors: Tensor, size: int) -> Tensor:
+    parts = [vectors[first : first + size] for first in range(0, len(vectors), size)]
+    return torch.cat([pull_back(part)[: len(part)] for part in parts])
+
+
+def average_selected(passage: Passage, B: Tensor, N: int) -> Tensor:
+    """1/N Σ_n of B's entries added up at the elements that sample n's outputs were selected from."""
+    picked = _picked(passage)
+    result = B.new_zeros(passage.before.shape[1], passage.before.shape[1])
+    for row in picked:
+        result.index_put_((row[:, None], row[None, :]), B, accumulate=True)
+    u = passage.random()
+    expected = torch.zeros_like(result[0]).expand(N, -1).clone().scatter_add_(1, picked, u.expand(N, -1))
+    passage.check(passage(u.expand(N, -1)), expected)
+    return result.div_(N)
+
+
+def _picked(passage: Passage) -> Tensor:
+    """For each sample's outputs, which of the sample's inputs max-pooling took: [N, D_out]."""
+    step = passage.step
+    link, source, rows = step.link, step.source, step.form.row_axes
+    pool = getattr(torch.ops.aten, f"{link.name}_with_indices")
+    with torch.no_grad():
+        _, indices = pool(*link.arguments)
+    planes = source.shape[:rows].numel()
+    plane = source.shape.numel() // planes
+    starts = torch.arange(planes, device=indices.device).view(-1, 1) * plane
+    flat = (indices.reshape(planes, -1) + starts).reshape(-1)
+    number = torch.empty(source.shape.numel(), dtype=torch.long, device=flat.device)
+    number[passage.before] = torch.arange(passage.before.shape[1], device=flat.device)
+    return number[flat[passage.after]]
+
+
+def average_varying(passage: Passage, B: Tensor, N: int, budget_bytes: int) -> Tensor:
+    """1/N Σ_n J_nᵀ B J_n from the J_n themselves, row by row."""
+    u = passage.random()
+    every_other = torch.zeros(N, 1, dtype=B.dtype, device=B.device)
+    every_other[::2] = 1
+    passage.check(passage(every_other * u), every_other * passage(u.expand(N, -1)))
+    D_out, D_in = len(B), passage.before.shape[1]
+    together = max(1, min(N, budget_bytes // (D_out * D_in * B.element_size())))
+    result = B.new_zeros(D_in, D_in)
+    unit = torch.zeros_like(B[:1])
+    for first in range(0, N, together):
+        J = B.new_empty(min(together, N - first), D_out, D_in)
+        for i in range(D_out):
+            unit[0, i] = 1
+            J[:, i] = passage(unit.expand(N, -1))[first : first + together]
+            unit[0, i] = 0
+        for Jacobian in J:
+            result += Jacobian.T @ (B @ Jacobian)
+    return result.div_(N)
+
+
+# Layouts
