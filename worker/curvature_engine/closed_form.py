@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from curvature_engine.contributions import Contribution
 from curvature_engine.errors import memory_ran_out
 from curvature_engine.precision import accumulation_dtype
 from curvature_engine.probe import Attribution
-from curvature_engine.reductions import Moments, Outer
+from curvature_engine.reductions import Assemble, Moments, Outer, SumSquared
 from curvature_engine.rules import Rule
 from curvature_engine.tape import Tap, Use
 from curvature_engine.unfolded import Unfolded
@@ -75,6 +76,7 @@ class ClosedForm(Contribution):
         budget_bytes: int,
         relief: Relief | None = None,
         unfolded: Unfolded | None = None,
+        block: int | None = None,
     ) -> None:
         super().__init__()
         self.uses, self._relief, self._unfolded = uses, relief, unfolded
@@ -82,9 +84,13 @@ class ClosedForm(Contribution):
             budget_bytes >>= relief.halvings
         self._like, self._N, self._budget_bytes = like, N, budget_bytes
         self.shape = tuple(like.shape)
-        element = accumulation_dtype(like.dtype).itemsize
-        most = max(max(1, like.numel()) * element, self._working_bytes(element))
-        self.block = max(1, min(N, min(budget_bytes, _block_bytes(like.device)) // most))
+        self.block = self._fitting_block() if block is None else block
+
+    def _fitting_block(self) -> int:
+        """How many samples' gradients fit, with what making them takes."""
+        element = accumulation_dtype(self._like.dtype).itemsize
+        most = max(max(1, self._like.numel()) * element, self._working_bytes(element))
+        return max(1, min(self._N, min(self._budget_bytes, _block_bytes(self._like.device)) // most))
 
     def select(self, samples: Tensor) -> Contribution:
         uses = [(replace(p, saved=tuple(s[samples] for s in p.saved)), g[samples]) for p, g in self.uses]
@@ -162,6 +168,20 @@ class ClosedForm(Contribution):
         while True:
             try:
                 return super()._sweep(names)
+            except (RuntimeError, MemoryError) as error:
+                self._halve(error)
+
+    def squares_in_pieces(self) -> tuple[list[Tensor], Assemble] | None:
+        single = self.single()
+        if single is None or self._expected.total() > 1:
+            return None
+        prepared, _, rule = single
+        while True:
+            squares = SumSquared()
+            try:
+                for first, piece, gradients in self._pieces():
+                    squares.add(first, piece, gradients)
+                return squares.pieces, partial(rule.assemble, prepared.use.role)
             except (RuntimeError, MemoryError) as error:
                 self._halve(error)
 

@@ -37,6 +37,8 @@ class Columns:
         self._unfolded = Unfolded(kept_bytes)
         self._order, self._selected, self._methods = order, selected, methods
         self._part, self._gradient = part, gradient
+        self._blocks: dict[tuple[str, int], int] = {}
+        """How many samples' gradients fit: (parameter, halvings) → the same for every column."""
 
     def ordinary_gradient(self, leaves: Sequence[Tensor]) -> list[Tensor | None]:
         """The loss's gradient in parameters; those at the taps, which the same pass meets, are kept at hand."""
@@ -84,7 +86,19 @@ class Columns:
         if not uses:
             return Absent(parameter.tensor, self._part.n)
         order = self._order
-        return ClosedForm(uses, parameter.tensor, self._part.n, order.budget.block_bytes, order.relief, self._unfolded)
+        key = name, order.relief.halvings
+        contribution = ClosedForm(
+            uses,
+            parameter.tensor,
+            self._part.n,
+            order.budget.block_bytes,
+            order.relief,
+            self._unfolded,
+            self._blocks.get(key) if len(uses) == len(self._methods.uses[name]) else None,
+        )
+        if len(uses) == len(self._methods.uses[name]):
+            self._blocks[key] = contribution.block
+        return contribution
 
     def _fallbacks(self, cotangent: Tensor) -> dict[str, Contribution]:
         """Per-sample gradients of the parameters without closed form: together where they fit the budget."""

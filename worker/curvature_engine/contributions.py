@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from curvature_engine.precision import accumulation_dtype
-from curvature_engine.reductions import REDUCTIONS, Moments, Outer, Reduction
+from curvature_engine.reductions import REDUCTIONS, Assemble, Moments, Outer, Reduction
 from curvature_engine.tape import backward
 
 _ACCUMULATED_BYTES = 8
@@ -61,6 +61,10 @@ class Contribution(ABC):
 
     def outer(self) -> Outer | None:
         """The gradients as outer products, where they are such."""
+        return None
+
+    def squares_in_pieces(self) -> tuple[list[Tensor], Assemble] | None:
+        """Σ_n g_n² in pieces, and what makes one tensor of them; None where it is made in another way, or shared."""
         return None
 
     def expect(self, reductions: Collection[str]) -> None:

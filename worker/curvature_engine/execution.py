@@ -10,6 +10,7 @@ from torch import Tensor
 from curvature_engine.calls import OperatorCall
 from curvature_engine.contexts import ScriptContext
 from curvature_engine.errors import EngineError, TooLarge, first_line, memory_ran_out
+from curvature_engine.layouts import ChannelsLast
 from curvature_engine.openings import OPENINGS, Elementary
 from curvature_engine.operators import ROUTERS
 from curvature_engine.sample_axes import SampleAxes
@@ -46,6 +47,8 @@ class Run:
     """Whether values go as soon as no later step reads them: for runs without a graph."""
     summed: bool = False
     """Whether sums of all that the operators make of the batch are kept."""
+    layout: ChannelsLast | None = None
+    """How images lie in memory, if not as the program was written for."""
 
     def __post_init__(self) -> None:
         self.values: list[Any] = []
@@ -198,7 +201,8 @@ class Run:
         try:
             result: Any = self._opened(call, arguments) if call.name in OPENINGS else None
             opened = result is not None
-            result = result if opened else call.invoke(arguments)
+            if not opened:
+                result = call.invoke(arguments) if self.layout is None else self.layout.invoke(call, arguments)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
             raise _rejection(call, error) from error
         if not opened:

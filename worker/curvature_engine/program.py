@@ -12,6 +12,7 @@ from curvature_engine.digests import Digest
 from curvature_engine.errors import EngineError, first_line
 from curvature_engine.execution import Decision, Run, map_tensors, tensors_in
 from curvature_engine.formats import FrontEnd, Inputs, open_model
+from curvature_engine.layouts import ChannelsLast, LayoutShows, pays
 from curvature_engine.parameters import Parameter
 from curvature_engine.probe import Verdicts
 from curvature_engine.sample_axes import SampleAxes
@@ -64,6 +65,7 @@ class Program:
             t.untyped_storage().data_ptr() for p in self.parameters.values() for t in p.tensors if t.numel()
         )
         self.verdicts = Verdicts()
+        self._channels_last = pays(device, front.operators())
 
     @property
     def format(self) -> str:
@@ -83,6 +85,23 @@ class Program:
             TooLarge: as soon as it keeps more than `limit_bytes`.
         """
         arguments = self.front.bind(inputs)
+        if self._channels_last:
+            try:
+                return self._run(arguments, tape, limit_bytes, graph, summed, ChannelsLast())
+            except LayoutShows:
+                self._channels_last = False
+                tape.restart()
+        return self._run(arguments, tape, limit_bytes, graph, summed, None)
+
+    def _run(
+        self,
+        arguments: list[Any],
+        tape: Tape,
+        limit_bytes: int | None,
+        graph: bool,
+        summed: bool,
+        layout: ChannelsLast | None,
+    ) -> Forward:
         run = Run(
             self.device,
             tape,
@@ -92,10 +111,12 @@ class Program:
             limit_bytes=limit_bytes,
             lean=not graph,
             summed=summed,
+            layout=layout,
         )
+        placed = arguments if layout is None else map_tensors(layout.take, arguments)
         try:
             with torch.set_grad_enabled(graph), _attention(twice=tape.twice):
-                outputs = self.front.run(run, arguments)
+                outputs = self.front.run(run, placed)
         finally:
             run.close()
         run.samples.close(tensors_in(outputs))

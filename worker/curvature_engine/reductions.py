@@ -71,15 +71,15 @@ class SumSquared(Reduction):
     """Σ g²: [*p]."""
 
     def __init__(self) -> None:
-        self._sums: list[Tensor] = []
+        self.pieces: list[Tensor] = []
 
     def add(self, first: int, piece: int, gradients: Tensor) -> None:
-        if piece == len(self._sums):
-            self._sums.append(gradients.new_zeros(gradients.shape[1:]))
-        add_squares(self._sums[piece], gradients)
+        if piece == len(self.pieces):
+            self.pieces.append(gradients.new_zeros(gradients.shape[1:]))
+        add_squares(self.pieces[piece], gradients)
 
     def result(self, assemble: Assemble) -> Tensor:
-        return assemble(self._sums)
+        return assemble(self.pieces)
 
 
 class SquaredNorms(Reduction):

@@ -6,6 +6,7 @@ import torch
 
 from curvature_engine.errors import EngineError, first_line
 from curvature_engine.execution import Run
+from curvature_engine.layouts import LayoutShows
 
 Step = Callable[[Run], None]
 
@@ -16,7 +17,7 @@ def explained(step: Step, place: str) -> Step:
     def guarded(run: Run) -> None:
         try:
             step(run)
-        except (EngineError, MemoryError, torch.OutOfMemoryError):
+        except (EngineError, MemoryError, torch.OutOfMemoryError, LayoutShows):
             raise
         except Exception as error:
             raise EngineError(

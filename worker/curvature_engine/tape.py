@@ -91,6 +91,7 @@ class Tape:
     taps: list[Tap] = field(default_factory=list)
     superseded: set[int] = field(default_factory=set)
     """Provisional taps that cannot serve: past them, their parameter came in by another way as well."""
+    _parameters: list[tuple[str, Sequence[Tensor]]] = field(default_factory=list)
     _place: str = ""
     _samples: SampleAxes = field(default_factory=SampleAxes)
 
@@ -98,6 +99,17 @@ class Tape:
         """Watch a parameter's tensors (several may be one parameter)."""
         for tensor in tensors:
             self.watched[id(tensor)] = (Watched(name, tensor, None, tensor._version, tuple(tensors)),)
+        self._parameters.append((name, tensors))
+
+    def restart(self) -> None:
+        """Forget everything but the parameters."""
+        parameters, self._parameters = self._parameters, []
+        self.links = None if self.links is None else Links()
+        self.watched.clear()
+        self.taps.clear()
+        self.superseded.clear()
+        for name, tensors in parameters:
+            self.watch(name, tensors)
 
     def observe(
         self, call: OperatorCall, arguments: Sequence[Any], result: Any, *, static: bool, samples: SampleAxes

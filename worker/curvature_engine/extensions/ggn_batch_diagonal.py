@@ -7,7 +7,7 @@ from torch import Tensor
 from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting
 from curvature_engine.extensions.schemas import MC_SAMPLES, SUBSAMPLING
-from curvature_engine.extensions.squared_outer import SquaredOuters
+from curvature_engine.extensions.squared_columns import SquaredOuters
 from curvature_engine.stores import Slab
 
 _BLOCK_NUMBERS = 2**22

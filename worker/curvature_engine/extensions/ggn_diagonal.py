@@ -6,7 +6,7 @@ from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting, Sketch
 from curvature_engine.extensions.first_order import sketch_of_squares
 from curvature_engine.extensions.schemas import MC_SAMPLES, SUBSAMPLING
-from curvature_engine.extensions.squared_outer import SquaredOuters
+from curvature_engine.extensions.squared_columns import SquaredOuters, SquaredPieces
 
 
 class Diagonal(Accumulator):
@@ -17,13 +17,17 @@ class Diagonal(Accumulator):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self._sums: dict[str, Tensor] = {}
-        self._outers = SquaredOuters()
+        self._outers, self._pieces = SquaredOuters(), SquaredPieces()
 
     def add(self, parameter: str, contribution: Contribution) -> None:
-        if self.setting.columns == 1 or not self._outers.take(parameter, contribution):
-            self._put(parameter, contribution.sum_squared())
+        several = self.setting.columns > 1
+        if several and any(sums.take(parameter, contribution) for sums in (self._outers, self._pieces)):
+            return
+        self._put(parameter, contribution.sum_squared())
 
     def stop(self) -> None:
+        for parameter, total in self._pieces.release().items():
+            self._put(parameter, total)
         for parameter, squares in self._outers.release().items():
             self._put(parameter, squares.sum())
 

@@ -1,0 +1,175 @@
+"""Images channels last: the same numbers, and where the program could tell the difference, channels first."""
+
+from collections import Counter
+
+import pytest
+import torch
+from tests.engine.checking import build, check, traced
+from torch import nn
+
+import curvature_engine as engine
+from curvature_engine import layouts
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def every_format(monkeypatch):
+    """Channels last in float64, too, in which numbers are held to brute force; and a count of the tensors taken."""
+    monkeypatch.setattr(layouts, "_FORMATS", frozenset((torch.float32, torch.float64)))
+    taken = []
+    take = layouts.ChannelsLast.take
+
+    def counting(self, tensor):
+        result = take(self, tensor)
+        taken.append(result)
+        return result
+
+    monkeypatch.setattr(layouts.ChannelsLast, "take", counting)
+    return taken
+
+
+class Net(nn.Module):
+    """Convolutions, pooling, and then what `rest` makes of the images."""
+
+    def __init__(self, rest, channels=2):
+        super().__init__()
+        self.a, self.b, self.rest = nn.Conv2d(channels, 4, 3, padding=1), nn.Conv2d(4, 3, 3), rest
+        self.last = nn.LazyLinear(3)
+
+    def forward(self, x):
+        x = torch.max_pool2d(torch.tanh(self.a(x)), 2)
+        return self.last(self.rest(torch.relu(self.b(x))))
+
+
+class Viewed(nn.Module):
+    def forward(self, x):
+        return x.view(x.shape[0], -1)
+
+
+class EditedCopy(nn.Module):
+    """An edit of a flattened image, which channels first is one of the image."""
+
+    def forward(self, x):
+        x = x * 1.5
+        flat = x.flatten(1)
+        flat.mul_(torch.tensor(2.0, dtype=flat.dtype))
+        return flat + x.flatten(1)
+
+
+class EditedImage(nn.Module):
+    """An edit of an image, which channels first is one of what was flattened before."""
+
+    def forward(self, x):
+        x = x * 1.5
+        flat = x.flatten(1)
+        x.sigmoid_()
+        return flat * flat
+
+
+class EditedBefore(nn.Module):
+    """An edit before anything was flattened."""
+
+    def forward(self, x):
+        x = x * 1.5
+        x.sigmoid_()
+        return x.flatten(1)
+
+
+class AsksStrides(nn.Module):
+    def forward(self, x):
+        return x.flatten(1) * float(x.stride(1))
+
+
+RESTS = {
+    "flatten": nn.Flatten(),
+    "view": Viewed(),
+    "edited-copy": EditedCopy(),
+    "edited-image": EditedImage(),
+    "edited-before": EditedBefore(),
+    "strides": AsksStrides(),
+    "pooled": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    "shuffled": nn.Sequential(nn.ChannelShuffle(3), nn.Unflatten(1, (3, 1)), nn.Flatten()),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("rest", RESTS)
+def test_numbers_equal_brute_force(every_format, rest, channels):
+    module, inputs = build(lambda: Net(RESTS[rest], channels), (5, channels, 8, 8))
+    # A trace would hold the stride as a number.
+    model = torch.jit.script(module) if rest == "strides" else traced(module, inputs)
+    check(module, inputs, model, hessian=True)
+    assert bool(every_format) == (rest != "strides")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=2),
+        lambda: nn.Conv2d(4, 8, (3, 2), dilation=2, padding=2, groups=4),
+        lambda: nn.ConvTranspose2d(4, 4, 3, stride=2, padding=1, output_padding=1, groups=2),
+        lambda: nn.Conv2d(4, 20, 3, padding="same"),
+        lambda: nn.GroupNorm(2, 4),
+        lambda: nn.PReLU(4),
+    ],
+)
+def test_rules_equal_brute_force_on_such_images(every_format, make):
+    module, inputs = build(
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), make(), nn.MaxPool2d(2), nn.Flatten(), nn.LazyLinear(3)),
+        (4, 2, 9, 9),
+    )
+    check(module, inputs, traced(module, inputs), hessian=True)
+    assert every_format
+
+
+def test_factors_equal_those_channels_first(every_format, monkeypatch):
+    module, inputs = build(lambda: Net(nn.Flatten()), (5, 2, 8, 8))
+    targets = torch.arange(5) % 3
+    requests = [
+        {"name": "kflr", "label": a, "options": {"approximation": a}} for a in ("expand", "reduce", "backpack")
+    ] + ["kfra"]
+    last = engine.analyze(traced(module, inputs), inputs, targets, requests)
+    assert every_format
+    monkeypatch.setattr(layouts, "_FORMATS", frozenset())
+    first = engine.analyze(traced(module, inputs), inputs, targets, requests)
+    for request in ("expand", "reduce", "backpack", "kfra"):
+        for parameter, factors in first[request].items():
+            for expected, actual in zip(factors, last[request][parameter], strict=True):
+                if expected is not None:
+                    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(("rest", "edits"), [("edited-copy", True), ("edited-image", True), ("edited-before", False)])
+def test_an_edit_that_would_show_goes_channels_first(every_format, rest, edits):
+    module, inputs = build(lambda: Net(RESTS[rest]), (5, 2, 8, 8))
+    program = engine.load(traced(module, inputs))
+    targets = torch.arange(5) % 3
+    engine.analyze(program, inputs, targets, ["batch_l2"])
+    runs = len(every_format)
+    engine.analyze(program, inputs, targets, ["batch_l2"])
+    assert len(every_format) == (runs if edits else 2 * runs)
+
+
+def test_the_caller_keeps_his_inputs():
+    module, inputs = build(lambda: Net(nn.Flatten()), (5, 2, 8, 8))
+    module, x = module.float(), inputs[0].float()
+    before = x.clone(), x.stride()
+    result = engine.analyze(module, x, torch.arange(5) % 3, ["outputs"])
+    assert torch.equal(x, before[0]) and x.stride() == before[1]
+    torch.testing.assert_close(result["outputs"], module(x).detach())
+
+
+@pytest.mark.parametrize(
+    ("device", "operators", "expected"),
+    [
+        ("cpu", "conv2d max_pool2d flatten", True),
+        ("cpu", "_convolution relu", True),
+        ("cuda", "conv2d max_pool2d flatten", False),
+        ("cpu", "linear relu", False),
+        ("cpu", "conv2d batch_norm", False),
+        ("cpu", "conv2d as_strided", False),
+    ],
+)
+def test_it_is_for_programs_that_gain_and_cannot_tell(device, operators, expected):
+    assert layouts.pays(torch.device(device), Counter(operators.split())) is expected

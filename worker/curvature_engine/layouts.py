@@ -1,0 +1,80 @@
+"""Images with their channels last in memory, where that is faster: on CPUs, for most convolutional programs.
+
+Pooling goes over images several times faster so, and convolutions and windows of them a little. Nothing but the
+inputs is converted: operators keep what they are given. What an element is called stays as it was, so that only an
+operator that asks for the layout could tell, or an edit: what is a view of an image channels first may be a copy of it
+channels last.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature_engine.calls import OperatorCall
+
+_IMAGE_AXES = 4
+_FORMATS = frozenset((torch.float32,))
+"""Of others, kernels gain nothing by it."""
+_CONVOLUTIONS = frozenset(("conv2d", "_convolution", "convolution"))
+_NORMALISATIONS = frozenset(
+    ("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
+)
+_ASKING = frozenset(("as_strided", "stride", "storage_offset", "is_contiguous"))
+"""What could tell one layout from another."""
+_RESHAPING = frozenset(("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "_unsafe_view"))
+
+
+class LayoutShows(Exception):
+    """The program would do something else channels first."""
+
+
+def pays(device: torch.device, operators: Counter[str]) -> bool:
+    """Whether a program with these operators is faster channels last, and cannot tell.
+
+    Batch normalisation is slower so by more than convolutions are faster.
+    """
+    names = operators.keys()
+    return device.type == "cpu" and bool(names & _CONVOLUTIONS) and not names & (_ASKING | _NORMALISATIONS)
+
+
+class ChannelsLast:
+    """The layout of one run."""
+
+    def __init__(self) -> None:
+        # Where tensors lie that would share memory channels first.
+        self._parted: set[int] = set()
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """An input as the program gets it."""
+        if tensor.dim() != _IMAGE_AXES or tensor.dtype not in _FORMATS or tensor.requires_grad:
+            return tensor
+        # Of one channel, only the strides tell.
+        last = tensor.contiguous(memory_format=torch.channels_last)
+        n, c, h, w = last.shape
+        return last.as_strided((n, c, h, w), (h * w * c, 1, w * c, c), last.storage_offset())
+
+    def invoke(self, call: OperatorCall, arguments: Sequence[Any]) -> Any:
+        """Call an operator.
+
+        Raises:
+            LayoutShows: where it edits a tensor whose view was copied.
+        """
+        if call.writes and any(_place(arguments[position]) in self._parted for position in call.writes):
+            raise LayoutShows
+        if call.name not in _RESHAPING or arguments[0].is_contiguous():
+            return call.invoke(arguments)
+        try:
+            result = call.invoke(arguments)
+        except RuntimeError:
+            result = call.invoke([arguments[0].contiguous(), *arguments[1:]])
+        places = {_place(arguments[0]), _place(result)}
+        if len(places) > 1:
+            self._parted |= places
+        return result
+
+
+def _place(tensor: Any) -> int:
+    return tensor.untyped_storage().data_ptr() if isinstance(tensor, Tensor) else 0
