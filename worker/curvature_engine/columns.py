@@ -37,8 +37,6 @@ class Columns:
         self._unfolded = Unfolded(kept_bytes)
         self._order, self._selected, self._methods = order, selected, methods
         self._part, self._gradient = part, gradient
-        self._blocks: dict[tuple[str, int], int] = {}
-        """How many samples' gradients fit: (parameter, halvings) → the same for every column."""
 
     def ordinary_gradient(self, leaves: Sequence[Tensor]) -> list[Tensor | None]:
         """The loss's gradient in parameters; those at the taps, which the same pass meets, are kept at hand."""
@@ -85,19 +83,15 @@ class Columns:
                 uses.append((prepared, prepared.arranged_gradient(g)))
         if not uses:
             return Absent(parameter.tensor, self._part.n)
-        order = self._order
-        key = name, order.relief.halvings
+        order, verdict = self._order, self._methods.verdict
+        assert verdict is not None
+        key = "block", name, len(uses), self._part.n, order.budget.block_bytes, order.relief.halvings
+        block: int | None = verdict.derived.get(key)
         contribution = ClosedForm(
-            uses,
-            parameter.tensor,
-            self._part.n,
-            order.budget.block_bytes,
-            order.relief,
-            self._unfolded,
-            self._blocks.get(key) if len(uses) == len(self._methods.uses[name]) else None,
+            uses, parameter.tensor, self._part.n, order.budget.block_bytes, order.relief, self._unfolded, block
         )
-        if len(uses) == len(self._methods.uses[name]):
-            self._blocks[key] = contribution.block
+        if block is None:
+            verdict.note(key, contribution.block)
         return contribution
 
     def _fallbacks(self, cotangent: Tensor) -> dict[str, Contribution]:

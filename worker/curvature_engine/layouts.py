@@ -6,8 +6,7 @@ operator that asks for the layout could tell, or an edit: what is a view of an i
 channels last.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +21,6 @@ _CONVOLUTIONS = frozenset(("conv2d", "_convolution", "convolution"))
 _NORMALISATIONS = frozenset(
     ("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
 )
-_ASKING = frozenset(("as_strided", "stride", "storage_offset", "is_contiguous"))
-"""What could tell one layout from another."""
 _RESHAPING = frozenset(("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "_unsafe_view"))
 
 
@@ -31,13 +28,14 @@ class LayoutShows(Exception):
     """The program would do something else channels first."""
 
 
-def pays(device: torch.device, operators: Counter[str]) -> bool:
+def pays(device: torch.device, operators: Collection[str], *, asks_layout: bool) -> bool:
     """Whether a program with these operators is faster channels last, and cannot tell.
 
     Batch normalisation is slower so by more than convolutions are faster.
     """
-    names = operators.keys()
-    return device.type == "cpu" and bool(names & _CONVOLUTIONS) and not names & (_ASKING | _NORMALISATIONS)
+    names = frozenset(operators)
+    tells = asks_layout or "as_strided" in names
+    return device.type == "cpu" and not tells and bool(names & _CONVOLUTIONS) and not names & _NORMALISATIONS
 
 
 class ChannelsLast:

@@ -28,6 +28,7 @@ class Methods:
         at_hand: gradients at the current part's taps under the loss's gradient, where confirming a verdict took them.
         verified: whether the run-time checks held in every part.
         verification: when they were made, for the parts so far the least; None before.
+        verdict: on the current part's path; None where nothing had to be judged.
     """
 
     def __init__(self, order: Order, selected: dict[str, Parameter]) -> None:
@@ -38,12 +39,14 @@ class Methods:
         self.at_hand: dict[int, Tensor | None] = {}
         self.verified = True
         self.verification: str | None = None
+        self.verdict: Verdict | None = None
 
     def enter(self, part: Part, gradient: Tensor) -> None:
         """Find which of a part's rows belongs to which sample, and each parameter's method."""
         self.at_hand = {}
         if any(r.extension.accumulator is not None for r in self._order.requests):
-            self._choose(part, self._verdict(part, gradient))
+            self.verdict = self._verdict(part, gradient)
+            self._choose(part, self.verdict)
         else:
             self.verified = False
 

@@ -114,6 +114,9 @@ ROUTERS = _names(
 READINGS = _names("item Int Float Bool IntImplicit FloatImplicit ScalarImplicit is_nonzero equal allclose tolist")
 """Questions about a tensor's values, not its form."""
 
+LAYOUT_QUESTIONS = _names("stride storage_offset is_contiguous")
+"""Questions about how a tensor's elements lie in memory."""
+
 REFUSED: dict[str, tuple[str, str]] = {
     "embedding_renorm": ("max_norm edits the weights inside the forward pass", "use an embedding without max_norm"),
 }

@@ -5,7 +5,7 @@ several, each with a forward pass of its own; the loss is always that of the who
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from curvature_engine.losses import BoundLoss
 from curvature_engine.methods import Methods
 from curvature_engine.orders import Order
 from curvature_engine.precision import accumulation_dtype
-from curvature_engine.probe import Code
+from curvature_engine.probe import Code, Verdict
 from curvature_engine.program import Parameter
 from curvature_engine.requests import Request
 from curvature_engine.residuals import Residuals, affine, find_bends
@@ -55,6 +55,17 @@ class BackwardPasses:
     def methods(self) -> Mapping[str, str]:
         """Parameter → "closed form" or "fallback"; of several parts the least."""
         return self._methods.by_parameter
+
+    @property
+    def kind(self) -> Hashable:
+        """What is asked: the same for batches whose plans are alike where the rest is."""
+        requests = tuple((r.label, r.extension.name, repr(sorted(r.options.items()))) for r in self._order.requests)
+        return requests, tuple(sorted(self.columns.items())), self._order.part is not None
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """On the current part's path."""
+        return self._methods.verdict
 
     @property
     def verified(self) -> bool:

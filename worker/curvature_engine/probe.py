@@ -14,7 +14,8 @@ are those samples' in every batch (`sample_axes`).
 import math
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ UNREADABLE = -3  # one does, but too small or too large for its precision to be 
 
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 _HALF_TOLERANCE = 2.0**-6
+_MOST_DERIVED = 4096
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,14 @@ class Verdict:
     """Whether every operator that the batch enters has rows to confirm; else the next batch is judged anew."""
     strides: tuple[int | None, ...] | None = None
     """Where the operators prove the samples to lie in every tap, if they do: then there is nothing to confirm."""
+    derived: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What followed from it, under what else it depends on: for batches to come, if the verdict is kept."""
+
+    def note(self, key: Hashable, value: Any) -> None:
+        """Keep what follows from the verdict and from nothing else than is in the key."""
+        if len(self.derived) >= _MOST_DERIVED:
+            self.derived.clear()
+        self.derived[key] = value
 
 
 class Verdicts:

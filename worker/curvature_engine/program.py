@@ -65,7 +65,7 @@ class Program:
             t.untyped_storage().data_ptr() for p in self.parameters.values() for t in p.tensors if t.numel()
         )
         self.verdicts = Verdicts()
-        self._channels_last = pays(device, front.operators())
+        self._channels_last = pays(device, front.operators(), asks_layout=front.asks_layout)
 
     @property
     def format(self) -> str:

@@ -19,6 +19,7 @@ tells it to `cast`.
 """
 
 from collections.abc import Iterable, Sequence
+from sys import getrefcount
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,8 @@ from curvature_engine.calls import OperatorCall
 from curvature_engine.followers import EDITORS, FOLLOWERS, Found, Seen, tensors_among
 
 _LEAST_SAMPLES = 2
+_OWN_REFERENCES = 2
+"""To a tensor that is released: from where it is held, and as the count's own argument."""
 _MIXED = 0
 """In place of a stride."""
 
@@ -98,6 +101,12 @@ class SampleAxes:
         """
         if self.proved and tensor.dim() and tensor.shape[0] == self.N and id(tensor) not in self._held:
             self._held[id(tensor)] = tensor, max(1, tensor.numel() // self.N)
+
+    def release(self, tensor: Tensor, held: int) -> None:
+        """Let go of a tensor that the program cannot come by again: beyond `held` references there are but our own."""
+        place = id(tensor)
+        if place in self._held and getrefcount(tensor) <= held + _OWN_REFERENCES:
+            del self._held[place]
 
     def stride(self, tensor: Tensor) -> int | None:
         """A tensor's stride, while there is a proof."""

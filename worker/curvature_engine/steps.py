@@ -9,6 +9,8 @@ from curvature_engine.execution import Run
 from curvature_engine.layouts import LayoutShows
 
 Step = Callable[[Run], None]
+_PLAIN = (EngineError, MemoryError, torch.OutOfMemoryError, LayoutShows)
+"""What is passed on as it is."""
 
 
 def explained(step: Step, place: str) -> Step:
@@ -17,17 +19,39 @@ def explained(step: Step, place: str) -> Step:
     def guarded(run: Run) -> None:
         try:
             step(run)
-        except (EngineError, MemoryError, torch.OutOfMemoryError, LayoutShows):
+        except _PLAIN:
             raise
         except Exception as error:
-            raise EngineError(
-                "invalid_inputs",
-                f"the model failed at {place}: {first_line(error)}",
-                param="inputs",
-                remedy="give inputs of the shapes and types that the model was written for",
-            ) from error
+            raise _failed(place, error) from error
 
     return guarded
+
+
+def execute(run: Run, steps: Sequence[tuple[Step, str, Sequence[int]]]) -> None:
+    """Take steps, each with its place in the model's code and the slots that no later step reads.
+
+    Raises:
+        EngineError: whatever a step raises, as an error of the model on these inputs.
+    """
+    place = ""
+    try:
+        for step, place, spent in steps:
+            step(run)
+            for slot in spent:
+                run.release(slot)
+    except _PLAIN:
+        raise
+    except Exception as error:
+        raise _failed(place, error) from error
+
+
+def _failed(place: str, error: Exception) -> EngineError:
+    return EngineError(
+        "invalid_inputs",
+        f"the model failed at {place}: {first_line(error)}",
+        param="inputs",
+        remedy="give inputs of the shapes and types that the model was written for",
+    )
 
 
 def refusing(kind: str, place: str, reason: str = "", remedy: str = "") -> Step:

@@ -6,7 +6,7 @@ are those TorchScript itself would call.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from curvature_engine.contexts import make_context
 from curvature_engine.errors import EngineError
 from curvature_engine.execution import Run, map_tensors
 from curvature_engine.places import place_of
-from curvature_engine.steps import Step, explained, refusing, unpacking
+from curvature_engine.steps import Step, execute, explained, refusing, unpacking
 from curvature_engine.tensor_methods import DTYPE_OF, METHODS, NUMBER_OF, TENSOR_QUESTIONS, read_dtype
 
 _FOREIGN_ACCELERATED = ("mkldnn", "quantized", "prepacked", "cudnn", "tensorexpr", "mps", "xnnpack")
@@ -43,18 +43,25 @@ class Compiled:
         self._constants: list[tuple[int, Any]] = []
         self.edits_tensors = False
         """Whether an operator that edits tensors appears anywhere: then each run works on copies."""
+        self.asks_layout = False
+        """Whether it asks how tensors lie in memory."""
         self.calls: Counter[str] = Counter()
         """How often each tensor operator appears, all branches counted."""
         self.refused: list[tuple[str, str]] = []
         """(operator, place) of what no run could pass."""
+        self._attributes: dict[int, tuple[int, str, int]] = {}
+        """Number of a step that only reads an attribute → owner's slot, name, slot."""
+        self._sets_attributes = False
         inputs = list(graph.inputs())
         self._inputs = [self._slot(value) for value in inputs]
-        self._steps = self._block(graph)
         self._output = self._slot(next(iter(graph.outputs())))
-        self._spent = self._find_spent(graph)
+        self._steps = self._main(graph)
+        self._folded = False
 
     def run(self, run: Run, arguments: list[Any]) -> Any:
-        """Execute on `arguments` (the module's object first); returns what forward returns."""
+        """Execute on `arguments` (the module's object first, always the same); returns what forward returns."""
+        if not self._folded:
+            self._fold(arguments[0])
         run.values = [None] * len(self._slots)
         run.tainted = [False] * len(self._slots)
         for slot, value in self._constants:
@@ -63,16 +70,38 @@ class Compiled:
             run.values[slot] = map_tensors(run.private, value) if self.edits_tensors else value
             run.tainted[slot] = slot != self._inputs[0]
         run.begin(run.values[slot] for slot in self._inputs[1:])
-        for step, spent in zip(self._steps, self._spent, strict=True):
-            step(run)
-            if run.lean:
-                for slot in spent:
-                    run.values[slot] = None
+        execute(run, self._steps)
         return run.values[self._output]
 
-    def _find_spent(self, graph: Any) -> list[list[int]]:
-        """Per step, the slots that no later one reads. What is made before a run begins stays."""
+    def _main(self, graph: Any) -> list[tuple[Step, str, list[int]]]:
+        """The steps of the graph itself, with their places, and the slots that no later one reads."""
         nodes = [node for node in graph.nodes() if node.kind() != "prim::Constant"]
+        steps: list[tuple[Step, str]] = []
+        for node in graph.nodes():
+            step = self._node(node)
+            if step is not None:
+                if node.kind() == "prim::GetAttr":
+                    self._attributes[len(steps)] = self._slot(node.input()), node.s("name"), self._slot(node.output())
+                steps.append((step, place_of(node)))
+        return [(*step, spent) for step, spent in zip(steps, self._find_spent(nodes, graph), strict=True)]
+
+    def _fold(self, module: Any) -> None:
+        """Read once what every run would read again: submodules, parameters and buffers that no run replaces."""
+        self._folded = True
+        if self._sets_attributes:
+            return
+        known, folded = {self._inputs[0]: module}, set()
+        for number, (owner, name, slot) in self._attributes.items():
+            value = known[owner].getattr(name) if owner in known else None
+            if isinstance(value, torch.Tensor | torch._C.ScriptObject):
+                known[slot] = value
+                folded.add(number)
+        del known[self._inputs[0]]
+        self._constants.extend(known.items())
+        self._steps = [step for number, step in enumerate(self._steps) if number not in folded]
+
+    def _find_spent(self, nodes: Sequence[Any], graph: Any) -> list[list[int]]:
+        """Per step, the slots that no later one reads. What is made before a run begins stays."""
         lasting = {self._output, *self._inputs, *(slot for slot, _ in self._constants)}
         spent: list[list[int]] = [[] for _ in nodes]
         for place in reversed(range(len(nodes))):
@@ -94,12 +123,9 @@ class Compiled:
         return self._slots.setdefault(value.debugName(), len(self._slots))
 
     def _block(self, block: Any) -> list[Step]:
-        steps = []
-        for node in block.nodes():
-            step = self._node(node)
-            if step is not None:
-                steps.append(step)
-        return steps
+        """The steps of a branch or a loop's body."""
+        steps = ((self._node(node), place_of(node)) for node in block.nodes())
+        return [explained(step, place) for step, place in steps if step is not None]
 
     def _node(self, node: Any) -> Step | None:
         kind: str = node.kind()
@@ -112,7 +138,7 @@ class Compiled:
             step = self._scalar(node)
         else:
             step = self._refuse(node)
-        return None if step is None else explained(step, place_of(node))
+        return step
 
     # Values
 
@@ -137,7 +163,7 @@ class Compiled:
 
     def _set_attribute(self, node: Any) -> Step:
         owner, value = (self._slot(v) for v in node.inputs())
-        name = node.s("name")
+        name, self._sets_attributes = node.s("name"), True
 
         def step(run: Run) -> None:
             run.set_attribute(run.values[owner], name, run.values[value], tainted=run.tainted[value])
@@ -295,6 +321,7 @@ class Compiled:
             return self._scalar(node)
         special = TENSOR_QUESTIONS.get(name)
         if special is not None and not makes_tensor:
+            self.asks_layout = self.asks_layout or name in operators.LAYOUT_QUESTIONS
             return self._question(node, special)
         if name in operators.REFUSED or name.removesuffix("_") in operators.REFUSED:
             return self._refuse(node)

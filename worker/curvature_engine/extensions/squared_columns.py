@@ -44,7 +44,8 @@ class SquaredPieces:
         """Add a column's; False where there is a shorter way to the sum of squares."""
         if parameter in self._others:
             return False
-        found = None if contribution.is_reduced("sum_squared") else contribution.squares_in_pieces()
+        shorter = parameter not in self._sums and contribution.is_reduced("sum_squared")
+        found = None if shorter else contribution.squares_in_pieces()
         if found is None:
             self._others.add(parameter)
             return False

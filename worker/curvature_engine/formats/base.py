@@ -43,6 +43,7 @@ class FrontEnd(ABC):
         was_training: whether the model was saved in training mode.
         edits_tensors: whether some operator edits tensors: then each run works on copies.
         notes: what of the model the file may have lost, for the user to know.
+        asks_layout: whether the program asks how tensors lie in memory.
         fixed_samples: the only number of samples that the file says it takes; None where it says nothing.
     """
 
@@ -53,6 +54,7 @@ class FrontEnd(ABC):
     buffers: tuple[str, ...]
     was_training: bool
     edits_tensors: bool
+    asks_layout: bool = False
     notes: tuple[str, ...] = ()
     fixed_samples: int | None = None
     _formal: "list[Formal]"

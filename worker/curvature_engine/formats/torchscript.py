@@ -47,6 +47,7 @@ class TorchScript(FrontEnd):
             ) from error
         self._compiled = compile_graph(self._graph, device)
         self.edits_tensors = self._compiled.edits_tensors
+        self.asks_layout = self._compiled.asks_layout
         arguments = module.forward.schema.arguments[1:]  # type: ignore[attr-defined]
         self._formal = [Formal(a.name, not a.has_default_value(), a.default_value) for a in arguments]
 

@@ -83,9 +83,8 @@ class Compiled:
         run.begin(run.values[slot] for slot in self._inputs)
         for place, step in enumerate(self._steps):
             step(run)
-            if run.lean:
-                for slot in self._spent.get(place, ()):
-                    run.values[slot] = None
+            for slot in self._spent.get(place, ()):
+                run.release(slot)
         return [run.values[slot] for slot in self._outputs]
 
     # Slots

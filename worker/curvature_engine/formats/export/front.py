@@ -67,6 +67,7 @@ class Export(FrontEnd):
         self._read_calls(module["module_call_graph"][0]["signature"])
         self._shapes = self._input_shapes(program)
         self.fixed_samples = self._shapes.fixed_samples
+        self.asks_layout = self._shapes.asks_layout
 
     @classmethod
     def holds(cls, entries: Collection[str]) -> bool:

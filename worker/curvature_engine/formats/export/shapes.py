@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from curvature_engine.errors import EngineError
+from curvature_engine.operators import LAYOUT_QUESTIONS
 
 _DYNAMIC = "export it with dynamic_shapes, e.g. {0: torch.export.Dim.DYNAMIC} for each input's batch axis"
 
@@ -35,6 +36,7 @@ class InputShapes:
         guards: Sequence[str],
     ) -> None:
         self._inputs, self._ranges, self._guards = inputs, ranges, guards
+        self.asks_layout = any(question in guard for guard in guards for question in LAYOUT_QUESTIONS)
 
     @property
     def fixed_samples(self) -> int | None:
