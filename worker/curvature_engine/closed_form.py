@@ -173,7 +173,7 @@ class ClosedForm(Contribution):
 
     def squares_in_pieces(self) -> tuple[list[Tensor], Assemble] | None:
         single = self.single()
-        if single is None or self._expected.total() > 1:
+        if single is None or sum(self._expected.values()) > 1:
             return None
         prepared, _, rule = single
         while True:

@@ -6,8 +6,7 @@ asked for: reductions go over blocks of samples that fit the budget, or use a ru
 
 import math
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ class Contribution(ABC):
     method = "fallback"
 
     def __init__(self) -> None:
-        self._expected = Counter[str]()
+        self._expected: dict[str, int] = {}
         self._found: dict[str, Tensor | Moments] = {}
 
     @property
@@ -67,12 +66,12 @@ class Contribution(ABC):
         """Σ_n g_n² in pieces, and what makes one tensor of them; None where it is made in another way, or shared."""
         return None
 
-    def expect(self, reductions: Collection[str]) -> None:
-        """Say which reductions (names of methods) will be asked for, each as often as it will be.
+    def expect(self, reductions: Mapping[str, int]) -> None:
+        """Say which reductions (names of methods) will be asked for, and how often.
 
         One sweep over the gradients may serve several, and who asks for one gets a tensor of his own.
         """
-        self._expected = Counter(reductions)
+        self._expected = dict(reductions)
 
     def _still_expected(self) -> list[str]:
         return [name for name, times in self._expected.items() if times > 0 and name not in self._found]
@@ -109,8 +108,8 @@ class Contribution(ABC):
                 self._sweep({name, *self._still_expected()})
             else:
                 self._found[name] = found
-        self._expected[name] -= 1
-        if self._expected[name] > 0:
+        self._expected[name] = left = self._expected.get(name, 0) - 1
+        if left > 0:
             found = self._found[name]
             return Moments(*(t.clone() for t in found)) if isinstance(found, Moments) else found.clone()
         return self._found.pop(name)

@@ -5,6 +5,7 @@ several, each with a forward pass of its own; the loss is always that of the who
 """
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 
 import torch
@@ -261,7 +262,7 @@ class BackwardPasses:
         with torch.no_grad():
             # One that writes gradients out comes first, so that the others find theirs made.
             shares = sorted(shares, key=lambda share: not share.accumulator.writes)
-            expected = [name for s in shares if s.samples is None for name in s.accumulator.reductions]
+            expected = Counter(name for s in shares if s.samples is None for name in s.accumulator.reductions)
             for name, contribution in self._columns.contributions(cotangent):
                 contribution.expect(expected)
                 for share in shares:

@@ -35,7 +35,8 @@ def execute(run: Run, steps: Sequence[tuple[Step, str, Sequence[int]]]) -> None:
     """
     place = ""
     try:
-        for step, place, spent in steps:
+        for step, at, spent in steps:
+            place = at
             step(run)
             for slot in spent:
                 run.release(slot)

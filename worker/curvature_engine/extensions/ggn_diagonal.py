@@ -20,8 +20,9 @@ class Diagonal(Accumulator):
         self._outers, self._pieces = SquaredOuters(), SquaredPieces()
 
     def add(self, parameter: str, contribution: Contribution) -> None:
-        several = self.setting.columns > 1
-        if several and any(sums.take(parameter, contribution) for sums in (self._outers, self._pieces)):
+        if self.setting.columns > 1 and (
+            self._outers.take(parameter, contribution) or self._pieces.take(parameter, contribution)
+        ):
             return
         self._put(parameter, contribution.sum_squared())
 
