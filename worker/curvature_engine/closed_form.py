@@ -51,6 +51,14 @@ class PreparedUse:
         g = g.to(accumulation_dtype(g.dtype))
         return self.attribution.arrange(rule.canonical(g), rule.row_axes)
 
+    def arranged_gradients(self, g: Tensor) -> Tensor:
+        """Several columns' gradients of the output, [k, *output], as [k·N, T, …]; for samples in row-major order."""
+        rule, k = self.tap.rule, len(g)
+        assert rule is not None
+        g = rule.canonical(g.to(accumulation_dtype(g.dtype)).reshape(k, *self.tap.shapes[0]))
+        more = replace(self.attribution, N=k * self.attribution.N, R=k * self.attribution.R)
+        return more.arrange(g, 1 + rule.row_axes)
+
 
 def prepare_use(tap: Tap, tap_index: int, use: Use, attribution: Attribution) -> PreparedUse:
     """Arrange a tap's saved inputs once; every column uses them again."""

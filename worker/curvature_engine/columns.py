@@ -1,16 +1,19 @@
 """What one column, propagated back through a part, contributes to every parameter."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from curvature_engine.closed_form import ClosedForm
 from curvature_engine.contributions import Absent, Contribution, Fallback, Materialised
+from curvature_engine.heads import Head, Passed, find_head
 from curvature_engine.methods import Methods
 from curvature_engine.orders import Order
 from curvature_engine.precision import accumulation_dtype
 from curvature_engine.program import Parameter
+from curvature_engine.stacked import Stacked
 from curvature_engine.tape import backward
 from curvature_engine.tasks import Part
 from curvature_engine.unfolded import Unfolded
@@ -40,15 +43,53 @@ class Columns:
 
     def ordinary_gradient(self, leaves: Sequence[Tensor]) -> list[Tensor | None]:
         """The loss's gradient in parameters; those at the taps, which the same pass meets, are kept at hand."""
-        taps = self._part.forward.tape.taps
-        needed = sorted({u.tap_index for uses in self._methods.uses.values() for u in uses})
+        taps, needed = self._part.forward.tape.taps, self._needed
         found = backward(self._part.outputs, [*(taps[i].edges[0] for i in needed), *leaves], self._gradient)
         self._methods.at_hand = {i: taps[i].shaped([g])[0] for i, g in zip(needed, found, strict=False)}
         return found[len(needed) :]
 
+    @cached_property
+    def head(self) -> Head | None:
+        """The program's end, through which several columns can go at once, if that is allowed."""
+        if self._order.verify or "fallback" in self._methods.by_parameter.values():
+            return None
+        return find_head(self._part.outputs, self._part.forward.tape, self._needed)
+
+    @property
+    def together(self) -> int:
+        """How many columns are best sent back together."""
+        return 1 if self.head is None else self.head.together(self._part.outputs.device)
+
+    @property
+    def _needed(self) -> list[int]:
+        """The taps at which gradients are needed."""
+        return sorted({u.tap_index for uses in self._methods.uses.values() for u in uses})
+
+    def stacked(self, passed: Passed, k: int) -> Iterator[tuple[str, Stacked]]:
+        """What k columns contribute to the parameters in the head alone."""
+        for name, parameter in self._selected.items():
+            uses = self._methods.uses[name]
+            if not uses or not all(u.tap_index in passed.taps and Stacked.takes(u) for u in uses):
+                continue
+            stacked = [(u, u.arranged_gradients(passed.taps[u.tap_index])) for u in uses]
+            yield name, Stacked(stacked, parameter.tensor, k, self._part.n, self._order.budget.block_bytes)
+
+    def behind(self, passed: Passed, column: int, names: Collection[str]) -> Iterator[tuple[str, Contribution]]:
+        """What one of the columns that went through the head contributes to some parameters."""
+        needed = {u.tap_index for name in names for u in self._methods.uses[name]}
+        taps = self._part.forward.tape.taps
+        gradients = {i: taps[i].shaped([passed.taps[i][column]])[0] for i in needed if i in passed.taps}
+        rest = sorted(needed - gradients.keys())
+        if self.head is None or self.head.end is None or passed.behind is None:
+            gradients |= dict.fromkeys(rest)
+        elif rest:
+            gradients |= self._part.at_taps(rest, passed.behind[column], self.head.end)
+        for name in names:
+            yield name, self.closed(name, self._selected[name], gradients)
+
     def contributions(self, cotangent: Tensor) -> Iterator[tuple[str, Contribution]]:
         """Every parameter's contribution under a cotangent."""
-        needed = sorted({u.tap_index for uses in self._methods.uses.values() for u in uses})
+        needed = self._needed
         at_hand = self._methods.at_hand if cotangent is self._gradient else {}
         gradients = at_hand if at_hand.keys() >= set(needed) else self._part.at_taps(needed, cotangent)
         fallbacks = self._fallbacks(cotangent)

@@ -6,7 +6,7 @@ several, each with a forward pass of its own; the loss is always that of the who
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -115,8 +115,8 @@ class BackwardPasses:
         sampled = [s for s in shares if s.columns == "sampled"]
         if first:
             self._column(self._gradient, first)
-        for v in range(self.columns["exact"] if exact else 0):
-            self._column(self._part.rows(self._bound.exact_column(v)), exact)
+        if exact:
+            self._sweep(self._bound.exact_column, self.columns["exact"], exact)
         for m in range(self.columns["sampled"] if sampled else 0):
             column = self._part.rows(self._bound.sampled_column(self._order.seed, m))
             self._column(column, [s for s in sampled if m < s.accumulator.setting.draws])
@@ -262,12 +262,38 @@ class BackwardPasses:
         with torch.no_grad():
             # One that writes gradients out comes first, so that the others find theirs made.
             shares = sorted(shares, key=lambda share: not share.accumulator.writes)
-            expected = Counter(name for s in shares if s.samples is None for name in s.accumulator.reductions)
+            expected = _expected(shares)
             for name, contribution in self._columns.contributions(cotangent):
                 contribution.expect(expected)
                 for share in shares:
                     share.take(name, contribution)
         self._advance()
+
+    def _sweep(self, make: Callable[[int], Tensor], count: int, shares: list[Share]) -> None:
+        """Take columns, several at once where that is faster."""
+        size = min(count, self._columns.together)
+        for first in range(0, count, size):
+            columns = [self._part.rows(make(v)) for v in range(first, min(count, first + size))]
+            if len(columns) == 1:
+                self._column(columns[0], shares)
+            else:
+                self._several(columns, shares)
+
+    def _several(self, columns: Sequence[Tensor], shares: list[Share]) -> None:
+        head = self._columns.head
+        assert head is not None
+        with torch.no_grad():
+            passed = head.back(torch.stack(list(columns)))
+            left = dict.fromkeys(self._selected, shares)
+            for name, stacked in self._columns.stacked(passed, len(columns)):
+                left[name] = [share for share in shares if not share.take_stacked(name, stacked)]
+            names = [name for name in self._selected if left[name]]
+            for v in range(len(columns)):
+                for name, contribution in self._columns.behind(passed, v, names):
+                    contribution.expect(_expected(left[name]))
+                    for share in left[name]:
+                        share.take(name, contribution)
+                self._advance()
 
     def _advance(self) -> None:
         self._done += 1
@@ -312,6 +338,11 @@ class BackwardPasses:
         }
         tasks = [t.accumulator for t in self.tasks(ResultStore()) if t.request.extension.columns == "averaged"]
         return AveragedFactors(outputs, self._bound, tape.links, contributions, tasks, self._order.budget)
+
+
+def _expected(shares: Sequence[Share]) -> Counter[str]:
+    """Which reductions will be asked for, and how often."""
+    return Counter(name for s in shares if s.samples is None for name in s.accumulator.reductions)
 
 
 def _sum_of(gradients: Sequence[Tensor | None], like: Tensor, taken: set[int]) -> Tensor:

@@ -7,7 +7,7 @@ differentiate by). Parameters are known by tensor identity, and so is what is ma
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -262,7 +262,7 @@ class Tape:
 
 
 def backward(
-    outputs: Tensor, targets: Sequence[Any], cotangent: Tensor, *, create_graph: bool = False
+    outputs: Tensor | GradientEdge, targets: Sequence[Any], cotangent: Tensor, *, create_graph: bool = False
 ) -> list[Tensor | None]:
     """One ordinary backward to tensors and edges; None where nothing can arrive.
 
@@ -275,9 +275,9 @@ def backward(
         return []
     try:
         found = torch.autograd.grad(
-            outputs,
+            cast("Tensor", outputs),
             list(targets),
-            cotangent.to(outputs.dtype),
+            cotangent.to(outputs.dtype) if isinstance(outputs, Tensor) else cotangent,
             retain_graph=True,
             create_graph=create_graph,
             allow_unused=True,

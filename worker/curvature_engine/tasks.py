@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from curvature_engine.contributions import Contribution
 from curvature_engine.errors import EngineError
 from curvature_engine.extensions import Accumulator
 from curvature_engine.program import Forward
 from curvature_engine.requests import Request
+from curvature_engine.stacked import Stacked
 from curvature_engine.tape import backward
 
 
@@ -32,10 +34,12 @@ class Part:
         """Its rows of a column of the whole batch."""
         return column[self.start : self.stop].to(self.outputs.dtype)
 
-    def at_taps(self, numbers: Sequence[int], cotangent: Tensor) -> dict[int, Tensor | None]:
-        """The gradients of some taps' outputs, by the taps' numbers."""
+    def at_taps(
+        self, numbers: Sequence[int], cotangent: Tensor, start: GradientEdge | None = None
+    ) -> dict[int, Tensor | None]:
+        """The gradients of some taps' outputs, by the taps' numbers; of a cotangent of the outputs, or at `start`."""
         taps = [self.forward.tape.taps[i] for i in numbers]
-        found = backward(self.outputs, [tap.edges[0] for tap in taps], cotangent)
+        found = backward(self.outputs if start is None else start, [tap.edges[0] for tap in taps], cotangent)
         return {i: tap.shaped([g])[0] for i, tap, g in zip(numbers, taps, found, strict=True)}
 
 
@@ -77,6 +81,10 @@ class Share:
         """Take one column's contribution of one parameter."""
         chosen = contribution if self.samples is None else contribution.select(self.samples)
         self.accumulator.add(parameter, chosen)
+
+    def take_stacked(self, parameter: str, stacked: Stacked) -> bool:
+        """Take several columns' contributions of one parameter; False where it has to have one after another."""
+        return self.samples is None and self.accumulator.add_stacked(parameter, stacked)
 
     def take_residual(self, parameter: str, first: int, block: Tensor) -> None:
         """Take the residual's diagonals of samples from `first` on, [n, *p]."""

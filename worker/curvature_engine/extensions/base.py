@@ -13,6 +13,7 @@ from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.mergers import Merger
 from curvature_engine.options import Options
 from curvature_engine.precision import accumulation_dtype
+from curvature_engine.stacked import Stacked
 from curvature_engine.stores import ResultStore, Slab
 
 Columns = Literal["outputs", "gradient", "exact", "sampled", "averaged"]
@@ -187,6 +188,10 @@ class Accumulator(ABC):
     @abstractmethod
     def add(self, parameter: str, contribution: Contribution) -> None:
         """Take one column's contribution of one parameter."""
+
+    def add_stacked(self, parameter: str, stacked: Stacked) -> bool:
+        """Take several columns' contributions of one parameter, if that is more than to `add` one after another."""
+        return False
 
     def add_residual(self, parameter: str, first: int, block: Tensor) -> None:
         """Take what the model's second derivatives add for the part's samples `first` … `first + n`, [n, *p]."""

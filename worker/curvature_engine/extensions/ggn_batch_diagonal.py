@@ -8,6 +8,7 @@ from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting
 from curvature_engine.extensions.schemas import MC_SAMPLES, SUBSAMPLING
 from curvature_engine.extensions.squared_columns import SquaredOuters
+from curvature_engine.stacked import Stacked
 from curvature_engine.stores import Slab
 
 _BLOCK_NUMBERS = 2**22
@@ -39,6 +40,14 @@ class BatchDiagonal(Accumulator):
 
             self._slab(parameter).update(self.rows[first : first + len(block)], change)
         self._begun.add(parameter)
+
+    def add_stacked(self, parameter: str, stacked: Stacked) -> bool:
+        if stacked.needs_inputs:
+            return self._outers.take_stacked(parameter, stacked)
+        gradients = stacked.as_more_samples().materialised()
+        squares = gradients.view(stacked.k, stacked.N, *gradients.shape[1:]).square().sum(0)
+        self._add_block(parameter, 0, squares.div_(self.setting.draws))
+        return True
 
     def stop(self) -> None:
         # What waits as outer products goes into the part's rows.

@@ -7,6 +7,7 @@ from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFa
 from curvature_engine.extensions.first_order import sketch_of_squares
 from curvature_engine.extensions.schemas import MC_SAMPLES, SUBSAMPLING
 from curvature_engine.extensions.squared_columns import SquaredOuters, SquaredPieces
+from curvature_engine.stacked import Stacked
 
 
 class Diagonal(Accumulator):
@@ -25,6 +26,12 @@ class Diagonal(Accumulator):
         ):
             return
         self._put(parameter, contribution.sum_squared())
+
+    def add_stacked(self, parameter: str, stacked: Stacked) -> bool:
+        if stacked.needs_inputs:
+            return self._outers.take_stacked(parameter, stacked)
+        self._put(parameter, stacked.as_more_samples().sum_squared())
+        return True
 
     def stop(self) -> None:
         for parameter, total in self._pieces.release().items():

@@ -35,6 +35,7 @@ from curvature_engine.extensions.factor_sums import (
 from curvature_engine.extensions.mergers import OWN, Merger, State, companion
 from curvature_engine.extensions.schemas import MC_SAMPLES
 from curvature_engine.rules.gram import add_product
+from curvature_engine.stacked import Stacked
 from curvature_engine.tape import Use
 from curvature_engine.watched import Derivation
 
@@ -96,6 +97,11 @@ class Kronecker(Accumulator):
 
     def add(self, parameter: str, contribution: Contribution) -> None:
         self._add(parameter, contribution, contribution)
+
+    def add_stacked(self, parameter: str, stacked: Stacked) -> bool:
+        # B is a sum over columns as over samples, and A takes the inputs, which are the same.
+        self.add(parameter, stacked.as_more_samples())
+        return True
 
     def note_missing(self, parameter: str, contribution: Contribution) -> None:
         reason = self._reason(contribution)

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from curvature_engine.contributions import Contribution
 from curvature_engine.reductions import Assemble, Outer
+from curvature_engine.stacked import Stacked
 
 
 class SquaredOuters:
@@ -25,6 +26,18 @@ class SquaredOuters:
             self._squares[parameter] = outer.squared()
         else:
             before.column.addcmul_(outer.column, outer.column)
+        return True
+
+    def take_stacked(self, parameter: str, stacked: Stacked) -> bool:
+        """Add several columns'; False where the gradients are no outer products."""
+        outer = stacked.outer()
+        if outer is None:
+            return False
+        column = outer.column.view(stacked.k, stacked.N, -1).square().sum(0)
+        if parameter in self._squares:
+            self._squares[parameter].column.add_(column)
+        else:
+            self._squares[parameter] = Outer(outer.kept.square(), column, outer.turned)
         return True
 
     def release(self) -> dict[str, Outer]:
