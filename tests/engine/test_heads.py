@@ -162,7 +162,7 @@ def test_relu_passes_what_autograd_passes_where_gradients_are_infinite():
 
 
 def test_more_columns_go_together_the_smaller_they_are():
-    module, inputs = build(convolutional, IMAGES)
+    module, _ = build(convolutional, IMAGES)
     found = []
     for n in (8, 80_000):
         x = torch.randn(n, 2, 6, 6)

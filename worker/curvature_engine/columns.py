@@ -51,7 +51,7 @@ class Columns:
     @cached_property
     def head(self) -> Head | None:
         """The program's end, through which several columns can go at once, if that is allowed."""
-        if self._order.verify or "fallback" in self._methods.by_parameter.values():
+        if "fallback" in self._methods.by_parameter.values():
             return None
         return find_head(self._part.outputs, self._part.forward.tape, self._needed)
 
@@ -74,8 +74,16 @@ class Columns:
             stacked = [(u, u.arranged_gradients(passed.taps[u.tap_index])) for u in uses]
             yield name, Stacked(stacked, parameter.tensor, k, self._part.n, self._order.budget.block_bytes)
 
-    def behind(self, passed: Passed, column: int, names: Collection[str]) -> Iterator[tuple[str, Contribution]]:
-        """What one of the columns that went through the head contributes to some parameters."""
+    def one_of(
+        self, passed: Passed, column: int, cotangent: Tensor, names: Collection[str]
+    ) -> Iterator[tuple[str, Contribution]]:
+        """What one of the columns that went through the head together contributes to some parameters.
+
+        Under `verify` it is checked for all parameters.
+        """
+        verification = self._verification(cotangent)
+        if verification is not None:
+            names = self._selected
         needed = {u.tap_index for name in names for u in self._methods.uses[name]}
         taps = self._part.forward.tape.taps
         gradients = {i: taps[i].shaped([passed.taps[i][column]])[0] for i in needed if i in passed.taps}
@@ -85,7 +93,11 @@ class Columns:
         elif rest:
             gradients |= self._part.at_taps(rest, passed.behind[column], self.head.end)
         for name in names:
-            yield name, self.closed(name, self._selected[name], gradients)
+            contribution = self.closed(name, self._selected[name], gradients)
+            if verification is not None:
+                verification.check(name, contribution)
+            yield name, contribution
+        self._heed(verification)
 
     def contributions(self, cotangent: Tensor) -> Iterator[tuple[str, Contribution]]:
         """Every parameter's contribution under a cotangent."""
@@ -93,12 +105,18 @@ class Columns:
         at_hand = self._methods.at_hand if cotangent is self._gradient else {}
         gradients = at_hand if at_hand.keys() >= set(needed) else self._part.at_taps(needed, cotangent)
         fallbacks = self._fallbacks(cotangent)
-        verification = Verification(self._part.outputs, self._selected, cotangent) if self._order.verify else None
+        verification = self._verification(cotangent)
         for name, parameter in self._selected.items():
             contribution = fallbacks.get(name) or self.closed(name, parameter, gradients)
             if verification is not None:
                 verification.check(name, contribution)
             yield name, contribution
+        self._heed(verification)
+
+    def _verification(self, cotangent: Tensor) -> Verification | None:
+        return Verification(self._part.outputs, self._selected, cotangent) if self._order.verify else None
+
+    def _heed(self, verification: Verification | None) -> None:
         if verification is not None and not verification.finite:
             self._methods.distrust()
 

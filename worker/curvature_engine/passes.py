@@ -288,8 +288,8 @@ class BackwardPasses:
             for name, stacked in self._columns.stacked(passed, len(columns)):
                 left[name] = [share for share in shares if not share.take_stacked(name, stacked)]
             names = [name for name in self._selected if left[name]]
-            for v in range(len(columns)):
-                for name, contribution in self._columns.behind(passed, v, names):
+            for v, column in enumerate(columns):
+                for name, contribution in self._columns.one_of(passed, v, column, names):
                     contribution.expect(_expected(left[name]))
                     for share in left[name]:
                         share.take(name, contribution)
