@@ -110,8 +110,8 @@ class Averaging:
         layout = torch.arange(outputs.numel(), device=outputs.device).view(self._N, -1)
         D = layout.shape[1]
         B = torch.zeros(D, D, dtype=self._dtype, device=outputs.device)
-        for v in range(self._bound.columns):
-            column = self._bound.exact_column(v).reshape(self._N, D)
+        for v in range(self._bound.rank):
+            column = self._bound.root_column(v).reshape(self._N, D)
             (alive,) = column.any(0).nonzero(as_tuple=True)  # most columns are of one position only
             part = column[:, alive].to(self._dtype)
             B[alive[:, None], alive] += part.T @ part

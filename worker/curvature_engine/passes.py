@@ -49,7 +49,11 @@ class BackwardPasses:
         self._gradients: dict[str, Tensor] = {}
         self._tasks: list[Task] = []
         self._done, self._total = 0, 0
-        self.columns = _count_columns(order.requests, bound)
+        exact = [r for r in order.requests if r.extension.columns == "exact"]
+        self._any_root = all(r.extension.any_root for r in exact)
+        self.columns = _count_columns(
+            order.requests, 0 if not exact else bound.rank if self._any_root else bound.columns
+        )
 
     @property
     def methods(self) -> Mapping[str, str]:
@@ -103,8 +107,9 @@ class BackwardPasses:
         sampled = [s for s in shares if s.columns == "sampled"]
         if first:
             self._column(self._gradient, first)
+        make = self._bound.root_column if self._any_root else self._bound.exact_column
         for v in range(self.columns["exact"] if exact else 0):
-            self._column(self._part.rows(self._bound.exact_column(v)), exact)
+            self._column(self._part.rows(make(v)), exact)
         for m in range(self.columns["sampled"] if sampled else 0):
             column = self._part.rows(self._bound.sampled_column(self._order.seed, m))
             self._column(column, [s for s in sampled if m < s.accumulator.setting.draws])
@@ -217,7 +222,7 @@ class BackwardPasses:
     def _setting(self, request: Request, N: int, store: ResultStore) -> Setting:
         sampled = request.extension.columns == "sampled"
         draws = int(request.options["mc_samples"]) if sampled else 1
-        columns = self._bound.columns if request.extension.columns == "exact" else draws
+        columns = self.columns["exact"] if request.extension.columns == "exact" else draws
         parameters = {name: p.tensor.detach() for name, p in self._selected.items()}
         block_bytes = self._order.budget.block_bytes
         return Setting(
@@ -317,12 +322,12 @@ def _sum_of(gradients: Sequence[Tensor | None], like: Tensor, taken: set[int]) -
     return total
 
 
-def _count_columns(requests: Sequence[Request], bound: BoundLoss) -> dict[str, int]:
+def _count_columns(requests: Sequence[Request], exact: int) -> dict[str, int]:
     wanted = {r.extension.columns for r in requests}
     draws = [int(r.options["mc_samples"]) for r in requests if r.extension.columns == "sampled"]
     return {
         "gradient": int("gradient" in wanted),
-        "exact": bound.columns if "exact" in wanted else 0,
+        "exact": exact,
         "sampled": max(draws, default=0),
     }
 

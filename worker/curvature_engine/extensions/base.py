@@ -231,6 +231,8 @@ class Extension:
             no part in it. None: not declared, and then there is no result over data sets under mean.
         sample_axis: along which results that append have their samples.
         merger: joins the states of a data set's parts; where results add up, none is needed.
+        any_root: whether exact columns may be those of any square root, as short as there is one: results that are
+            sums over columns of squares or outer products are the same for all.
     """
 
     name: str
@@ -249,6 +251,7 @@ class Extension:
     degree: float | None = None
     sample_axis: int = 0
     merger: type[Merger] | None = None
+    any_root: bool = False
 
     def under(self, options: Mapping[str, Any]) -> "Extension":
         """The extension as complete options make it."""

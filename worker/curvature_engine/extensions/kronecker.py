@@ -373,6 +373,7 @@ KFAC = Extension(
     merging="sum",
     degree=1.0,
     merger=Factors,
+    any_root=True,
 )
 KFLR = Extension(
     "kflr",
@@ -387,4 +388,5 @@ KFLR = Extension(
     merging="sum",
     degree=1.0,
     merger=Factors,
+    any_root=True,
 )

@@ -53,6 +53,15 @@ class BoundLoss(ABC):
     def exact_column(self, v: int) -> Tensor:
         """Column v of the square root of each H_n (with 1/√Z), [N, …] like the outputs."""
 
+    @property
+    def rank(self) -> int:
+        """How many root columns there are: 1 … V."""
+        return self.columns
+
+    def root_column(self, v: int) -> Tensor:
+        """Column v of a square root of each H_n with as few columns as are known to do, whatever root that is."""
+        return self.exact_column(v)
+
     @abstractmethod
     def sampled_column(self, seed: int, draw: int) -> Tensor:
         """A random column with E s sᵀ = H_n (with 1/√Z, without 1/√M), [N, …] like the outputs."""
