@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from curvature_engine.averaged import Averaged
 from curvature_engine.averaging import Averaging
 from curvature_engine.budget import Budget
 from curvature_engine.chain import EdgeKey, Links, edge_key, unsupported_chain
@@ -49,21 +50,24 @@ class AveragedFactors:
                 accumulator.note_missing(name, contribution)
         with torch.no_grad():
             for station in self._averaging.run():
-                here = self._wanted.get(station.socket.key, [])
-                for _, prepared in here:
-                    station.check_rows(prepared)
-                for left, right in station.pairs() if here else ():
-                    for name, prepared in here:
-                        sides = [self._side(name, prepared, g) for g in (left, right)]
-                        for accumulator in accumulators:
-                            accumulator.add_averaged(name, sides[0], sides[1])
+                arranged: dict[int, Tensor] = {}
+                for name, prepared in self._wanted.get(station.socket.key, ()):
+                    if prepared.tap_index not in arranged:
+                        arranged[prepared.tap_index] = station.arranged(prepared)
+                    averaged = _averaged(station.B, prepared, arranged[prepared.tap_index])
+                    for accumulator in accumulators:
+                        accumulator.add_averaged(name, self._contributions[name], averaged)
 
-    def _side(self, name: str, prepared: PreparedUse, g: Tensor) -> ClosedForm:
-        (shaped,) = prepared.tap.shaped([g])
-        assert shaped is not None
-        pattern = self._contributions[name]
-        assert isinstance(pattern, ClosedForm)
-        return pattern.with_uses([(prepared, prepared.arranged_gradient(shaped))])
+
+def _averaged(B: Tensor, prepared: PreparedUse, arranged: Tensor) -> Averaged:
+    """A station's matrix for one use of a parameter, whose form moves a layer's outputs and may scale them."""
+    rule = prepared.tap.rule
+    assert rule is not None
+    both = rule.factor_outputs(prepared.use.role, torch.cat([arranged, torch.ones_like(arranged)]))
+    assert both is not None
+    factor = float(both[0, 1, 0, 0])
+    places = (both[:, 0] / factor if factor != 0 else arranged.view(both[:, 0].shape)).round().long()
+    return Averaged(B, places, factor)
 
 
 def _wanted(

@@ -24,7 +24,7 @@ from curvature_engine.chain_steps import Step, output_edge, shapes_of
 from curvature_engine.closed_form import PreparedUse
 from curvature_engine.errors import EngineError
 from curvature_engine.losses import BoundLoss
-from curvature_engine.passages import Passage, average_diagonal, average_selected, average_varying, conjugate, spread
+from curvature_engine.passages import Passage, average_diagonal, average_selected, average_varying, conjugate, is_plain, spread
 from curvature_engine.precision import accumulation_dtype
 
 
@@ -42,37 +42,27 @@ class Station:
     layout: Tensor
     B: Tensor
 
-    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tensors l, r of the socket's shape, with B = Σ l_n r_nᵀ over all pairs and their N parts.
+    def arranged(self, prepared: PreparedUse) -> Tensor:
+        """Where a tap has a sample's elements, as its rules see them: [1, T, …], numbers of B's rows, as float64.
 
-        The parts stand where the samples do, so that what turns gradients of samples into columns of factors turns
-        these into the two sides of a factor.
-        """
-        N, D = self.layout.shape
-        for first in range(0, D, N):
-            columns = self.B[:, first : first + N].T
-            unit = torch.zeros_like(columns)
-            unit[torch.arange(len(unit)), torch.arange(first, first + len(unit))] = 1
-            yield self._spread(columns), self._spread(unit)
-
-    def check_rows(self, prepared: PreparedUse) -> None:
-        """Compare the samples' places with those that the probe found in a tap's rows.
+        Compares the samples' places with those that the probe found in the tap's rows.
 
         Raises:
             EngineError: `unsupported_model`.
         """
         N, D = self.layout.shape
-        numbers = torch.arange(1, N + 1, dtype=torch.float64, device=self.layout.device)
-        (shaped,) = prepared.tap.shaped([self._spread(numbers[:, None].expand(N, D))])
+        numbers = torch.arange(N * D, dtype=torch.float64, device=self.layout.device).view(N, D)
+        plain = is_plain(self.layout)
+        (shaped,) = prepared.tap.shaped([spread(numbers, self.layout, self.socket.shape, plain=plain)])
         assert shaped is not None
-        rows = prepared.arranged_gradient(shaped).reshape(N, -1)
-        if not torch.equal(rows, numbers[:, None].expand_as(rows)):
+        rows = prepared.arranged_gradient(shaped)
+        first = rows[:1]
+        starts = D * torch.arange(N, dtype=torch.float64, device=rows.device).view(N, *[1] * (rows.dim() - 1))
+        if rows.numel() != N * D or not torch.equal(rows, first + starts):
             raise unsupported_chain(
                 f"the samples' rows at aten::{prepared.tap.name} ({prepared.tap.place}) are irregular"
             )
-
-    def _spread(self, vectors: Tensor) -> Tensor:
-        return spread(vectors, self.layout, self.socket.shape)
+        return first
 
 
 class Averaging:
@@ -108,13 +98,7 @@ class Averaging:
     def _start(self) -> Station:
         outputs = self._outputs
         layout = torch.arange(outputs.numel(), device=outputs.device).view(self._N, -1)
-        D = layout.shape[1]
-        B = torch.zeros(D, D, dtype=self._dtype, device=outputs.device)
-        for v in range(self._bound.rank):
-            column = self._bound.root_column(v).reshape(self._N, D)
-            (alive,) = column.any(0).nonzero(as_tuple=True)  # most columns are of one position only
-            part = column[:, alive].to(self._dtype)
-            B[alive[:, None], alive] += part.T @ part
+        B = self._bound.summed_hessian().to(self._dtype)
         socket = Socket(0, output_edge(outputs), outputs.shape, anchor(outputs).shape, outputs.dtype)
         return Station(socket, layout, B)
 

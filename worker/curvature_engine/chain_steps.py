@@ -34,7 +34,7 @@ class Step:
         Raises:
             EngineError: `unsupported_model` where no gradient goes that way.
         """
-        given = cotangent.to(self.target.dtype).view(self.target.graph_shape)
+        given = cotangent.to(self.target.dtype).reshape(self.target.graph_shape)
         (found,) = torch.autograd.grad(
             (self.target.edge,), (self.source.edge,), (given,), retain_graph=True, allow_unused=True
         )

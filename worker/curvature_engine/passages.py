@@ -1,6 +1,8 @@
 """Matrices through one operator: 1/N Σ_n J_nᵀ B J_n, by the form of its Jacobians J_n."""
 
 from collections.abc import Callable
+from functools import cached_property
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -13,8 +15,10 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _HALF_TOLERANCE = 5e-2
 
 
-def spread(vectors: Tensor, layout: Tensor, shape: torch.Size) -> Tensor:
-    """A tensor with vectors [n ≤ N, D] in the places of the first n samples, zero elsewhere."""
+def spread(vectors: Tensor, layout: Tensor, shape: torch.Size, *, plain: bool = False) -> Tensor:
+    """A tensor with vectors [n ≤ N, D] in the places of the first n samples, zero elsewhere; `plain`: in order."""
+    if plain and vectors.shape == layout.shape:
+        return vectors.reshape(shape)
     full = vectors.new_zeros(shape.numel())
     full[layout[: len(vectors)].reshape(-1)] = vectors.reshape(-1)
     return full.view(shape)
@@ -28,7 +32,14 @@ class Passage:
         self._generator = generator
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        return self.step.pull_back(spread(vectors, self.after, self.step.target.shape))[self.before]
+        given = spread(vectors, self.after, self.step.target.shape, plain=self.plain)
+        found = self.step.pull_back(given)
+        return found.view(self.before.shape) if self.plain else found[self.before]
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether samples lie along the first axis of input and output, their elements in order."""
+        return is_plain(self.before) and is_plain(self.after)
 
     def anew(self, vectors: Tensor) -> Tensor | None:
         """Products with one J for all samples, [m, D_out] → [m, D_in] for any m, by calling the operator once more.
@@ -37,7 +48,8 @@ class Passage:
         """
         step, call = self.step, self.step.link.call
         source, target = step.source, step.target
-        if call.writes or not (_is_plain(self.before, source.shape) and _is_plain(self.after, target.shape)):
+        rows_first = source.shape[:1] == target.shape[:1] == self.before.shape[:1]
+        if call.writes or not (rows_first and self.plain):
             return None
         m = len(vectors)
         with torch.enable_grad():
@@ -72,11 +84,7 @@ class Passage:
         Raises:
             EngineError: `verification_failed`.
         """
-        ends = (self.step.source.dtype, self.step.target.dtype)  # a cast is as precise as the coarser one
-        tolerance = max(_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in ends)
-        if not bool(torch.isfinite(found).all()) or not bool(torch.isfinite(expected).all()):
-            return
-        if bool((found - expected).abs().max() > tolerance * expected.abs().max().clamp(min=1e-30)):
+        if not self.agree(found, expected):
             raise EngineError(
                 "verification_failed",
                 f"{self.step.link.title} does not act as kfra takes it to; no result is given",
@@ -84,12 +92,19 @@ class Passage:
                 remedy="please report this model; kflr gives Kronecker factors without this step",
             )
 
+    def agree(self, found: Tensor, expected: Tensor) -> bool:
+        """Whether two ways give the same but for rounding; what is not finite tells nothing."""
+        ends = (self.step.source.dtype, self.step.target.dtype)  # a cast is as precise as the coarser one
+        tolerance = max(_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in ends)
+        difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
+        if not isfinite(difference) or not isfinite(scale):
+            return True
+        return difference <= tolerance * max(scale, 1e-30)
 
-def _is_plain(layout: Tensor, shape: torch.Size) -> bool:
-    """Whether samples lie along the first axis, their elements in order."""
-    return len(layout) == shape[0] and torch.equal(
-        layout.reshape(-1), torch.arange(layout.numel(), device=layout.device)
-    )
+
+def is_plain(layout: Tensor) -> bool:
+    """Whether samples come one after another, their elements in order."""
+    return torch.equal(layout.reshape(-1), torch.arange(layout.numel(), device=layout.device))
 
 
 def average_diagonal(passage: Passage, B: Tensor, N: int) -> Tensor:
@@ -97,10 +112,10 @@ def average_diagonal(passage: Passage, B: Tensor, N: int) -> Tensor:
     d = passage(B.new_ones(N, len(B)))
     u = passage.random()
     passage.check(passage(u.expand(N, -1)), d * u)
-    result = torch.empty_like(B)
+    d, result = d.to(B.dtype), torch.empty_like(B)
     for first in range(0, len(B), 1024):
         rows = slice(first, first + 1024)
-        result[rows] = B[rows] * (d[:, rows].T @ d / N)
+        torch.addmm(result[rows], d[:, rows].T, d, beta=0, alpha=1 / N, out=result[rows]).mul_(B[rows])
     return result
 
 
@@ -108,6 +123,11 @@ def conjugate(passage: Passage, B: Tensor, N: int, block_bytes: int) -> Tensor:
     """Jᵀ B J, as many columns a pass as there is room for, or N where the operator takes only its own batch."""
     u = passage.random()
     same = passage(u.expand(N, -1))
+    W = _matrix(passage.step)
+    if W is not None and passage.agree(same, (u.view(-1, len(W)) @ W).view(1, -1)):
+        # Every row of the operator has this Jacobian: J is diag(W, …, W).
+        half = (B.view(-1, len(W)) @ W).view(len(B) // len(W), len(W), -1)
+        return (W.T @ half).view(-1, half.shape[2])
     passage.check(same, same[:1].expand_as(same))
     size, pull_back = N, passage.__call__
     anew = passage.anew(u[None])
@@ -117,6 +137,19 @@ def conjugate(passage: Passage, B: Tensor, N: int, block_bytes: int) -> Tensor:
         size = max(N, block_bytes // ((len(B) + passage.before.shape[1]) * B.element_size()))
     half = _pulled_back(pull_back, B, size)  # row j: Jᵀ B[j], so B J
     return _pulled_back(pull_back, half.T.contiguous(), size)  # row i: Jᵀ (B J)[:, i]
+
+
+def _matrix(step: Step) -> Tensor | None:
+    """What a product multiplies each row's cotangent by, from the right: [out, in]; None where that is not as simple."""
+    link = step.link
+    place = {"linear": 1, "addmm": 2, "mm": 1, "matmul": 1}.get(link.name)
+    if place is None or step.source.position != (0 if link.name == "linear" else place - 1) or not link.intact(place):
+        return None
+    matrix = link.arguments[place].detach()
+    if matrix.dim() != 2 or not matrix.dtype == step.source.dtype == step.target.dtype:
+        return None
+    matrix = matrix.to(accumulation_dtype(matrix.dtype))
+    return matrix if link.name == "linear" else matrix.T
 
 
 def _pulled_back(pull_back: Callable[[Tensor], Tensor], vectors: Tensor, size: int) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from curvature_engine.closed_form import ClosedForm, PreparedUse
+from curvature_engine.averaged import Averaged
+from curvature_engine.closed_form import PreparedUse
 from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.mergers import Merger
 from curvature_engine.options import Options
@@ -200,8 +201,8 @@ class Accumulator(ABC):
         """
         raise NotImplementedError
 
-    def add_averaged(self, parameter: str, left: ClosedForm, right: ClosedForm) -> None:
-        """Take a part of the averaged matrix in the output of a parameter's layer: Σ_n left_n right_nᵀ."""
+    def add_averaged(self, parameter: str, contribution: Contribution, averaged: Averaged) -> None:
+        """Take the averaged matrix in the output of a parameter's layer; the contribution has shapes, no numbers."""
         raise NotImplementedError
 
     @abstractmethod

@@ -95,33 +95,32 @@ class Kronecker(Accumulator):
         self._close_part()
 
     def add(self, parameter: str, contribution: Contribution) -> None:
-        self._add(parameter, contribution, contribution)
+        if self._takes(parameter, contribution):
+            assert isinstance(contribution, ClosedForm)
+            self._add_outputs(parameter, contribution)
 
     def note_missing(self, parameter: str, contribution: Contribution) -> None:
         reason = self._reason(contribution)
         if reason is not None:
             self._leave_out(parameter, reason)
 
-    def _add(self, parameter: str, left: Contribution, right: Contribution) -> None:
-        """Add Σ l rᵀ to B."""
+    def _takes(self, parameter: str, contribution: Contribution) -> bool:
+        """Whether something is to be added to a B of the parameter's own; at a part's first column A is added to."""
         if parameter in self.missing:
-            return
-        if parameter not in self._reasons or not isinstance(left, ClosedForm):
-            self._reasons[parameter] = self._reason(left)
+            return False
+        if parameter not in self._reasons or not isinstance(contribution, ClosedForm):
+            self._reasons[parameter] = self._reason(contribution)
         reason = self._reasons[parameter]
         if reason is not None:
             self._leave_out(parameter, reason)
-            return
-        assert isinstance(left, ClosedForm)
-        assert isinstance(right, ClosedForm)
-        first = parameter not in self._met
-        self._met.add(parameter)
-        if first and (twin := self._twin_of(parameter)) is not None:
-            self._twins[parameter] = twin
-        if parameter not in self._twins:
-            self._add_outputs(parameter, left, right)
-        if first:  # the inputs are the same for every column
-            self._add_inputs(parameter, [p for p, _ in left.uses])
+            return False
+        assert isinstance(contribution, ClosedForm)
+        if parameter not in self._met:  # the inputs are the same for every column
+            self._met.add(parameter)
+            self._add_inputs(parameter, [p for p, _ in contribution.uses])
+            if (twin := self._twin_of(parameter)) is not None:
+                self._twins[parameter] = twin
+        return parameter not in self._twins
 
     def _twin_of(self, bias: str) -> tuple[str, float] | None:
         """A weight with the same columns, whose B the bias has, too, and the factor that the bias is multiplied by."""
@@ -132,16 +131,15 @@ class Kronecker(Accumulator):
         weight = self._weight_of(bias)
         return (weight, scales.pop()) if weight is not None and weight in self._current else None
 
-    def _add_outputs(self, parameter: str, left: ClosedForm, right: ClosedForm) -> None:
-        """Add a column's Σ l rᵀ, both summed over positions first except under "expand"."""
+    def _add_outputs(self, parameter: str, contribution: ClosedForm) -> None:
+        """Add a column's Σ s sᵀ, s summed over positions first except under "expand"."""
         if self._approximation != "expand":
-            s = summed_columns(left)
-            other = s if right is left else summed_columns(right)
-            self._current[parameter] = add_product(s, other, self._current.get(parameter))
+            s = summed_columns(contribution)
+            self._current[parameter] = add_product(s, s, self._current.get(parameter))
             return
-        for (prepared, g), (_, h) in zip(left.uses, right.uses, strict=True):
+        for prepared, g in contribution.uses:
             assert prepared.tap.rule is not None
-            B = prepared.tap.rule.output_moment(prepared.use.role, g, h, self._current.get(parameter))
+            B = prepared.tap.rule.output_moment(prepared.use.role, g, g, self._current.get(parameter))
             assert B is not None
             self._current[parameter] = B
 
@@ -210,7 +208,8 @@ class Kronecker(Accumulator):
         scale = self.setting.Z if empirical else 1 / self.setting.draws
         # Of a parameter left out in one part, the others' sums are of no use.
         found, self._B = self._B, {}
-        return {name: B.mul_(scale) for name, B in found.items() if name not in self.missing}
+        found = {name: B for name, B in found.items() if name not in self.missing}
+        return found if scale == 1 else {name: B.mul_(scale) for name, B in found.items()}
 
     def _count(self, parameter: str) -> int:
         """What A's sum is divided by."""

@@ -77,6 +77,21 @@ class CrossEntropy(ClassLoss):
         column[:, k:, t] = part * (self.mass[:, t, None] / self.Z).sqrt()
         return self._shaped(column)
 
+    def summed_hessian(self) -> Tensor:
+        p = self._p.permute(2, 1, 0)  # [T, C, N]
+        mass = (self.mass / self.Z).T[:, None]
+        blocks = -(p * mass) @ p.mT
+        # Rows add up to zero. From the others, the diagonal's c p (1 − p) loses nothing where p is nearly 1.
+        blocks.diagonal(dim1=1, dim2=2).zero_()
+        blocks.diagonal(dim1=1, dim2=2).copy_(-blocks.sum(2))
+        if self.T == 1:
+            return blocks[0]
+        order = torch.arange(self.C * self.T, device=p.device).view(1, self.C, self.T).expand(self.N, -1, -1)
+        order = self._shaped(order)[0].reshape(-1)
+        total = blocks.new_zeros(self.C, self.T, self.C, self.T)
+        total.diagonal(dim1=1, dim2=3).copy_(blocks.permute(1, 2, 0))
+        return total.view(self.C * self.T, -1)[order][:, order]
+
     def sampled_column(self, seed: int, draw: int) -> Tensor:
         positions = torch.arange(self.T, device=self._p.device)
         u = draws.uniform(seed, self._samples(), positions, draw)  # [N, T]
