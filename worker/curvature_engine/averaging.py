@@ -23,8 +23,9 @@ from curvature_engine.chain import Socket, anchor, unsupported_chain
 from curvature_engine.chain_steps import Step, output_edge, shapes_of
 from curvature_engine.closed_form import PreparedUse
 from curvature_engine.errors import EngineError
+from curvature_engine.layouts import Layout
 from curvature_engine.losses import BoundLoss
-from curvature_engine.passages import Passage, average_diagonal, average_selected, average_varying, conjugate, is_plain, spread
+from curvature_engine.passages import Passage, average_diagonal, average_selected, average_varying, conjugate
 from curvature_engine.precision import accumulation_dtype
 
 
@@ -33,13 +34,12 @@ class Station:
     """A place on the way back.
 
     Attributes:
-        layout: which elements of the tensor belong to which sample, [N, D]: flat positions; B's axes are in the
-            order of its rows.
-        B: [D, D].
+        layout: which elements of the tensor belong to which sample.
+        B: [D, D], its axes in the order in which the layout has a sample's elements.
     """
 
     socket: Socket
-    layout: Tensor
+    layout: Layout
     B: Tensor
 
     def arranged(self, prepared: PreparedUse) -> Tensor:
@@ -50,10 +50,9 @@ class Station:
         Raises:
             EngineError: `unsupported_model`.
         """
-        N, D = self.layout.shape
+        N, D = self.layout.N, self.layout.D
         numbers = torch.arange(N * D, dtype=torch.float64, device=self.layout.device).view(N, D)
-        plain = is_plain(self.layout)
-        (shaped,) = prepared.tap.shaped([spread(numbers, self.layout, self.socket.shape, plain=plain)])
+        (shaped,) = prepared.tap.shaped([self.layout.spread(numbers, self.socket.shape)])
         assert shaped is not None
         rows = prepared.arranged_gradient(shaped)
         first = rows[:1]
@@ -97,7 +96,7 @@ class Averaging:
 
     def _start(self) -> Station:
         outputs = self._outputs
-        layout = torch.arange(outputs.numel(), device=outputs.device).view(self._N, -1)
+        layout = Layout(self._N, outputs.numel() // self._N, outputs.device)
         B = self._bound.summed_hessian().to(self._dtype)
         socket = Socket(0, output_edge(outputs), outputs.shape, anchor(outputs).shape, outputs.dtype)
         return Station(socket, layout, B)
@@ -133,7 +132,7 @@ class Averaging:
         flat = moved.reshape(-1)
         if flat.numel() != places.numel() or not torch.equal(flat.sort().values, places.view(-1)):
             raise unsupported_chain(f"{step.link.title} takes a part of its input or repeats it")
-        return Station(source, flat[station.layout], station.B)
+        return Station(source, Layout.of(flat[station.layout.places]), station.B)
 
     def _applied(self, step: Step, station: Station) -> Station:
         layout = _layout_before(step, station.layout)
@@ -153,13 +152,16 @@ class Averaging:
 
 def _sorted(station: Station) -> Station:
     """The same with each sample's elements in the order in which they stand in the tensor."""
-    order = station.layout[0].argsort()
+    if station.layout.plain:
+        return station
+    places = station.layout.places
+    order = places[0].argsort()
     if bool((order[1:] > order[:-1]).all()):
         return station
-    return Station(station.socket, station.layout[:, order], station.B[order][:, order])
+    return Station(station.socket, Layout.of(places[:, order]), station.B[order][:, order])
 
 
-def _layout_before(step: Step, after: Tensor) -> Tensor:
+def _layout_before(step: Step, after: Layout) -> Layout:
     """Which elements of the operator's input belong to which sample.
 
     Raises:
@@ -169,12 +171,14 @@ def _layout_before(step: Step, after: Tensor) -> Tensor:
         step.target.shape[: step.form.row_axes].numel() if step.form.kind != "diagonal" else step.target.shape.numel()
     )
     width_after, width_before = step.target.shape.numel() // rows, step.source.shape.numel() // rows
-    number = after[:, ::width_after] // width_after  # [N, T]: the rows of each sample
-    if not torch.equal(_elements(number, width_after), after):
+    if after.plain and rows % after.N == 0:
+        return Layout(after.N, step.source.shape.numel() // after.N, after.device)
+    number = after.places[:, ::width_after] // width_after  # [N, T]: the rows of each sample
+    if not torch.equal(_elements(number, width_after), after.places):
         raise unsupported_chain(
             f"at {step.link.title}, {shapes_of(step.link)}, a sample's elements are no rows of the operator's own"
         )
-    return _elements(number, width_before)
+    return Layout.of(_elements(number, width_before))
 
 
 def _elements(rows: Tensor, width: int) -> Tensor:

@@ -1,7 +1,6 @@
 """Matrices through one operator: 1/N Σ_n J_nᵀ B J_n, by the form of its Jacobians J_n."""
 
 from collections.abc import Callable
-from functools import cached_property
 from math import isfinite
 
 import torch
@@ -9,37 +8,22 @@ from torch import Tensor
 
 from curvature_engine.chain_steps import Step
 from curvature_engine.errors import EngineError, memory_ran_out
+from curvature_engine.layouts import Layout
 from curvature_engine.precision import accumulation_dtype
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _HALF_TOLERANCE = 5e-2
 
 
-def spread(vectors: Tensor, layout: Tensor, shape: torch.Size, *, plain: bool = False) -> Tensor:
-    """A tensor with vectors [n ≤ N, D] in the places of the first n samples, zero elsewhere; `plain`: in order."""
-    if plain and vectors.shape == layout.shape:
-        return vectors.reshape(shape)
-    full = vectors.new_zeros(shape.numel())
-    full[layout[: len(vectors)].reshape(-1)] = vectors.reshape(-1)
-    return full.view(shape)
-
-
 class Passage:
     """Products with the J_nᵀ of one operator, a vector for each sample: [n ≤ N, D_out] → [N, D_in]."""
 
-    def __init__(self, step: Step, before: Tensor, after: Tensor, generator: torch.Generator) -> None:
+    def __init__(self, step: Step, before: Layout, after: Layout, generator: torch.Generator) -> None:
         self.step, self.before, self.after = step, before, after
         self._generator = generator
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        given = spread(vectors, self.after, self.step.target.shape, plain=self.plain)
-        found = self.step.pull_back(given)
-        return found.view(self.before.shape) if self.plain else found[self.before]
-
-    @cached_property
-    def plain(self) -> bool:
-        """Whether samples lie along the first axis of input and output, their elements in order."""
-        return is_plain(self.before) and is_plain(self.after)
+        return self.before.gathered(self.step.pull_back(self.after.spread(vectors, self.step.target.shape)))
 
     def anew(self, vectors: Tensor) -> Tensor | None:
         """Products with one J for all samples, [m, D_out] → [m, D_in] for any m, by calling the operator once more.
@@ -48,8 +32,8 @@ class Passage:
         """
         step, call = self.step, self.step.link.call
         source, target = step.source, step.target
-        rows_first = source.shape[:1] == target.shape[:1] == self.before.shape[:1]
-        if call.writes or not (rows_first and self.plain):
+        rows_first = self.before.plain and self.after.plain and source.shape[0] == target.shape[0] == self.before.N
+        if call.writes or not rows_first:
             return None
         m = len(vectors)
         with torch.enable_grad():
@@ -75,7 +59,7 @@ class Passage:
 
     def random(self) -> Tensor:
         """One vector [D_out] that finds out what is claimed of the Jacobian wrongly."""
-        random = torch.randn(self.after.shape[1], generator=self._generator, dtype=torch.float64)
+        random = torch.randn(self.after.D, generator=self._generator, dtype=torch.float64)
         return random.to(self.after.device, accumulation_dtype(self.step.target.dtype))
 
     def check(self, found: Tensor, expected: Tensor) -> None:
@@ -100,11 +84,6 @@ class Passage:
         if not isfinite(difference) or not isfinite(scale):
             return True
         return difference <= tolerance * max(scale, 1e-30)
-
-
-def is_plain(layout: Tensor) -> bool:
-    """Whether samples come one after another, their elements in order."""
-    return torch.equal(layout.reshape(-1), torch.arange(layout.numel(), device=layout.device))
 
 
 def average_diagonal(passage: Passage, B: Tensor, N: int) -> Tensor:
@@ -134,7 +113,7 @@ def conjugate(passage: Passage, B: Tensor, N: int, block_bytes: int) -> Tensor:
     if anew is not None:
         passage.check(anew, same[:1])
         pull_back = passage.made_anew
-        size = max(N, block_bytes // ((len(B) + passage.before.shape[1]) * B.element_size()))
+        size = max(N, block_bytes // ((len(B) + passage.before.D) * B.element_size()))
     half = _pulled_back(pull_back, B, size)  # row j: Jᵀ B[j], so B J
     return _pulled_back(pull_back, half.T.contiguous(), size)  # row i: Jᵀ (B J)[:, i]
 
@@ -160,7 +139,7 @@ def _pulled_back(pull_back: Callable[[Tensor], Tensor], vectors: Tensor, size: i
 def average_selected(passage: Passage, B: Tensor, N: int) -> Tensor:
     """1/N Σ_n of B's entries added up at the elements that sample n's outputs were selected from."""
     picked = _picked(passage)
-    result = B.new_zeros(passage.before.shape[1], passage.before.shape[1])
+    result = B.new_zeros(passage.before.D, passage.before.D)
     for row in picked:
         result.index_put_((row[:, None], row[None, :]), B, accumulate=True)
     u = passage.random()
@@ -181,8 +160,8 @@ def _picked(passage: Passage) -> Tensor:
     starts = torch.arange(planes, device=indices.device).view(-1, 1) * plane
     flat = (indices.reshape(planes, -1) + starts).reshape(-1)
     number = torch.empty(source.shape.numel(), dtype=torch.long, device=flat.device)
-    number[passage.before] = torch.arange(passage.before.shape[1], device=flat.device)
-    return number[flat[passage.after]]
+    number[passage.before.places] = torch.arange(passage.before.D, device=flat.device)
+    return number[flat[passage.after.places]]
 
 
 def average_varying(passage: Passage, B: Tensor, N: int, budget_bytes: int) -> Tensor:
@@ -191,7 +170,7 @@ def average_varying(passage: Passage, B: Tensor, N: int, budget_bytes: int) -> T
     every_other = torch.zeros(N, 1, dtype=B.dtype, device=B.device)
     every_other[::2] = 1
     passage.check(passage(every_other * u), every_other * passage(u.expand(N, -1)))
-    D_out, D_in = len(B), passage.before.shape[1]
+    D_out, D_in = len(B), passage.before.D
     together = max(1, min(N, budget_bytes // (D_out * D_in * B.element_size())))
     result = B.new_zeros(D_in, D_in)
     unit = torch.zeros_like(B[:1])
