@@ -31,6 +31,14 @@ def test_every_loss_has_one_root_as_good_as_the_other(case, reduction):
         assert loss.rank == loss.columns * 2 // 3  # three classes
 
 
+@pytest.mark.parametrize("case", [c for c in LOSS_CASES if c.second_order], ids=lambda case: case.id)
+def test_the_sum_over_samples_at_once(case):
+    module, inputs, targets = case.build()
+    loss = LossSpec.parse(case.request, "mean").bind(module(*inputs), targets)
+    expected = hessians(loss.exact_column, loss.columns).sum(0)
+    torch.testing.assert_close(loss.summed_hessian(), expected, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize(("classes", "rank"), [(1, 1), (2, 1), (17, 16)])
 def test_any_number_of_classes(classes, rank):
     outputs = 3.0 * torch.randn(5, classes, dtype=torch.float64)
@@ -58,6 +66,8 @@ def test_nothing_cancels_under_a_peaked_softmax(peak, height):
     # What float32 has no normal numbers for is as good as zero.
     allowed = 2e-6 * scale[:, :, None] * scale[:, None, :] + 1e-36
     assert bool(((found - expected).abs() <= allowed).all())
+    summed = loss.summed_hessian().double()
+    assert bool(((summed - expected.sum(0)).abs() <= allowed.sum(0)).all())
 
 
 def test_a_probability_of_zero_makes_no_undefined_number():

@@ -54,20 +54,9 @@ class AveragedFactors:
                 for name, prepared in self._wanted.get(station.socket.key, ()):
                     if prepared.tap_index not in arranged:
                         arranged[prepared.tap_index] = station.arranged(prepared)
-                    averaged = _averaged(station.B, prepared, arranged[prepared.tap_index])
+                    averaged = Averaged(station.B, prepared, arranged[prepared.tap_index])
                     for accumulator in accumulators:
                         accumulator.add_averaged(name, self._contributions[name], averaged)
-
-
-def _averaged(B: Tensor, prepared: PreparedUse, arranged: Tensor) -> Averaged:
-    """A station's matrix for one use of a parameter, whose form moves a layer's outputs and may scale them."""
-    rule = prepared.tap.rule
-    assert rule is not None
-    both = rule.factor_outputs(prepared.use.role, torch.cat([arranged, torch.ones_like(arranged)]))
-    assert both is not None
-    factor = float(both[0, 1, 0, 0])
-    places = (both[:, 0] / factor if factor != 0 else arranged.view(both[:, 0].shape)).round().long()
-    return Averaged(B, places, factor)
 
 
 def _wanted(
@@ -80,7 +69,7 @@ def _wanted(
     """
     wanted: dict[EdgeKey, list[tuple[str, PreparedUse]]] = defaultdict(list)
     for name, contribution in contributions.items():
-        if all(a.sketch(name, contribution).missing is not None for a in accumulators):
+        if all(a.obstacle(name, contribution) is not None for a in accumulators):
             continue
         assert isinstance(contribution, ClosedForm)
         uses = [prepared for prepared, _ in contribution.uses]

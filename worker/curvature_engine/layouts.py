@@ -22,7 +22,8 @@ class Layout:
     def of(cls, places: Tensor) -> "Layout":
         """The layout with these places [N, D]."""
         in_order = torch.arange(places.numel(), device=places.device).view(places.shape)
-        return cls(*places.shape, places.device, None if torch.equal(places, in_order) else places)
+        N, D = places.shape
+        return cls(N, D, places.device, None if torch.equal(places, in_order) else places)
 
     @cached_property
     def places(self) -> Tensor:

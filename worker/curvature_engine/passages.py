@@ -14,6 +14,13 @@ from curvature_engine.precision import accumulation_dtype
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _HALF_TOLERANCE = 5e-2
 
+_ELEMENTWISE = frozenset(
+    f"{name}Backward0"
+    for name in ("Relu", "LeakyRelu", "Hardtanh", "Elu", "Gelu", "Silu", "Mish", "Sigmoid", "Tanh", "Softplus")
+)
+"""Nodes that are elementwise, which need not be asked."""
+_PRODUCT, _PRODUCT_AND_SUM = frozenset({"MmBackward0"}), frozenset({"AddmmBackward0"})
+
 
 class Passage:
     """Products with the J_nᵀ of one operator, a vector for each sample: [n ≤ N, D_out] → [N, D_in]."""
@@ -89,8 +96,9 @@ class Passage:
 def average_diagonal(passage: Passage, B: Tensor, N: int) -> Tensor:
     """B ⊙ 1/N Σ_n d_n d_nᵀ, in blocks of rows."""
     d = passage(B.new_ones(N, len(B)))
-    u = passage.random()
-    passage.check(passage(u.expand(N, -1)), d * u)
+    if not passage.step.is_node(_ELEMENTWISE):
+        u = passage.random()
+        passage.check(passage(u.expand(N, -1)), d * u)
     d, result = d.to(B.dtype), torch.empty_like(B)
     for first in range(0, len(B), 1024):
         rows = slice(first, first + 1024)
@@ -100,13 +108,13 @@ def average_diagonal(passage: Passage, B: Tensor, N: int) -> Tensor:
 
 def conjugate(passage: Passage, B: Tensor, N: int, block_bytes: int) -> Tensor:
     """Jᵀ B J, as many columns a pass as there is room for, or N where the operator takes only its own batch."""
+    W = _matrix(passage.step)
+    if W is not None and _is_linear(passage.step):
+        return _between(W, B)
     u = passage.random()
     same = passage(u.expand(N, -1))
-    W = _matrix(passage.step)
     if W is not None and passage.agree(same, (u.view(-1, len(W)) @ W).view(1, -1)):
-        # Every row of the operator has this Jacobian: J is diag(W, …, W).
-        half = (B.view(-1, len(W)) @ W).view(len(B) // len(W), len(W), -1)
-        return (W.T @ half).view(-1, half.shape[2])
+        return _between(W, B)
     passage.check(same, same[:1].expand_as(same))
     size, pull_back = N, passage.__call__
     anew = passage.anew(u[None])
@@ -118,13 +126,25 @@ def conjugate(passage: Passage, B: Tensor, N: int, block_bytes: int) -> Tensor:
     return _pulled_back(pull_back, half.T.contiguous(), size)  # row i: Jᵀ (B J)[:, i]
 
 
+def _is_linear(step: Step) -> bool:
+    """Whether nothing but a product with the weight lies between the two ends of a linear layer."""
+    plain = step.is_node(_PRODUCT) or step.is_node(_PRODUCT_AND_SUM, 1)
+    return step.link.name == "linear" and plain
+
+
+def _between(W: Tensor, B: Tensor) -> Tensor:
+    """Jᵀ B J, where every row of an operator is multiplied by W [out, in]: J = diag(W, …, W)."""
+    half = (B.view(-1, len(W)) @ W).view(len(B) // len(W), len(W), -1)
+    return (W.T @ half).view(-1, half.shape[2])
+
+
 def _matrix(step: Step) -> Tensor | None:
-    """What a product multiplies each row's cotangent by, from the right: [out, in]; None where that is not as simple."""
+    """What a product multiplies rows of cotangents by, from the right: [out, in]; None where that is not as simple."""
     link = step.link
     place = {"linear": 1, "addmm": 2, "mm": 1, "matmul": 1}.get(link.name)
     if place is None or step.source.position != (0 if link.name == "linear" else place - 1) or not link.intact(place):
         return None
-    matrix = link.arguments[place].detach()
+    matrix: Tensor = link.arguments[place].detach()
     if matrix.dim() != 2 or not matrix.dtype == step.source.dtype == step.target.dtype:
         return None
     matrix = matrix.to(accumulation_dtype(matrix.dtype))

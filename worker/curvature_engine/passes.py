@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from curvature_engine.averaged_factors import AveragedFactors
+from curvature_engine.chain import edge_key, reached_edges
 from curvature_engine.columns import Columns
 from curvature_engine.contributions import Contribution
 from curvature_engine.errors import EngineError
 from curvature_engine.extensions import WHOLE, Accumulator, Setting
-from curvature_engine.judgement import random_cotangent
 from curvature_engine.losses import BoundLoss
 from curvature_engine.methods import Methods
 from curvature_engine.orders import Order
@@ -295,10 +295,11 @@ class BackwardPasses:
         """Find the way along which one matrix goes back to the layers."""
         tape, outputs = self._part.forward.tape, self._part.outputs
         assert tape.links is not None
-        numbers = sorted({u.tap_index for uses in self._methods.uses.values() for u in uses})
-        reached = self._part.at_taps(numbers, random_cotangent(outputs))
+        reached, nothing = reached_edges(outputs), outputs.new_zeros(())
+        taps = {u.tap_index: u.tap for uses in self._methods.uses.values() for u in uses}
+        shapes = {i: nothing.expand(t.shapes[0]) if edge_key(t.edges[0]) in reached else None for i, t in taps.items()}
         contributions = {
-            name: self._columns.closed(name, parameter, reached)
+            name: self._columns.closed(name, parameter, shapes)
             if name in self._methods.uses
             else self.contribution(name)
             for name, parameter in self._selected.items()

@@ -181,6 +181,10 @@ class Accumulator(ABC):
         """What `add` would do with contributions like this one, whose numbers mean nothing."""
         return Sketch("materialised", contribution.multiply_adds(), (self.result_shape(contribution.shape),))
 
+    def obstacle(self, parameter: str, contribution: Contribution) -> str | None:
+        """Why there will be no result of its own from contributions like this one; None where there will."""
+        return self.sketch(parameter, contribution).missing
+
     def result_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the result of a parameter [*p]."""
         return shape

@@ -100,7 +100,7 @@ class Kronecker(Accumulator):
             self._add_outputs(parameter, contribution)
 
     def note_missing(self, parameter: str, contribution: Contribution) -> None:
-        reason = self._reason(contribution)
+        reason = self._reasons[parameter] = self._reason(contribution)
         if reason is not None:
             self._leave_out(parameter, reason)
 
@@ -152,8 +152,17 @@ class Kronecker(Accumulator):
         self._current, self._twins, self._reasons = {}, {}, {}
         self._met.clear()
 
-    def sketch(self, parameter: str, contribution: Contribution) -> Sketch:
+    def obstacle(self, parameter: str, contribution: Contribution) -> str | None:
         reason = self._reason(contribution)
+        if reason is not None or not self._joint:
+            return reason
+        assert isinstance(contribution, ClosedForm)
+        is_bias = contribution.uses[0][0].use.role != "weight"
+        weight = self._weight_of(parameter) if is_bias else None
+        return None if weight is None else _in_block_of(weight)
+
+    def sketch(self, parameter: str, contribution: Contribution) -> Sketch:
+        reason = self.obstacle(parameter, contribution)
         if reason is not None:
             return Sketch("factors", 0, (), reason)
         assert isinstance(contribution, ClosedForm)
@@ -173,8 +182,6 @@ class Kronecker(Accumulator):
             products, working = cost_of_inputs(uses, self.setting.budget_bytes, averaged=averaged)
             cost += products // max(1, self.setting.columns)
             held = max(held, working)
-        elif self._joint and (weight := self._weight_of(parameter)) is not None:
-            return Sketch("factors", 0, (), f"its block is part of that of {weight}, after the weight's columns")
         return Sketch("factors", cost, tuple(shapes), intermediate_bytes=held)
 
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
@@ -202,7 +209,7 @@ class Kronecker(Accumulator):
                 bias = self._bias_of(weight)
                 if bias is not None:
                     self._B.pop(bias, None)
-                    self.missing[bias] = f"its block is part of that of {weight}, after the weight's columns"
+                    self.missing[bias] = _in_block_of(weight)
         # The gradient carries 1/Z, and s only 1/√Z.
         empirical = self.setting.options.get("fisher") == "empirical"
         scale = self.setting.Z if empirical else 1 / self.setting.draws
@@ -309,6 +316,10 @@ class Factors(Merger):
 
     def result(self, state: State, N: int) -> Tensor:
         return state[OWN] / state[_COUNT] if _COUNT in state else state[OWN]
+
+
+def _in_block_of(weight: str) -> str:
+    return f"its block is part of that of {weight}, after the weight's columns"
 
 
 def _no_form(operators: Sequence[str]) -> str:
