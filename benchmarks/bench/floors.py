@@ -91,6 +91,10 @@ class Costs:
         """Individual results of every column: computed or, where that takes longer, written."""
         return self.forward + V * (self.inputs + max(self.weights, self.writing))
 
+    def written_once(self, V: float) -> float:
+        """Individual results in all, of V columns."""
+        return self.forward + V * self.inputs + max(V * self.weights, self.writing)
+
     def norms(self) -> float:
         return self.forward + self.inputs + sum(layer.least_norm() for layer in self.layers) / self.gradient
 
@@ -122,19 +126,23 @@ SAMPLED: dict[str, Callable[[Costs], float]] = {
 EXACT: dict[str, Callable[[Costs, float], float]] = {
     "diag_ggn_exact": Costs.columns,
     "saliency": Costs.columns,
-    "batch_diag_ggn_exact": lambda c, V: c.forward + V * c.inputs + max(V * c.weights, c.writing),
-    "sqrt_ggn_exact": Costs.written,
+    "batch_diag_ggn_exact": Costs.written_once,
+    # Of a net that is piecewise linear; what bends costs more.
+    "diag_hessian": Costs.columns,
+    "batch_diag_hessian": Costs.written_once,
 }
 
 
 def floors(case: Case, work: Work, gradient_seconds: float, bandwidth: float) -> dict[str, float]:
-    """By number of columns where there are several: C, and C − 1, the rank of a softmax's Hessian."""
+    """By number of columns where there are several: C − 1, the rank of a softmax's Hessian, and all C."""
     numbers = case.N * sum(p.numel() for p in case.module.parameters())
     writing = numbers * torch.finfo(case.place.dtype).bits / 8 / bandwidth / gradient_seconds
     costs = Costs(layers_of(case), writing)
     V = case.columns
     if work.name in SAMPLED:
         return {"floor": SAMPLED[work.name](costs)}
+    if work.name == "sqrt_ggn_exact":
+        return {"floor": costs.written(V)}
     if work.name in EXACT:
         return {
             "floor": EXACT[work.name](costs, V - case.positions),

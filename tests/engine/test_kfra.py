@@ -11,6 +11,8 @@ from tests.engine.reference import Reference, _inputs_of
 from torch import nn
 
 import curvature_engine as engine
+from curvature_engine import jacobians
+from curvature_engine.passages import Passage
 
 TOLERANCE = 1e-10
 APPROXIMATIONS = ["expand", "reduce", "backpack"]
@@ -324,6 +326,65 @@ def test_one_sample_gives_kflr(name):
     requests = [{"name": k, "options": {"approximation": "reduce"}} for k in ("kfra", "kflr")]
     result = kfra(module, inputs[0][:1], "cross_entropy", requests=requests)
     check(result["kfra"], result["kflr"])
+
+
+class Scaled(nn.Module):
+    """Products and sums with factors: of a bias whose weight has a form, and of one alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.w, self.v = nn.Linear(5, 4), nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 3))
+        self.b, self.c = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        h = torch.addmm(self.b, torch.tanh(self.a(x)), self.w, beta=3.0, alpha=0.5)
+        return torch.add(torch.matmul(torch.sigmoid(h), self.v), self.c, alpha=2.0)
+
+
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
+@pytest.mark.parametrize("parameters", ["*", "b", "a.bias", "c"])
+def test_factors_of_products_and_sums(parameters, approximation):
+    torch.manual_seed(0)
+    requests = [{"name": k, "options": {"approximation": approximation}} for k in ("kfra", "kflr")]
+    result = kfra(Scaled(), vectors()[0][:1], requests=requests, parameters=parameters)
+    assert len(result["kfra"]) == (6 if parameters == "*" else 1)
+    check(result["kfra"], result["kflr"])
+
+
+def test_results_share_no_memory():
+    module, inputs = build(BY_NAME["mlp"])
+    requests = [{"name": "kfra", "label": a, "options": {"approximation": a}} for a in APPROXIMATIONS]
+    result = kfra(module, inputs, requests=requests)
+    tensors = [t for a in APPROXIMATIONS for pair in result[a].values() for t in pair if t is not None]
+    assert len({t.data_ptr() for t in tensors}) == len(tensors)
+
+
+@pytest.mark.parametrize(
+    ("layer", "activation", "passes"),
+    [
+        # One for an activation's diagonal; a second where it is not known to be one; products by themselves.
+        (lambda: nn.Linear(6, 6), nn.ReLU, 2),
+        (lambda: nn.Linear(6, 6, bias=False), nn.Tanh, 2),
+        (lambda: nn.Linear(6, 6), nn.Softsign, 4),
+        (lambda: InPlace(nn.Linear(6, 6)), nn.Identity, 2),
+    ],
+)
+def test_known_operators_are_not_asked(layer, activation, passes, monkeypatch):
+    asked = []
+    call = Passage.__call__
+    monkeypatch.setattr(Passage, "__call__", lambda self, vectors: asked.append(self) or call(self, vectors))
+    module = nn.Sequential(layer(), activation(), layer(), activation(), nn.Linear(6, 2))
+    kfra(module, (torch.randn(4, 6, dtype=torch.float64),))
+    assert len(asked) == passes
+
+
+def test_a_wrong_claim_about_a_jacobian_fails(monkeypatch):
+    """Checked where a single known node of the graph does not say it."""
+    monkeypatch.setitem(jacobians._FORMS, "softmax", jacobians._diagonal)
+    module = nn.Sequential(nn.Linear(5, 4), nn.Softmax(-1), nn.Linear(4, 3))
+    with pytest.raises(engine.EngineError, match=r"aten::softmax .* does not act as kfra takes it to") as caught:
+        kfra(module, vectors())
+    assert caught.value.code == "verification_failed"
 
 
 def test_chunks_of_samples_do_not_change_results():

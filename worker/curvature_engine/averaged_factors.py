@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from curvature_engine.averaged import Averaged
 from curvature_engine.averaging import Averaging
 from curvature_engine.budget import Budget
 from curvature_engine.chain import EdgeKey, Links, edge_key, unsupported_chain
@@ -49,21 +50,13 @@ class AveragedFactors:
                 accumulator.note_missing(name, contribution)
         with torch.no_grad():
             for station in self._averaging.run():
-                here = self._wanted.get(station.socket.key, [])
-                for _, prepared in here:
-                    station.check_rows(prepared)
-                for left, right in station.pairs() if here else ():
-                    for name, prepared in here:
-                        sides = [self._side(name, prepared, g) for g in (left, right)]
-                        for accumulator in accumulators:
-                            accumulator.add_averaged(name, sides[0], sides[1])
-
-    def _side(self, name: str, prepared: PreparedUse, g: Tensor) -> ClosedForm:
-        (shaped,) = prepared.tap.shaped([g])
-        assert shaped is not None
-        pattern = self._contributions[name]
-        assert isinstance(pattern, ClosedForm)
-        return pattern.with_uses([(prepared, prepared.arranged_gradient(shaped))])
+                arranged: dict[int, Tensor] = {}
+                for name, prepared in self._wanted.get(station.socket.key, ()):
+                    if prepared.tap_index not in arranged:
+                        arranged[prepared.tap_index] = station.arranged(prepared)
+                    averaged = Averaged(station.B, prepared, arranged[prepared.tap_index])
+                    for accumulator in accumulators:
+                        accumulator.add_averaged(name, self._contributions[name], averaged)
 
 
 def _wanted(
@@ -76,7 +69,7 @@ def _wanted(
     """
     wanted: dict[EdgeKey, list[tuple[str, PreparedUse]]] = defaultdict(list)
     for name, contribution in contributions.items():
-        if all(a.sketch(name, contribution).missing is not None for a in accumulators):
+        if all(a.obstacle(name, contribution) is not None for a in accumulators):
             continue
         assert isinstance(contribution, ClosedForm)
         uses = [prepared for prepared, _ in contribution.uses]

@@ -24,8 +24,9 @@ from curvature_engine.chain_steps import Step, output_edge, shapes_of
 from curvature_engine.closed_form import PreparedUse
 from curvature_engine.errors import EngineError
 from curvature_engine.losses import BoundLoss
-from curvature_engine.passages import Passage, average_diagonal, average_selected, average_varying, conjugate, spread
+from curvature_engine.passages import Passage, average_diagonal, average_selected, average_varying, conjugate
 from curvature_engine.precision import accumulation_dtype
+from curvature_engine.sample_layouts import Layout
 
 
 @dataclass(frozen=True)
@@ -33,46 +34,34 @@ class Station:
     """A place on the way back.
 
     Attributes:
-        layout: which elements of the tensor belong to which sample, [N, D]: flat positions; B's axes are in the
-            order of its rows.
-        B: [D, D].
+        layout: which elements of the tensor belong to which sample.
+        B: [D, D], its axes in the order in which the layout has a sample's elements.
     """
 
     socket: Socket
-    layout: Tensor
+    layout: Layout
     B: Tensor
 
-    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tensors l, r of the socket's shape, with B = Σ l_n r_nᵀ over all pairs and their N parts.
+    def arranged(self, prepared: PreparedUse) -> Tensor:
+        """Where a tap has a sample's elements, as its rules see them: [1, T, …], numbers of B's rows, as float64.
 
-        The parts stand where the samples do, so that what turns gradients of samples into columns of factors turns
-        these into the two sides of a factor.
-        """
-        N, D = self.layout.shape
-        for first in range(0, D, N):
-            columns = self.B[:, first : first + N].T
-            unit = torch.zeros_like(columns)
-            unit[torch.arange(len(unit)), torch.arange(first, first + len(unit))] = 1
-            yield self._spread(columns), self._spread(unit)
-
-    def check_rows(self, prepared: PreparedUse) -> None:
-        """Compare the samples' places with those that the probe found in a tap's rows.
+        Compares the samples' places with those that the probe found in the tap's rows.
 
         Raises:
             EngineError: `unsupported_model`.
         """
-        N, D = self.layout.shape
-        numbers = torch.arange(1, N + 1, dtype=torch.float64, device=self.layout.device)
-        (shaped,) = prepared.tap.shaped([self._spread(numbers[:, None].expand(N, D))])
+        N, D = self.layout.N, self.layout.D
+        numbers = torch.arange(N * D, dtype=torch.float64, device=self.layout.device).view(N, D)
+        (shaped,) = prepared.tap.shaped([self.layout.spread(numbers, self.socket.shape)])
         assert shaped is not None
-        rows = prepared.arranged_gradient(shaped).reshape(N, -1)
-        if not torch.equal(rows, numbers[:, None].expand_as(rows)):
+        rows = prepared.arranged_gradient(shaped)
+        first = rows[:1]
+        starts = D * torch.arange(N, dtype=torch.float64, device=rows.device).view(N, *[1] * (rows.dim() - 1))
+        if rows.numel() != N * D or not torch.equal(rows, first + starts):
             raise unsupported_chain(
                 f"the samples' rows at aten::{prepared.tap.name} ({prepared.tap.place}) are irregular"
             )
-
-    def _spread(self, vectors: Tensor) -> Tensor:
-        return spread(vectors, self.layout, self.socket.shape)
+        return first
 
 
 class Averaging:
@@ -107,14 +96,8 @@ class Averaging:
 
     def _start(self) -> Station:
         outputs = self._outputs
-        layout = torch.arange(outputs.numel(), device=outputs.device).view(self._N, -1)
-        D = layout.shape[1]
-        B = torch.zeros(D, D, dtype=self._dtype, device=outputs.device)
-        for v in range(self._bound.columns):
-            column = self._bound.exact_column(v).reshape(self._N, D)
-            (alive,) = column.any(0).nonzero(as_tuple=True)  # most columns are of one position only
-            part = column[:, alive].to(self._dtype)
-            B[alive[:, None], alive] += part.T @ part
+        layout = Layout(self._N, outputs.numel() // self._N, outputs.device)
+        B = self._bound.summed_hessian().to(self._dtype)
         socket = Socket(0, output_edge(outputs), outputs.shape, anchor(outputs).shape, outputs.dtype)
         return Station(socket, layout, B)
 
@@ -149,7 +132,7 @@ class Averaging:
         flat = moved.reshape(-1)
         if flat.numel() != places.numel() or not torch.equal(flat.sort().values, places.view(-1)):
             raise unsupported_chain(f"{step.link.title} takes a part of its input or repeats it")
-        return Station(source, flat[station.layout], station.B)
+        return Station(source, Layout.of(flat[station.layout.places]), station.B)
 
     def _applied(self, step: Step, station: Station) -> Station:
         layout = _layout_before(step, station.layout)
@@ -169,13 +152,16 @@ class Averaging:
 
 def _sorted(station: Station) -> Station:
     """The same with each sample's elements in the order in which they stand in the tensor."""
-    order = station.layout[0].argsort()
+    if station.layout.plain:
+        return station
+    places = station.layout.places
+    order = places[0].argsort()
     if bool((order[1:] > order[:-1]).all()):
         return station
-    return Station(station.socket, station.layout[:, order], station.B[order][:, order])
+    return Station(station.socket, Layout.of(places[:, order]), station.B[order][:, order])
 
 
-def _layout_before(step: Step, after: Tensor) -> Tensor:
+def _layout_before(step: Step, after: Layout) -> Layout:
     """Which elements of the operator's input belong to which sample.
 
     Raises:
@@ -185,12 +171,14 @@ def _layout_before(step: Step, after: Tensor) -> Tensor:
         step.target.shape[: step.form.row_axes].numel() if step.form.kind != "diagonal" else step.target.shape.numel()
     )
     width_after, width_before = step.target.shape.numel() // rows, step.source.shape.numel() // rows
-    number = after[:, ::width_after] // width_after  # [N, T]: the rows of each sample
-    if not torch.equal(_elements(number, width_after), after):
+    if after.plain and rows % after.N == 0:
+        return Layout(after.N, step.source.shape.numel() // after.N, after.device)
+    number = after.places[:, ::width_after] // width_after  # [N, T]: the rows of each sample
+    if not torch.equal(_elements(number, width_after), after.places):
         raise unsupported_chain(
             f"at {step.link.title}, {shapes_of(step.link)}, a sample's elements are no rows of the operator's own"
         )
-    return _elements(number, width_before)
+    return Layout.of(_elements(number, width_before))
 
 
 def _elements(rows: Tensor, width: int) -> Tensor:

@@ -140,6 +140,22 @@ class Links:
         return link
 
 
+def reached_edges(outputs: Tensor) -> set[EdgeKey]:
+    """All edges at which gradients of the outputs may arrive."""
+    edge = get_gradient_edge(outputs)
+    waiting: list[EdgeKey] = [(edge.node, edge.output_nr)]
+    found, entered = set(waiting), set[Node]()
+    while waiting:
+        node, _ = waiting.pop()
+        if node in entered:
+            continue
+        entered.add(node)
+        further = [(source, number) for source, number in node.next_functions if source is not None]
+        found.update(further)
+        waiting += further
+    return found
+
+
 def anchor(output: Tensor) -> Tensor:
     """The tensor at whose gradient edge the whole gradient of an output arrives.
 

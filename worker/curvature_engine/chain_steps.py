@@ -28,13 +28,21 @@ class Step:
         """The operator's output."""
         return self.link.output
 
+    def is_node(self, names: frozenset[str], place: int = 0) -> bool:
+        """Whether the operator is a single node of the graph, of one of these names, that takes the source at a place.
+
+        Then its Jacobian is this node's, and no edit in place can have come between.
+        """
+        node = self.target.edge.node
+        return node.name() in names and node.next_functions[place : place + 1] == (self.source.key,)
+
     def pull_back(self, cotangent: Tensor) -> Tensor:
         """From a cotangent of the operator's output to one of its input, both flat.
 
         Raises:
             EngineError: `unsupported_model` where no gradient goes that way.
         """
-        given = cotangent.to(self.target.dtype).view(self.target.graph_shape)
+        given = cotangent.to(self.target.dtype).reshape(self.target.graph_shape)
         (found,) = torch.autograd.grad(
             (self.target.edge,), (self.source.edge,), (given,), retain_graph=True, allow_unused=True
         )

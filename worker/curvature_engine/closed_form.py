@@ -104,10 +104,6 @@ class ClosedForm(Contribution):
         uses = [(replace(p, saved=tuple(s[samples] for s in p.saved)), g[samples]) for p, g in self.uses]
         return ClosedForm(uses, self._like, len(samples), self._budget_bytes, self._relief)
 
-    def with_uses(self, uses: list[tuple[PreparedUse, Tensor]]) -> "ClosedForm":
-        """The same parameter's, from other output gradients."""
-        return ClosedForm(uses, self._like, self._N, self._budget_bytes, self._relief)
-
     @property
     def samples_per_block(self) -> int:
         return self.block

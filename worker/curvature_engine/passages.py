@@ -1,6 +1,7 @@
 """Matrices through one operator: 1/N Σ_n J_nᵀ B J_n, by the form of its Jacobians J_n."""
 
 from collections.abc import Callable
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -8,27 +9,28 @@ from torch import Tensor
 from curvature_engine.chain_steps import Step
 from curvature_engine.errors import EngineError, memory_ran_out
 from curvature_engine.precision import accumulation_dtype
+from curvature_engine.sample_layouts import Layout
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _HALF_TOLERANCE = 5e-2
 
-
-def spread(vectors: Tensor, layout: Tensor, shape: torch.Size) -> Tensor:
-    """A tensor with vectors [n ≤ N, D] in the places of the first n samples, zero elsewhere."""
-    full = vectors.new_zeros(shape.numel())
-    full[layout[: len(vectors)].reshape(-1)] = vectors.reshape(-1)
-    return full.view(shape)
+_ELEMENTWISE = frozenset(
+    f"{name}Backward0"
+    for name in ("Relu", "LeakyRelu", "Hardtanh", "Elu", "Gelu", "Silu", "Mish", "Sigmoid", "Tanh", "Softplus")
+)
+"""Nodes that are elementwise, which need not be asked."""
+_PRODUCT, _PRODUCT_AND_SUM = frozenset({"MmBackward0"}), frozenset({"AddmmBackward0"})
 
 
 class Passage:
     """Products with the J_nᵀ of one operator, a vector for each sample: [n ≤ N, D_out] → [N, D_in]."""
 
-    def __init__(self, step: Step, before: Tensor, after: Tensor, generator: torch.Generator) -> None:
+    def __init__(self, step: Step, before: Layout, after: Layout, generator: torch.Generator) -> None:
         self.step, self.before, self.after = step, before, after
         self._generator = generator
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        return self.step.pull_back(spread(vectors, self.after, self.step.target.shape))[self.before]
+        return self.before.gathered(self.step.pull_back(self.after.spread(vectors, self.step.target.shape)))
 
     def anew(self, vectors: Tensor) -> Tensor | None:
         """Products with one J for all samples, [m, D_out] → [m, D_in] for any m, by calling the operator once more.
@@ -37,7 +39,8 @@ class Passage:
         """
         step, call = self.step, self.step.link.call
         source, target = step.source, step.target
-        if call.writes or not (_is_plain(self.before, source.shape) and _is_plain(self.after, target.shape)):
+        rows_first = self.before.plain and self.after.plain and source.shape[0] == target.shape[0] == self.before.N
+        if call.writes or not rows_first:
             return None
         m = len(vectors)
         with torch.enable_grad():
@@ -63,7 +66,7 @@ class Passage:
 
     def random(self) -> Tensor:
         """One vector [D_out] that finds out what is claimed of the Jacobian wrongly."""
-        random = torch.randn(self.after.shape[1], generator=self._generator, dtype=torch.float64)
+        random = torch.randn(self.after.D, generator=self._generator, dtype=torch.float64)
         return random.to(self.after.device, accumulation_dtype(self.step.target.dtype))
 
     def check(self, found: Tensor, expected: Tensor) -> None:
@@ -72,11 +75,7 @@ class Passage:
         Raises:
             EngineError: `verification_failed`.
         """
-        ends = (self.step.source.dtype, self.step.target.dtype)  # a cast is as precise as the coarser one
-        tolerance = max(_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in ends)
-        if not bool(torch.isfinite(found).all()) or not bool(torch.isfinite(expected).all()):
-            return
-        if bool((found - expected).abs().max() > tolerance * expected.abs().max().clamp(min=1e-30)):
+        if not self.agree(found, expected):
             raise EngineError(
                 "verification_failed",
                 f"{self.step.link.title} does not act as kfra takes it to; no result is given",
@@ -84,39 +83,72 @@ class Passage:
                 remedy="please report this model; kflr gives Kronecker factors without this step",
             )
 
-
-def _is_plain(layout: Tensor, shape: torch.Size) -> bool:
-    """Whether samples lie along the first axis, their elements in order."""
-    return len(layout) == shape[0] and torch.equal(
-        layout.reshape(-1), torch.arange(layout.numel(), device=layout.device)
-    )
+    def agree(self, found: Tensor, expected: Tensor) -> bool:
+        """Whether two ways give the same but for rounding; what is not finite tells nothing."""
+        ends = (self.step.source.dtype, self.step.target.dtype)  # a cast is as precise as the coarser one
+        tolerance = max(_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in ends)
+        difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
+        if not isfinite(difference) or not isfinite(scale):
+            return True
+        return difference <= tolerance * max(scale, 1e-30)
 
 
 def average_diagonal(passage: Passage, B: Tensor, N: int) -> Tensor:
     """B ⊙ 1/N Σ_n d_n d_nᵀ, in blocks of rows."""
     d = passage(B.new_ones(N, len(B)))
-    u = passage.random()
-    passage.check(passage(u.expand(N, -1)), d * u)
-    result = torch.empty_like(B)
+    if not passage.step.is_node(_ELEMENTWISE):
+        u = passage.random()
+        passage.check(passage(u.expand(N, -1)), d * u)
+    d, result = d.to(B.dtype), torch.empty_like(B)
     for first in range(0, len(B), 1024):
         rows = slice(first, first + 1024)
-        result[rows] = B[rows] * (d[:, rows].T @ d / N)
+        torch.addmm(result[rows], d[:, rows].T, d, beta=0, alpha=1 / N, out=result[rows]).mul_(B[rows])
     return result
 
 
 def conjugate(passage: Passage, B: Tensor, N: int, block_bytes: int) -> Tensor:
     """Jᵀ B J, as many columns a pass as there is room for, or N where the operator takes only its own batch."""
+    W = _matrix(passage.step)
+    if W is not None and _is_linear(passage.step):
+        return _between(W, B)
     u = passage.random()
     same = passage(u.expand(N, -1))
+    if W is not None and passage.agree(same, (u.view(-1, len(W)) @ W).view(1, -1)):
+        return _between(W, B)
     passage.check(same, same[:1].expand_as(same))
     size, pull_back = N, passage.__call__
     anew = passage.anew(u[None])
     if anew is not None:
         passage.check(anew, same[:1])
         pull_back = passage.made_anew
-        size = max(N, block_bytes // ((len(B) + passage.before.shape[1]) * B.element_size()))
+        size = max(N, block_bytes // ((len(B) + passage.before.D) * B.element_size()))
     half = _pulled_back(pull_back, B, size)  # row j: Jᵀ B[j], so B J
     return _pulled_back(pull_back, half.T.contiguous(), size)  # row i: Jᵀ (B J)[:, i]
+
+
+def _is_linear(step: Step) -> bool:
+    """Whether nothing but a product with the weight lies between the two ends of a linear layer."""
+    plain = step.is_node(_PRODUCT) or step.is_node(_PRODUCT_AND_SUM, 1)
+    return step.link.name == "linear" and plain
+
+
+def _between(W: Tensor, B: Tensor) -> Tensor:
+    """Jᵀ B J, where every row of an operator is multiplied by W [out, in]: J = diag(W, …, W)."""
+    half = (B.view(-1, len(W)) @ W).view(len(B) // len(W), len(W), -1)
+    return (W.T @ half).view(-1, half.shape[2])
+
+
+def _matrix(step: Step) -> Tensor | None:
+    """What a product multiplies rows of cotangents by, from the right: [out, in]; None where that is not as simple."""
+    link = step.link
+    place = {"linear": 1, "addmm": 2, "mm": 1, "matmul": 1}.get(link.name)
+    if place is None or step.source.position != (0 if link.name == "linear" else place - 1) or not link.intact(place):
+        return None
+    matrix: Tensor = link.arguments[place].detach()
+    if matrix.dim() != 2 or not matrix.dtype == step.source.dtype == step.target.dtype:
+        return None
+    matrix = matrix.to(accumulation_dtype(matrix.dtype))
+    return matrix if link.name == "linear" else matrix.T
 
 
 def _pulled_back(pull_back: Callable[[Tensor], Tensor], vectors: Tensor, size: int) -> Tensor:
@@ -127,7 +159,7 @@ def _pulled_back(pull_back: Callable[[Tensor], Tensor], vectors: Tensor, size: i
 def average_selected(passage: Passage, B: Tensor, N: int) -> Tensor:
     """1/N Σ_n of B's entries added up at the elements that sample n's outputs were selected from."""
     picked = _picked(passage)
-    result = B.new_zeros(passage.before.shape[1], passage.before.shape[1])
+    result = B.new_zeros(passage.before.D, passage.before.D)
     for row in picked:
         result.index_put_((row[:, None], row[None, :]), B, accumulate=True)
     u = passage.random()
@@ -148,8 +180,8 @@ def _picked(passage: Passage) -> Tensor:
     starts = torch.arange(planes, device=indices.device).view(-1, 1) * plane
     flat = (indices.reshape(planes, -1) + starts).reshape(-1)
     number = torch.empty(source.shape.numel(), dtype=torch.long, device=flat.device)
-    number[passage.before] = torch.arange(passage.before.shape[1], device=flat.device)
-    return number[flat[passage.after]]
+    number[passage.before.places] = torch.arange(passage.before.D, device=flat.device)
+    return number[flat[passage.after.places]]
 
 
 def average_varying(passage: Passage, B: Tensor, N: int, budget_bytes: int) -> Tensor:
@@ -158,7 +190,7 @@ def average_varying(passage: Passage, B: Tensor, N: int, budget_bytes: int) -> T
     every_other = torch.zeros(N, 1, dtype=B.dtype, device=B.device)
     every_other[::2] = 1
     passage.check(passage(every_other * u), every_other * passage(u.expand(N, -1)))
-    D_out, D_in = len(B), passage.before.shape[1]
+    D_out, D_in = len(B), passage.before.D
     together = max(1, min(N, budget_bytes // (D_out * D_in * B.element_size())))
     result = B.new_zeros(D_in, D_in)
     unit = torch.zeros_like(B[:1])

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from curvature_engine.averaged_factors import AveragedFactors
+from curvature_engine.chain import edge_key, reached_edges
 from curvature_engine.columns import Columns
 from curvature_engine.contributions import Contribution
 from curvature_engine.errors import EngineError
 from curvature_engine.extensions import WHOLE, Accumulator, Setting
-from curvature_engine.judgement import random_cotangent
 from curvature_engine.losses import BoundLoss
 from curvature_engine.methods import Methods
 from curvature_engine.orders import Order
@@ -50,7 +50,11 @@ class BackwardPasses:
         self._gradients: dict[str, Tensor] = {}
         self._tasks: list[Task] = []
         self._done, self._total = 0, 0
-        self.columns = _count_columns(order.requests, bound)
+        exact = [r for r in order.requests if r.extension.columns == "exact"]
+        self._any_root = all(r.extension.any_root for r in exact)
+        self.columns = _count_columns(
+            order.requests, 0 if not exact else bound.rank if self._any_root else bound.columns
+        )
 
     @property
     def methods(self) -> Mapping[str, str]:
@@ -116,7 +120,8 @@ class BackwardPasses:
         if first:
             self._column(self._gradient, first)
         if exact:
-            self._sweep(self._bound.exact_column, self.columns["exact"], exact)
+            make = self._bound.root_column if self._any_root else self._bound.exact_column
+            self._sweep(make, self.columns["exact"], exact)
         for m in range(self.columns["sampled"] if sampled else 0):
             column = self._part.rows(self._bound.sampled_column(self._order.seed, m))
             self._column(column, [s for s in sampled if m < s.accumulator.setting.draws])
@@ -229,7 +234,7 @@ class BackwardPasses:
     def _setting(self, request: Request, N: int, store: ResultStore) -> Setting:
         sampled = request.extension.columns == "sampled"
         draws = int(request.options["mc_samples"]) if sampled else 1
-        columns = self._bound.columns if request.extension.columns == "exact" else draws
+        columns = self.columns["exact"] if request.extension.columns == "exact" else draws
         parameters = {name: p.tensor.detach() for name, p in self._selected.items()}
         block_bytes = self._order.budget.block_bytes
         return Setting(
@@ -328,10 +333,11 @@ class BackwardPasses:
         """Find the way along which one matrix goes back to the layers."""
         tape, outputs = self._part.forward.tape, self._part.outputs
         assert tape.links is not None
-        numbers = sorted({u.tap_index for uses in self._methods.uses.values() for u in uses})
-        reached = self._part.at_taps(numbers, random_cotangent(outputs))
+        reached, nothing = reached_edges(outputs), outputs.new_zeros(())
+        taps = {u.tap_index: u.tap for uses in self._methods.uses.values() for u in uses}
+        shapes = {i: nothing.expand(t.shapes[0]) if edge_key(t.edges[0]) in reached else None for i, t in taps.items()}
         contributions = {
-            name: self._columns.closed(name, parameter, reached)
+            name: self._columns.closed(name, parameter, shapes)
             if name in self._methods.uses
             else self.contribution(name)
             for name, parameter in self._selected.items()
@@ -360,12 +366,12 @@ def _sum_of(gradients: Sequence[Tensor | None], like: Tensor, taken: set[int]) -
     return total
 
 
-def _count_columns(requests: Sequence[Request], bound: BoundLoss) -> dict[str, int]:
+def _count_columns(requests: Sequence[Request], exact: int) -> dict[str, int]:
     wanted = {r.extension.columns for r in requests}
     draws = [int(r.options["mc_samples"]) for r in requests if r.extension.columns == "sampled"]
     return {
         "gradient": int("gradient" in wanted),
-        "exact": bound.columns if "exact" in wanted else 0,
+        "exact": exact,
         "sampled": max(draws, default=0),
     }
 

@@ -8,10 +8,10 @@ where no use of θ feeds another, the Hessian of r in θ is Σ_{a,b} A_aᵀ H_ab
 
 one second backward per component i of a layer's *output* for all samples at once: `out` for a linear layer on vectors
 instead of `out·in`. Where the parameter has fewer elements p than z has components (convolutions on large images,
-biases), (A e_p)ᵀ H (A e_p) costs one per element, for all samples at once. Where z enters f piecewise linearly (ReLU
-nets), H is found to be zero by a single one. BackPACK propagates the residuals' square roots instead (Dangel et al.
-2020, appendix A.3): that needs each operator's second derivative by hand, and as many columns as all curved layers
-together have outputs.
+biases), (A e_p)ᵀ H (A e_p) costs one per element, for all samples at once. Where z enters f piecewise linearly, H is
+found to be zero by a single one, if the operators do not say so by themselves (ReLU nets: `flatness`). BackPACK
+propagates the residuals' square roots instead (Dangel et al. 2020, appendix A.3): that needs each operator's second
+derivative by hand, and as many columns as all curved layers together have outputs.
 
 Rules whose output channels touch separate parts of the parameter need only H's entries within a channel; then all
 channels of a position share one product.
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from curvature_engine.closed_form import ClosedForm, PreparedUse
 from curvature_engine.errors import EngineError
+from curvature_engine.flatness import is_piecewise_affine
 from curvature_engine.judgement import random_cotangent
 from curvature_engine.losses import accumulation_dtype
 from curvature_engine.probe import Code, predicts, scaled
@@ -166,8 +167,12 @@ def find_bends(outputs: Tensor, cotangent: Tensor, uses: Sequence[PreparedUse]) 
     Where a layer's outputs are zero a product's gradient is, too: no row was heard, or a sample's only, and the second
     derivatives may still pair any two. They are linear in the cotangent, so the probe's code tells them apart: with
     every sample's cotangent scaled by its own power of two, each row of H v must come back scaled by its own sample's.
+
+    Where the operators prove that there are none, nothing is asked.
     """
     taps = {p.tap_index: p for p in uses}
+    if is_piecewise_affine(outputs, {p.tap.edges[0].node for p in taps.values()}):
+        return Bends(set(), set())
     plain = {i: image for i, image in _images_at(outputs, cotangent, taps).items() if bool(image.any())}
     code = Code.for_gradients(len(outputs), list(plain.values()))
     strays: set[int] = set()

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from curvature_engine.closed_form import ClosedForm, PreparedUse
+from curvature_engine.averaged import Averaged
+from curvature_engine.closed_form import PreparedUse
 from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.mergers import Merger
 from curvature_engine.options import Options
@@ -181,6 +182,10 @@ class Accumulator(ABC):
         """What `add` would do with contributions like this one, whose numbers mean nothing."""
         return Sketch("materialised", contribution.multiply_adds(), (self.result_shape(contribution.shape),))
 
+    def obstacle(self, parameter: str, contribution: Contribution) -> str | None:
+        """Why there will be no result of its own from contributions like this one; None where there will."""
+        return self.sketch(parameter, contribution).missing
+
     def result_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the result of a parameter [*p]."""
         return shape
@@ -205,8 +210,8 @@ class Accumulator(ABC):
         """
         raise NotImplementedError
 
-    def add_averaged(self, parameter: str, left: ClosedForm, right: ClosedForm) -> None:
-        """Take a part of the averaged matrix in the output of a parameter's layer: Σ_n left_n right_nᵀ."""
+    def add_averaged(self, parameter: str, contribution: Contribution, averaged: Averaged) -> None:
+        """Take the averaged matrix in the output of a parameter's layer; the contribution has shapes, no numbers."""
         raise NotImplementedError
 
     @abstractmethod
@@ -236,6 +241,8 @@ class Extension:
             no part in it. None: not declared, and then there is no result over data sets under mean.
         sample_axis: along which results that append have their samples.
         merger: joins the states of a data set's parts; where results add up, none is needed.
+        any_root: whether exact columns may be those of any square root, as short as there is one: results that are
+            sums over columns of squares or outer products are the same for all.
     """
 
     name: str
@@ -254,6 +261,7 @@ class Extension:
     degree: float | None = None
     sample_axis: int = 0
     merger: type[Merger] | None = None
+    any_root: bool = False
 
     def under(self, options: Mapping[str, Any]) -> "Extension":
         """The extension as complete options make it."""

@@ -97,6 +97,7 @@ BATCH_DIAG_GGN_EXACT = Extension(
     merging="append",
     streams=True,
     degree=1.0,
+    any_root=True,
 )
 BATCH_DIAG_GGN_MC = Extension(
     "batch_diag_ggn_mc",

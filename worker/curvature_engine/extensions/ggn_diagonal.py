@@ -69,6 +69,7 @@ DIAG_GGN_EXACT = Extension(
     {"subsampling": SUBSAMPLING},
     merging="sum",
     degree=1.0,
+    any_root=True,
 )
 DIAG_GGN_MC = Extension(
     "diag_ggn_mc",

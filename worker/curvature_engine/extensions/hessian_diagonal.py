@@ -32,6 +32,7 @@ DIAG_HESSIAN = Extension(
     residual="sum",
     merging="sum",
     degree=1.0,
+    any_root=True,
 )
 BATCH_DIAG_HESSIAN = Extension(
     "batch_diag_hessian",
@@ -47,4 +48,5 @@ BATCH_DIAG_HESSIAN = Extension(
     merging="append",
     streams=True,
     degree=1.0,
+    any_root=True,
 )

@@ -17,6 +17,7 @@ Jacobian for every sample. With one sample, or without nonlinearities, KFRA is K
 
 from dataclasses import replace
 
+from curvature_engine.averaged import Averaged
 from curvature_engine.closed_form import ClosedForm
 from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.base import Extension, Sketch
@@ -31,8 +32,9 @@ class _Averaged(Kronecker):
         matrix = max(g[:1].numel() ** 2 * g.element_size() for _, g in contribution.uses)
         return replace(sketch, intermediate_bytes=max(3 * matrix, sketch.intermediate_bytes or 0))
 
-    def add_averaged(self, parameter: str, left: ClosedForm, right: ClosedForm) -> None:
-        self._add(parameter, left, right)
+    def add_averaged(self, parameter: str, contribution: Contribution, averaged: Averaged) -> None:
+        if self._takes(parameter, contribution):
+            self._current[parameter] = averaged.moment() if self._approximation == "expand" else averaged.summed()
 
 
 KFRA = Extension(

@@ -96,7 +96,9 @@ class Kronecker(Accumulator):
         self._close_part()
 
     def add(self, parameter: str, contribution: Contribution) -> None:
-        self._add(parameter, contribution, contribution)
+        if self._takes(parameter, contribution):
+            assert isinstance(contribution, ClosedForm)
+            self._add_outputs(parameter, contribution)
 
     def add_stacked(self, parameter: str, stacked: Stacked) -> bool:
         # B is a sum over columns as over samples, and A takes the inputs, which are the same.
@@ -104,30 +106,27 @@ class Kronecker(Accumulator):
         return True
 
     def note_missing(self, parameter: str, contribution: Contribution) -> None:
-        reason = self._reason(contribution)
+        reason = self._reasons[parameter] = self._reason(contribution)
         if reason is not None:
             self._leave_out(parameter, reason)
 
-    def _add(self, parameter: str, left: Contribution, right: Contribution) -> None:
-        """Add Σ l rᵀ to B."""
+    def _takes(self, parameter: str, contribution: Contribution) -> bool:
+        """Whether something is to be added to a B of the parameter's own; at a part's first column A is added to."""
         if parameter in self.missing:
-            return
-        if parameter not in self._reasons or not isinstance(left, ClosedForm):
-            self._reasons[parameter] = self._reason(left)
+            return False
+        if parameter not in self._reasons or not isinstance(contribution, ClosedForm):
+            self._reasons[parameter] = self._reason(contribution)
         reason = self._reasons[parameter]
         if reason is not None:
             self._leave_out(parameter, reason)
-            return
-        assert isinstance(left, ClosedForm)
-        assert isinstance(right, ClosedForm)
-        first = parameter not in self._met
-        self._met.add(parameter)
-        if first and (twin := self._twin_of(parameter)) is not None:
-            self._twins[parameter] = twin
-        if parameter not in self._twins:
-            self._add_outputs(parameter, left, right)
-        if first:  # the inputs are the same for every column
-            self._add_inputs(parameter, [p for p, _ in left.uses])
+            return False
+        assert isinstance(contribution, ClosedForm)
+        if parameter not in self._met:  # the inputs are the same for every column
+            self._met.add(parameter)
+            self._add_inputs(parameter, [p for p, _ in contribution.uses])
+            if (twin := self._twin_of(parameter)) is not None:
+                self._twins[parameter] = twin
+        return parameter not in self._twins
 
     def _twin_of(self, bias: str) -> tuple[str, float] | None:
         """A weight with the same columns, whose B the bias has, too, and the factor that the bias is multiplied by."""
@@ -138,16 +137,15 @@ class Kronecker(Accumulator):
         weight = self._weight_of(bias)
         return (weight, scales.pop()) if weight is not None and weight in self._current else None
 
-    def _add_outputs(self, parameter: str, left: ClosedForm, right: ClosedForm) -> None:
-        """Add a column's Σ l rᵀ, both summed over positions first except under "expand"."""
+    def _add_outputs(self, parameter: str, contribution: ClosedForm) -> None:
+        """Add a column's Σ s sᵀ, s summed over positions first except under "expand"."""
         if self._approximation != "expand":
-            s = summed_columns(left)
-            other = s if right is left else summed_columns(right)
-            self._current[parameter] = add_product(s, other, self._current.get(parameter))
+            s = summed_columns(contribution)
+            self._current[parameter] = add_product(s, s, self._current.get(parameter))
             return
-        for (prepared, g), (_, h) in zip(left.uses, right.uses, strict=True):
+        for prepared, g in contribution.uses:
             assert prepared.tap.rule is not None
-            B = prepared.tap.rule.output_moment(prepared.use.role, g, h, self._current.get(parameter))
+            B = prepared.tap.rule.output_moment(prepared.use.role, g, g, self._current.get(parameter))
             assert B is not None
             self._current[parameter] = B
 
@@ -160,8 +158,17 @@ class Kronecker(Accumulator):
         self._current, self._twins, self._reasons = {}, {}, {}
         self._met.clear()
 
-    def sketch(self, parameter: str, contribution: Contribution) -> Sketch:
+    def obstacle(self, parameter: str, contribution: Contribution) -> str | None:
         reason = self._reason(contribution)
+        if reason is not None or not self._joint:
+            return reason
+        assert isinstance(contribution, ClosedForm)
+        is_bias = contribution.uses[0][0].use.role != "weight"
+        weight = self._weight_of(parameter) if is_bias else None
+        return None if weight is None else _in_block_of(weight)
+
+    def sketch(self, parameter: str, contribution: Contribution) -> Sketch:
+        reason = self.obstacle(parameter, contribution)
         if reason is not None:
             return Sketch("factors", 0, (), reason)
         assert isinstance(contribution, ClosedForm)
@@ -181,8 +188,6 @@ class Kronecker(Accumulator):
             products, working = cost_of_inputs(uses, self.setting.budget_bytes, averaged=averaged)
             cost += products // max(1, self.setting.columns)
             held = max(held, working)
-        elif self._joint and (weight := self._weight_of(parameter)) is not None:
-            return Sketch("factors", 0, (), f"its block is part of that of {weight}, after the weight's columns")
         return Sketch("factors", cost, tuple(shapes), intermediate_bytes=held)
 
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
@@ -210,13 +215,14 @@ class Kronecker(Accumulator):
                 bias = self._bias_of(weight)
                 if bias is not None:
                     self._B.pop(bias, None)
-                    self.missing[bias] = f"its block is part of that of {weight}, after the weight's columns"
+                    self.missing[bias] = _in_block_of(weight)
         # The gradient carries 1/Z, and s only 1/√Z.
         empirical = self.setting.options.get("fisher") == "empirical"
         scale = self.setting.Z if empirical else 1 / self.setting.draws
         # Of a parameter left out in one part, the others' sums are of no use.
         found, self._B = self._B, {}
-        return {name: B.mul_(scale) for name, B in found.items() if name not in self.missing}
+        found = {name: B for name, B in found.items() if name not in self.missing}
+        return found if scale == 1 else {name: B.mul_(scale) for name, B in found.items()}
 
     def _count(self, parameter: str) -> int:
         """What A's sum is divided by."""
@@ -318,6 +324,10 @@ class Factors(Merger):
         return state[OWN] / state[_COUNT] if _COUNT in state else state[OWN]
 
 
+def _in_block_of(weight: str) -> str:
+    return f"its block is part of that of {weight}, after the weight's columns"
+
+
 def _no_form(operators: Sequence[str]) -> str:
     return f"no Kronecker form for {', '.join(operators)}"
 
@@ -379,6 +389,7 @@ KFAC = Extension(
     merging="sum",
     degree=1.0,
     merger=Factors,
+    any_root=True,
 )
 KFLR = Extension(
     "kflr",
@@ -393,4 +404,5 @@ KFLR = Extension(
     merging="sum",
     degree=1.0,
     merger=Factors,
+    any_root=True,
 )

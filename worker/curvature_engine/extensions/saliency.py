@@ -40,4 +40,5 @@ SALIENCY = Extension(
     _adapt,
     merging="sum",
     degree=1.0,
+    any_root=True,
 )

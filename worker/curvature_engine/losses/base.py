@@ -53,6 +53,26 @@ class BoundLoss(ABC):
     def exact_column(self, v: int) -> Tensor:
         """Column v of the square root of each H_n (with 1/√Z), [N, …] like the outputs."""
 
+    @property
+    def rank(self) -> int:
+        """How many root columns there are: 1 … V."""
+        return self.columns
+
+    def root_column(self, v: int) -> Tensor:
+        """Column v of a square root of each H_n with as few columns as are known to do, whatever root that is."""
+        return self.exact_column(v)
+
+    def summed_hessian(self) -> Tensor:
+        """Σ_n H_n, [D, D] over the elements of one sample's outputs."""
+        D = self.outputs[0].numel()
+        total = torch.zeros(D, D, dtype=self.outputs.dtype, device=self.outputs.device)
+        for v in range(self.rank):
+            column = self.root_column(v).reshape(self.N, D)
+            (alive,) = column.any(0).nonzero(as_tuple=True)  # most columns are of one position only
+            part = column[:, alive]
+            total[alive[:, None], alive] += part.T @ part
+        return total
+
     @abstractmethod
     def sampled_column(self, seed: int, draw: int) -> Tensor:
         """A random column with E s sᵀ = H_n (with 1/√Z, without 1/√M), [N, …] like the outputs."""

@@ -18,6 +18,9 @@ class CrossEntropy(ClassLoss):
     With c = Σ a: gradient c p − a, Hessian c (diag p − p pᵀ). Columns: √c √p_k (δ_vk − √(p_v p_k)), for position t as
     column k·T + t (Dangel et al. 2020, appendix). Sampled: √c (p − onehot), the label drawn from p.
 
+    The Hessian has rank C − 1. With q_k = Σ_i≥k p_i its Cholesky root has √c √(p_k q_k+1/q_k) at class k of column k,
+    and −√c p_i √(p_k/(q_k q_k+1)) at i > k (Tanabe & Sagae 1992). Nothing cancels in it, however peaked p is.
+
     Attributes:
         mass: c, [N, T].
     """
@@ -57,6 +60,37 @@ class CrossEntropy(ClassLoss):
         column = torch.zeros_like(self._p)
         column[:, :, t] = part * (self.mass[:, t, None] / self.Z).sqrt()
         return self._shaped(column)
+
+    @property
+    def rank(self) -> int:
+        return max(1, self.C - 1) * self.T
+
+    def root_column(self, v: int) -> Tensor:
+        k, t = divmod(v, self.T)
+        p = self._p[:, k:, t]
+        after = p[:, 1:].sum(1)
+        # Where no later class has a probability above zero, the column is zero: what follows would be 0/0.
+        root = torch.where(after == 0, 0.0, (p[:, 0] / (p[:, 0] + after)).sqrt() / after.sqrt())
+        part = p * -root[:, None]
+        part[:, 0] = after * root
+        column = torch.zeros_like(self._p)
+        column[:, k:, t] = part * (self.mass[:, t, None] / self.Z).sqrt()
+        return self._shaped(column)
+
+    def summed_hessian(self) -> Tensor:
+        p = self._p.permute(2, 1, 0)  # [T, C, N]
+        mass = (self.mass / self.Z).T[:, None]
+        blocks = -(p * mass) @ p.mT
+        # Rows add up to zero. From the others, the diagonal's c p (1 − p) loses nothing where p is nearly 1.
+        blocks.diagonal(dim1=1, dim2=2).zero_()
+        blocks.diagonal(dim1=1, dim2=2).copy_(-blocks.sum(2))
+        if self.T == 1:
+            return blocks[0]
+        order = torch.arange(self.C * self.T, device=p.device).view(1, self.C, self.T).expand(self.N, -1, -1)
+        order = self._shaped(order)[0].reshape(-1)
+        total = blocks.new_zeros(self.C, self.T, self.C, self.T)
+        total.diagonal(dim1=1, dim2=3).copy_(blocks.permute(1, 2, 0))
+        return total.view(self.C * self.T, -1)[order][:, order]
 
     def sampled_column(self, seed: int, draw: int) -> Tensor:
         positions = torch.arange(self.T, device=self._p.device)

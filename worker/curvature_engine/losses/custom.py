@@ -20,7 +20,8 @@ class CustomLoss(BoundLoss):
     """One term per sample, ℓ̃_n = function(f, t)_n; under mean Z = N.
 
     Columns: of the symmetric root of the autodiff Hessian, V = D: there is but one, whatever eigenvectors rounding
-    chose. Sampled: that root times standard normal numbers, so that E s sᵀ = H_n.
+    chose. Sampled: that root times standard normal numbers, so that E s sᵀ = H_n. The shortest root: the eigenvectors
+    times the roots of their eigenvalues, but those that no sample has.
     """
 
     name = "custom"
@@ -46,6 +47,14 @@ class CustomLoss(BoundLoss):
     def exact_column(self, v: int) -> Tensor:
         return self._roots[:, :, v].reshape(self.outputs.shape)
 
+    @property
+    def rank(self) -> int:
+        return max(1, int(self._eigen[0].any(0).sum()))
+
+    def root_column(self, v: int) -> Tensor:
+        values, vectors = self._eigen  # in ascending order
+        return (vectors[:, :, -1 - v] * values[:, -1 - v, None].sqrt()).reshape(self.outputs.shape)
+
     def sampled_column(self, seed: int, draw: int) -> Tensor:
         positions = torch.arange(self.columns, device=self.outputs.device)
         z = draws.normal(seed, self._samples(), positions, draw).to(self.outputs.dtype)
@@ -53,12 +62,18 @@ class CustomLoss(BoundLoss):
 
     def check_second_order(self, asked: Sequence[str]) -> None:
         # Made, and the eigenvalues judged, before any backward pass.
-        if not bool(self._roots.any()):
+        if not bool(self._eigen[0].any()):
             self.warnings.append(f"the loss's second derivatives are zero here, and so are: {', '.join(asked)}")
 
     @cached_property
     def _roots(self) -> Tensor:
         """R = Rᵀ with H_n = R R, [N, D, D]."""
+        values, vectors = self._eigen
+        return (vectors * values.sqrt()[:, None, :]) @ vectors.transpose(1, 2)
+
+    @cached_property
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        """(eigenvalues [N, D] in ascending order, none below 0; eigenvectors [N, D, D]) of H_n; NaN if it is none."""
         hessian = self._hessian()
         finite = torch.isfinite(hessian).flatten(1).all(1)[:, None, None]
         values, vectors = torch.linalg.eigh(torch.where(finite, hessian, 0.0))
@@ -71,8 +86,7 @@ class CustomLoss(BoundLoss):
         # What is nothing but rounding would have a root many times as large.
         nothing = 4 * self.columns * torch.finfo(values.dtype).eps * values.abs().amax(1, keepdim=True)
         values = torch.where(values <= nothing, 0.0, values)
-        root = (vectors * (values / self.Z).sqrt()[:, None, :]) @ vectors.transpose(1, 2)
-        return torch.where(finite, root, float("nan"))
+        return torch.where(finite[:, 0], values / self.Z, float("nan")), vectors
 
     def _hessian(self) -> Tensor:
         """∂²ℓ̃_n/∂f_n², [N, D, D]: one backward per output, for all samples at once."""

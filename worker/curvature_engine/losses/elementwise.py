@@ -55,6 +55,9 @@ class Elementwise(BoundLoss):
         column[:, v] = self._root[:, v]
         return column.reshape(self.outputs.shape)
 
+    def summed_hessian(self) -> Tensor:
+        return torch.diag(self._root.square().sum(0))
+
     def sampled_column(self, seed: int, draw: int) -> Tensor:
         z = draws.normal(seed, self._samples(), self._positions(), draw).to(self.outputs.dtype)
         return (self._root * z).reshape(self.outputs.shape)
