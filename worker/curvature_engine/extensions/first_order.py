@@ -67,13 +67,13 @@ class _BatchGrad(Accumulator):
     def add(self, parameter: str, contribution: Contribution) -> None:
         if parameter not in self._slabs:
             self._slabs[parameter] = self.setting.slab(parameter, (self.setting.N,))
+        contribution = contribution.scaled(self._factor)
         place = self._slabs[parameter].place(self.rows)
         if place is not None:
-            contribution.write_into(place, self._factor)
+            contribution.write_into(place)
             return
         for first, block in contribution.blocks():
-            scaled = block if self._factor == 1.0 else block * self._factor
-            self._slabs[parameter].write(self.rows[first : first + len(block)], scaled)
+            self._slabs[parameter].write(self.rows[first : first + len(block)], block)
 
     def result_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (self.setting.N, *shape)
