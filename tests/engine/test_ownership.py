@@ -1,5 +1,7 @@
 """Whose memory a result lies in: its own, and nobody else's."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from tests.engine.models import CASES, build, targets_for
@@ -45,7 +47,7 @@ def memories(tensors):
 
 def check_disjoint(spans):
     spans = sorted(spans, key=lambda span: span[1])
-    shared = [(a[0], b[0]) for a, b in zip(spans, spans[1:], strict=False) if b[1] < a[2]]
+    shared = [(a[0], b[0]) for a, b in pairwise(spans) if b[1] < a[2]]
     assert not shared, shared
 
 

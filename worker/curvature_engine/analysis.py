@@ -20,7 +20,7 @@ from curvature_engine.closed_form import Relief
 from curvature_engine.errors import DoesNotFit, EngineError, lacks_memory
 from curvature_engine.losses import BoundLoss, LossSpec
 from curvature_engine.orders import Order, Progress
-from curvature_engine.pages import PAGES
+from curvature_engine.pages import PAGES, with_room
 from curvature_engine.parts import DataSetPart, check_mergeable
 from curvature_engine.passes import BackwardPasses
 from curvature_engine.plans import Plan, size
@@ -169,6 +169,9 @@ class _Analyzer:
             return self._analysis(prepared, results_dir)
 
     def plan(self, inputs: Inputs, targets: Tensor) -> Plan:
+        return with_room(lambda: self._planned(inputs, targets))
+
+    def _planned(self, inputs: Inputs, targets: Tensor) -> Plan:
         with self._prepared(inputs, targets, Limits()) as prepared:
             return prepared.plan
 

@@ -106,11 +106,10 @@ class MemorySlab(Slab):
 
     def _clear(self, rows: Sequence[int]) -> None:
         """Make zero what nobody has written."""
-        if self._stale:
-            for row in rows:
-                if self._stale[row]:
-                    self._rows[row].zero_()
-            self._freshen(rows)
+        stale = [row for row in rows if self._stale[row]] if self._stale else []
+        for number, part in _runs(stale):
+            self._rows[number : number + part.stop - part.start].zero_()
+        self._freshen(stale)
 
 
 @dataclass(frozen=True)
@@ -310,7 +309,7 @@ def _room(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tup
     """A tensor of a shape, and whether it is zero; else anything may stand in it."""
     nbytes = prod(shape) * dtype.itemsize
     if device.type != "cpu" or nbytes < LEAST_BYTES or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.zeros(tuple(shape), dtype=dtype, device=device), True
+        return torch.empty(tuple(shape), dtype=dtype, device=device), False
     return room(tuple(shape), dtype, nbytes)
 
 
