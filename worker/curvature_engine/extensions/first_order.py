@@ -124,7 +124,7 @@ class _Variance(Accumulator):
 
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
         N, factor = self.setting.N, self._factor
-        return {n: m.spread / N if factor == 1.0 else m.spread * (factor / N) for n, m in self._moments.items()}
+        return {n: m.spread.div_(N) if factor == 1.0 else m.spread.mul_(factor / N) for n, m in self._moments.items()}
 
     def state(self) -> dict[str, Tensor | KroneckerFactors]:
         means = {companion(name, "mean"): m.mean for name, m in self._moments.items()}
