@@ -314,7 +314,8 @@ def _sum_of(gradients: Sequence[Tensor | None], like: Tensor, taken: set[int]) -
         # A matrix product's comes as a view of another shape, of memory that is nobody else's all the same.
         if memory.data_ptr() not in taken and memory.nbytes() == found[0].nbytes:
             taken.add(memory.data_ptr())
-            return found[0].new_empty(0).set_(memory, 0, found[0].shape) if found[0]._is_view() else found[0]
+            whole = found[0]
+            return whole.new_empty(0).set_(memory, 0, whole.shape, whole.stride()) if whole._is_view() else whole
     total = torch.zeros(like.shape, dtype=dtype, device=like.device)
     for gradient in found:
         total += gradient
