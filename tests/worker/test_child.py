@@ -5,7 +5,9 @@ from tests.worker import models
 from tests.worker.desk import script
 
 import curvature_engine as engine
-from curvature_worker.child import Programs, read_batch
+from curvature_worker import child as child_module
+from curvature_worker.child import Child, Programs, read_batch
+from curvature_worker.inbox import batch_name
 
 X, Y = torch.zeros(2, 4), torch.arange(2)
 
@@ -86,3 +88,29 @@ class TestPrograms:
         programs.load("a", eval=True)
         programs.load("b", eval=True)
         assert ("a", True) not in programs
+
+
+def test_memory_of_results_waits_only_for_results_alike(tmp_path, monkeypatch):
+    dropped = []
+    monkeypatch.setattr(child_module.PAGES, "drop", lambda: dropped.append(len(dropped)))
+    child = Child(None, None, tmp_path, tmp_path, 1)
+    monkeypatch.setattr(child, "_channel", type("Channel", (), {"send": lambda self, message: None})())
+    child._answers = dict.fromkeys(child._answers, lambda order: {})
+    for name, size in (("a", 10), ("b", 10), ("c", 11)):
+        (tmp_path / batch_name(name)).write_bytes(b"x" * size)
+    run = {"kind": "analysis", "model": "m", "batch": "a"}
+    orders = [
+        (run, True),
+        (run, False),
+        ({**run, "batch": "b"}, False),
+        ({**run, "batch": "c"}, True),
+        ({**run, "batch": "c", "model": "n"}, True),
+        ({"kind": "inspection", "model": "n"}, True),
+        ({"kind": "merge", "extensions": []}, True),
+        (run, True),
+        (run, False),
+    ]
+    for order, drops in orders:
+        before = len(dropped)
+        child.answer(order)
+        assert (len(dropped) > before) == drops, order

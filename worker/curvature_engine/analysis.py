@@ -20,6 +20,7 @@ from curvature_engine.closed_form import Relief
 from curvature_engine.errors import DoesNotFit, EngineError, lacks_memory
 from curvature_engine.losses import BoundLoss, LossSpec
 from curvature_engine.orders import Order, Progress
+from curvature_engine.pages import PAGES, with_room
 from curvature_engine.parts import DataSetPart, check_mergeable
 from curvature_engine.passes import BackwardPasses
 from curvature_engine.plans import Plan, size
@@ -139,7 +140,10 @@ class _Analyzer:
 
     def run(self, inputs: Inputs, targets: Tensor, results_dir: Path | None) -> Analysis:
         """Compute, in smaller and smaller pieces where memory runs out."""
+        if self.program.device.type == "cpu":
+            PAGES.allow(self.order.budget.idle_bytes)
         attempt: Attempt | None = Attempt(self.order.budget)
+        dropped = False
         while attempt is not None:
             self._begin(attempt)
             try:
@@ -147,7 +151,11 @@ class _Analyzer:
             except (EngineError, RuntimeError, MemoryError) as error:
                 if not lacks_memory(error):
                     raise
+                again = PAGES.drop() > 0 and not dropped
             _let_go(self.program.device)  # here the error is gone, and with it all that its traceback held
+            if again:  # nothing is to be smaller for what waited between analyses
+                dropped = True
+                continue
             attempt = attempt.next(targets.shape[0] if targets.dim() else 1, self._plan)
         raise EngineError(
             "out_of_memory",
@@ -161,6 +169,9 @@ class _Analyzer:
             return self._analysis(prepared, results_dir)
 
     def plan(self, inputs: Inputs, targets: Tensor) -> Plan:
+        return with_room(lambda: self._planned(inputs, targets))
+
+    def _planned(self, inputs: Inputs, targets: Tensor) -> Plan:
         with self._prepared(inputs, targets, Limits()) as prepared:
             return prepared.plan
 
@@ -216,6 +227,7 @@ class _Analyzer:
         if self.most_bytes is not None and prepared.plan.peak_bytes > self.most_bytes:
             raise DoesNotFit(prepared.plan.peak_bytes, self.most_bytes)
         if work is not None:
+            _leave_room(prepared.plan)
             with self._store(prepared.plan, work, results_dir) as store:
                 work.open(store, len(prepared.division.sizes))
                 for part in prepared.parts():
@@ -363,7 +375,14 @@ def _check_room(plan: Plan, folder: Path) -> None:
         )
 
 
+def _leave_room(plan: Plan) -> None:
+    """Have no more memory wait than the budget leaves beside what the plan needs; results may take what waits."""
+    results = sum(r.result_bytes for r in plan.requests if not r.streamed)
+    PAGES.drop(max(0, plan.budget_bytes - plan.peak_bytes + results))
+
+
 def _let_go(device: torch.device) -> None:
     gc.collect()
+    PAGES.drop()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -49,6 +49,11 @@ class Budget:
         """For the graph of one forward pass: a quarter, since gradients and rearranged inputs are as large again."""
         return self.total_bytes // 4
 
+    @property
+    def idle_bytes(self) -> int:
+        """For memory of former results that waits for the next: a quarter; what the budget's plan needs comes first."""
+        return self.total_bytes // 4
+
     def with_smaller_blocks(self) -> "Budget":
         """The same with blocks of half the size."""
         return replace(self, block_bytes=max(_LEAST_BLOCK_BYTES, self.block_bytes // 2))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from curvature_engine.contributions import Contribution
 from curvature_engine.errors import memory_ran_out
+from curvature_engine.pages import PAGES
 from curvature_engine.precision import accumulation_dtype
 from curvature_engine.probe import Attribution
 from curvature_engine.reductions import Assemble, Moments, Outer, SumSquared
@@ -21,6 +22,12 @@ _CACHED_BYTES = 2**24
 """Of gradients that are reduced while they lie in a CPU's cache."""
 _RESIDENT_BYTES = 2**28
 """Of those that keep an accelerator busy."""
+_HELD_BYTES = 2**22
+"""Of what is made of the inputs to write gradients to their place: more would leave a CPU's cache before it is used."""
+
+
+def _held_bytes(device: torch.device) -> int:
+    return _HELD_BYTES if device.type == "cpu" else _RESIDENT_BYTES
 
 
 def _block_bytes(device: torch.device) -> int:
@@ -162,7 +169,9 @@ class ClosedForm(Contribution):
                 self._halve(error)
 
     def _halve(self, error: RuntimeError | MemoryError) -> None:
-        """Take fewer samples at a time from now on, if that may help against an error; else raise it."""
+        """Make room, or take fewer samples at a time from now on, if that may help against an error; else raise it."""
+        if memory_ran_out(error) and PAGES.drop():
+            return
         if self.block == 1 or self._relief is None or not memory_ran_out(error):
             raise error
         self.block //= 2
@@ -249,26 +258,40 @@ class ClosedForm(Contribution):
         prepared, _, rule = single
         return rule.assemble(prepared.use.role, pieces)
 
-    def _written_into(self, out: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def scaled(self, factor: float) -> Contribution:
+        return self if factor == 1.0 else self.with_uses([(p, g * factor) for p, g in self.uses])
+
+    def _written_into(self, out: Tensor, *, reduced: bool) -> Iterator[tuple[int, Tensor]]:
         single = self.single()
         if single is None or not out.is_contiguous():
-            yield from super()._written_into(out)
+            yield from super()._written_into(out, reduced=reduced)
             return
         prepared, g, rule = single
-        first = 0
+        first, size = 0, self._samples_written(prepared, g, rule, reduced=reduced)
         while first < self._N:
-            block = slice(first, first + self.block)
+            block = slice(first, first + size)
             place, saved = out[block], tuple(s[block] for s in prepared.saved)
             try:
                 written = rule.per_sample_into(prepared.use.role, saved, g[block], place)
             except (RuntimeError, MemoryError) as error:
-                self._halve(error)
+                if size <= self.block or not memory_ran_out(error):
+                    self._halve(error)
+                size = self.block
                 continue
             if not written:
                 gradients = self._written(first)
                 place = out[first : first + len(gradients)].copy_(gradients)
             yield first, place
             first += len(place)
+
+    def _samples_written(self, prepared: PreparedUse, g: Tensor, rule: Rule, *, reduced: bool) -> int:
+        """How many samples' gradients are written to their place at a time: all, if they take nothing beside it."""
+        held = rule.into_elements(prepared.use.role, _first(prepared.saved), g[:1]) * g.element_size()
+        size = self._N
+        if held:
+            least = torch.get_num_threads() * held  # which share the samples among them
+            size = max(1, min(self._N, self._budget_bytes // held, max(least, _held_bytes(g.device)) // held))
+        return min(size, self.block) if reduced else size
 
     def _slices(self) -> Iterator[slice]:
         # A shorter form's intermediates do not grow with the parameter; keep blocks large.

@@ -135,8 +135,8 @@ class Contribution(ABC):
         """What was made of every piece, as a tensor of the parameter's shape."""
         return only(pieces)
 
-    def write_into(self, out: Tensor, factor: float = 1.0) -> None:
-        """Write all gradients, times a factor, into `out` [N, *shape]; make the expected reductions on the way."""
+    def write_into(self, out: Tensor) -> None:
+        """Write all gradients into `out` [N, *shape]; make the expected reductions on the way."""
         reductions: dict[str, Reduction] = {}
         for name in self._still_expected():
             found = self._short(name)
@@ -144,15 +144,17 @@ class Contribution(ABC):
                 reductions[name] = REDUCTIONS[name]()
             else:
                 self._found[name] = found
-        for first, block in self._written_into(out):
+        for first, block in self._written_into(out, reduced=bool(reductions)):
             for reduction in reductions.values():
                 reduction.add(first, 0, block)
-            if factor != 1.0:
-                block.mul_(factor)
         self._found.update({name: reduction.result(only) for name, reduction in reductions.items()})
 
-    def _written_into(self, out: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Write block after block; each is told when it is there."""
+    def scaled(self, factor: float) -> "Contribution":
+        """The same times a factor, which goes into what is small where it can."""
+        return self if factor == 1.0 else _Scaled(self, factor)
+
+    def _written_into(self, out: Tensor, *, reduced: bool) -> Iterator[tuple[int, Tensor]]:
+        """Write block after block; each is told when it is there. `reduced`: they are read again at once."""
         for first, block in self.blocks():
             place = out[first : first + len(block)]
             place.copy_(block)
@@ -162,6 +164,20 @@ class Contribution(ABC):
         """All of it, [N, *shape]."""
         blocks = [block for _, block in self.blocks()]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+class _Scaled(Contribution):
+    """Another's gradients times a factor."""
+
+    def __init__(self, of: Contribution, factor: float) -> None:
+        super().__init__()
+        self._of, self._factor, self.method, self.shape = of, factor, of.method, of.shape
+
+    def select(self, samples: Tensor) -> Contribution:
+        return _Scaled(self._of.select(samples), self._factor)
+
+    def blocks(self, start: int = 0) -> Iterator[tuple[int, Tensor]]:
+        return ((first, block * self._factor) for first, block in self._of.blocks(start))
 
 
 class Fallback(Contribution):

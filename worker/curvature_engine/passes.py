@@ -153,9 +153,9 @@ class BackwardPasses:
 
     def fill(self, groups: dict[str, Group], store: ResultStore) -> None:
         """Put the results into the groups."""
-        for request in self._order.requests:
-            if request.extension.name == "grad":
-                groups[request.label].by_parameter = dict(self._gradients)
+        asked = [r.label for r in self._order.requests if r.extension.name == "grad"]
+        for place, label in enumerate(asked):
+            groups[label].by_parameter = {n: g.clone() if place else g for n, g in self._gradients.items()}
         for task in self._tasks:
             group, label = groups[task.request.label], task.request.label
             if label in store.files:
@@ -257,7 +257,10 @@ class BackwardPasses:
             return
         leaves = [t for p in self._selected.values() for t in p.tensors]
         gradients = self._columns.ordinary_gradient(leaves)
-        place, taken = 0, {self._gradient.untyped_storage().data_ptr()}
+        at_hand = (g for g in self._methods.at_hand.values() if g is not None)
+        saved = (t for tap in self._part.forward.tape.taps for t in tap.saved)
+        kept = [self._gradient, *leaves, *at_hand, *saved]
+        place, taken = 0, {t.untyped_storage().data_ptr() for t in kept}
         for name, parameter in self._selected.items():
             total = _sum_of(gradients[place : place + len(parameter.tensors)], parameter.tensor, taken)
             place += len(parameter.tensors)
@@ -355,11 +358,13 @@ def _sum_of(gradients: Sequence[Tensor | None], like: Tensor, taken: set[int]) -
     """The sum of what came to a parameter's tensors, in a tensor of its own: `taken` is the memory of others."""
     dtype = accumulation_dtype(like.dtype)
     found = [g for g in gradients if g is not None]
-    if len(found) == 1 and found[0].dtype == dtype and not found[0]._is_view() and found[0].is_contiguous():
-        memory = found[0].untyped_storage().data_ptr()
-        if memory not in taken:
-            taken.add(memory)
-            return found[0]
+    if len(found) == 1 and found[0].dtype == dtype and found[0].is_contiguous():
+        memory = found[0].untyped_storage()
+        # A matrix product's comes as a view of another shape, of memory that is nobody else's all the same.
+        if memory.data_ptr() not in taken and memory.nbytes() == found[0].nbytes:
+            taken.add(memory.data_ptr())
+            whole = found[0]
+            return whole.new_empty(0).set_(memory, 0, whole.shape, whole.stride()) if whole._is_view() else whole
     total = torch.zeros(like.shape, dtype=dtype, device=like.device)
     for gradient in found:
         total += gradient

@@ -14,7 +14,6 @@ import os
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from curvature_engine.errors import EngineError, first_line
+from curvature_engine.pages import LEAST_BYTES, room
 
 NAMES = {
     torch.float32: "F32",
@@ -38,7 +38,6 @@ NAMES = {
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 """Number formats by their names in safetensors files."""
 _ALIGNMENT = 8
-_LEAST_MAPPED_BYTES = 2**22
 SUFFIX = ".safetensors"
 
 Change = Callable[[Tensor], Any]
@@ -59,7 +58,7 @@ class Slab(ABC):
         """Let `change` edit the rows [n, *rest] in place."""
 
     def place(self, rows: Sequence[int]) -> Tensor | None:
-        """Where the rows lie, [n, *rest], if they lie together in memory."""
+        """Where the rows lie, [n, *rest], if they lie together in memory: for one who overwrites them all."""
         return None
 
     @abstractmethod
@@ -71,17 +70,24 @@ class MemorySlab(Slab):
     """A tensor on the device."""
 
     def __init__(self, shape: Sequence[int], leading: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._whole = zeros(shape, dtype, device)
+        self._whole, clear = _room(shape, dtype, device)
         self._rows = self._whole.view(prod(shape[:leading]), *shape[leading:])
+        self._stale = bytearray() if clear else bytearray(b"\1") * len(self._rows)
+        """Which rows hold what somebody else left there; empty if none ever did."""
 
     def write(self, rows: Sequence[int], block: Tensor) -> None:
         self._rows[_indices(rows)] = block
+        self._freshen(rows)
 
     def place(self, rows: Sequence[int]) -> Tensor | None:
         indices = _indices(rows)
-        return self._rows[indices] if isinstance(indices, slice) else None
+        if not isinstance(indices, slice):
+            return None
+        self._freshen(rows)
+        return self._rows[indices]
 
     def update(self, rows: Sequence[int], change: Change) -> None:
+        self._clear(rows)
         indices = _indices(rows)
         found = self._rows[indices]
         change(found)
@@ -89,7 +95,21 @@ class MemorySlab(Slab):
             self._rows[indices] = found
 
     def result(self) -> Tensor:
+        self._clear(range(len(self._rows)))
         return self._whole
+
+    def _freshen(self, rows: Sequence[int]) -> None:
+        """Note that rows are overwritten."""
+        if self._stale:
+            for row in rows:
+                self._stale[row] = 0
+
+    def _clear(self, rows: Sequence[int]) -> None:
+        """Make zero what nobody has written."""
+        stale = [row for row in rows if self._stale[row]] if self._stale else []
+        for number, part in _runs(stale):
+            self._rows[number : number + part.stop - part.start].zero_()
+        self._freshen(stale)
 
 
 @dataclass(frozen=True)
@@ -285,23 +305,12 @@ def lay_out(layout: Layout) -> tuple[bytes, dict[str, Place]]:
     }
 
 
-def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.zeros`; a large one in main memory as huge pages that the kernel clears when they are first touched.
-
-    Else they are written twice, and the first writing, which meets a page fault every 4 KiB, takes several times as
-    long as the second.
-    """
+def _room(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:
+    """A tensor of a shape, and whether it is zero; else anything may stand in it."""
     nbytes = prod(shape) * dtype.itemsize
-    if device.type != "cpu" or nbytes < _LEAST_MAPPED_BYTES or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.zeros(tuple(shape), dtype=dtype, device=device)
-    try:
-        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"no memory for {nbytes} bytes") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
+    if device.type != "cpu" or nbytes < LEAST_BYTES or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.empty(tuple(shape), dtype=dtype, device=device), False
+    return room(tuple(shape), dtype, nbytes)
 
 
 def _indices(rows: Sequence[int]) -> slice | list[int]:

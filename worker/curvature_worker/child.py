@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 import curvature_engine as engine
 from curvature_engine.budget import default_budget_bytes
 from curvature_engine.errors import memory_ran_out
+from curvature_engine.pages import PAGES
 from curvature_protocol.names import INPUTS, TARGETS
 from curvature_protocol.requests import referenced_batch
 from curvature_worker.channel import MAX_FRAME_BYTES, Channel, ChannelClosed
@@ -94,6 +95,8 @@ class Child:
         self._channel, self._programs, self._inbox, self._outbox = channel, programs, inbox, outbox
         self._budget_bytes = budget_bytes
         self._progress_at = 0.0
+        self._sizes: tuple[Any, ...] = ()
+        """What the last order's results were made of: model, and size of the batch's file."""
         self._answers = {
             "analysis": self._run,
             "shard": self._run,
@@ -106,6 +109,7 @@ class Child:
     def answer(self, order: dict[str, Any]) -> None:
         """Run one order and send its reply: `done` or `error`."""
         try:
+            self._make_room(order)
             self._channel.send(self._answers[order["kind"]](order))
         except ChannelClosed:
             raise
@@ -118,6 +122,17 @@ class Child:
                 self._refuse(error.code, error.message, error.param, error.remedy)
         except Exception as error:  # noqa: BLE001 (the model's or the engine's failure must not end the child)
             self._explain(error)
+
+    def _make_room(self, order: dict[str, Any]) -> None:
+        """Let go of memory that waits for results like the last ones, if they are not asked for again.
+
+        Else it is there beside the order's batch, as the last results were beside the last batch.
+        """
+        batch = None if order.get("batch") is None else self._inbox / batch_name(order["batch"])
+        sizes = (order["kind"], order.get("model"), batch and batch.exists() and batch.stat().st_size)
+        if sizes != self._sizes:
+            PAGES.drop()
+        self._sizes = sizes
 
     def _explain(self, error: Exception) -> None:
         """Sort out what failed below the engine; an operator finds the traceback in the worker's log."""

@@ -67,13 +67,13 @@ class _BatchGrad(Accumulator):
     def add(self, parameter: str, contribution: Contribution) -> None:
         if parameter not in self._slabs:
             self._slabs[parameter] = self.setting.slab(parameter, (self.setting.N,))
+        contribution = contribution.scaled(self._factor)
         place = self._slabs[parameter].place(self.rows)
         if place is not None:
-            contribution.write_into(place, self._factor)
+            contribution.write_into(place)
             return
         for first, block in contribution.blocks():
-            scaled = block if self._factor == 1.0 else block * self._factor
-            self._slabs[parameter].write(self.rows[first : first + len(block)], scaled)
+            self._slabs[parameter].write(self.rows[first : first + len(block)], block)
 
     def result_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (self.setting.N, *shape)
@@ -124,7 +124,7 @@ class _Variance(Accumulator):
 
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
         N, factor = self.setting.N, self._factor
-        return {n: m.spread / N if factor == 1.0 else m.spread * (factor / N) for n, m in self._moments.items()}
+        return {n: m.spread.div_(N) if factor == 1.0 else m.spread.mul_(factor / N) for n, m in self._moments.items()}
 
     def state(self) -> dict[str, Tensor | KroneckerFactors]:
         means = {companion(name, "mean"): m.mean for name, m in self._moments.items()}

@@ -27,14 +27,16 @@ class _SquareRoot(Accumulator):
         if parameter not in self._columns:
             self._columns[parameter] = self.setting.slab(parameter, (self.setting.columns, self.setting.N))
         self._filled[parameter] = v + 1
-        rows, factor = [v * self.setting.N + row for row in self.rows], self.setting.draws**-0.5
+        rows, contribution = (
+            [v * self.setting.N + row for row in self.rows],
+            contribution.scaled(self.setting.draws**-0.5),
+        )
         place = self._columns[parameter].place(rows)
         if place is not None:
-            contribution.write_into(place, factor)
+            contribution.write_into(place)
             return
         for first, block in contribution.blocks():
-            scaled = block if factor == 1.0 else block * factor
-            self._columns[parameter].write(rows[first : first + len(block)], scaled)
+            self._columns[parameter].write(rows[first : first + len(block)], block)
 
     def result_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (self.setting.columns, self.setting.N, *shape)

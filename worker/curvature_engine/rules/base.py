@@ -57,6 +57,10 @@ class Rule(ABC):
         """Write `per_sample` into `out` [n, *shape] without a copy between; False where there is no such way."""
         return False
 
+    def into_elements(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
+        """How many numbers `per_sample_into` holds beside what it writes: from shapes alone."""
+        return self.working_elements(role, saved, g)
+
     def unfold(self, role: str, saved: Sequence[Tensor]) -> Tensor | None:
         """What `pieces` takes of the saved inputs, the same for every g; None where it takes them as they are."""
         return None

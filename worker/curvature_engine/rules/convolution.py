@@ -126,6 +126,12 @@ class ConvolutionRule(Rule):
         torch.bmm(left, right.transpose(1, 2), out=out.view(left.shape[0], left.shape[1], right.shape[1]))
         return True
 
+    def into_elements(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
+        if role == "bias":
+            return g.numel()
+        here, unfolded = (saved[0], g) if self.inputs_first else (g, saved[0])
+        return prod(unfolded.shape[:3]) * prod(self._geometry.kernel) * prod(here.shape[3:])
+
     def multiply_adds(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
         if role == "bias":
             return g.numel()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature_engine.reductions import Moments, Outer
+from curvature_engine.reductions import Moments, Outer, write_outer
 from curvature_engine.rules.base import Match, Rule, gives
 from curvature_engine.rules.gram import Gram, gram_multiply_adds
 
@@ -50,10 +50,13 @@ class LinearRule(Rule):
             return False
         left, right = (saved[0], g) if self.inputs_first else (g, saved[0])
         if g.shape[1] == 1:
-            torch.mul(left[:, 0, :, None], right, out=out)
+            write_outer(left[:, 0], right[:, 0], out)
         else:
             torch.bmm(left.transpose(1, 2), right, out=out)
         return True
+
+    def into_elements(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
+        return 0
 
     def multiply_adds(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
         return g.numel() if role == "bias" else g.numel() * saved[0].shape[-1]
