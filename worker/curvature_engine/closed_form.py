@@ -18,6 +18,8 @@ from curvature_engine.watched import Derivation, pull_back
 
 _CACHED_BYTES = 2**24
 """Of gradients that are reduced while they lie in a CPU's cache."""
+_HOT_BYTES = 2**20
+"""Of gradients in a buffer that a core's own cache holds: made, reduced, and overwritten by the next."""
 _RESIDENT_BYTES = 2**28
 """Of those that keep an accelerator busy."""
 
@@ -42,6 +44,11 @@ class PreparedUse:
     use: Use
     attribution: Attribution
     saved: tuple[Tensor, ...]
+
+    @property
+    def scatters(self) -> bool:
+        """Whether a sample's gradient is zero almost everywhere."""
+        return self.tap.rule is not None and self.tap.rule.scatters
 
     def arranged_gradient(self, g: Tensor) -> Tensor:
         """The output's gradient as [N, T, …], at least in float32."""
@@ -195,8 +202,8 @@ class ClosedForm(Contribution):
 
     def _pieces(self) -> Iterator[tuple[int, int, Tensor]]:
         single = self.single()
-        if single is None:
-            yield from super()._pieces()
+        if single is None or single[2].whole:
+            yield from ((first, 0, block) for first, block in self._hot_blocks())
             return
         prepared, g, rule = single
         for first in range(0, self._N, self.block):
@@ -225,18 +232,56 @@ class ClosedForm(Contribution):
         prepared, _, rule = single
         return rule.assemble(prepared.use.role, pieces)
 
+    def _hot_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """As `blocks`, in a buffer that every block overwrites, where gradients can be written into one.
+
+        Fresh memory costs more than the products that fill it, and a small buffer stays in the cache.
+        """
+        size = self._hot_samples
+        buffer = self._like.new_empty((size, *self.shape), dtype=accumulation_dtype(self._like.dtype))
+        for first in range(0, self._N, size):
+            place = buffer[: self._N - first]
+            if not self._write(slice(first, first + size), place):
+                yield from self.blocks(first)
+                return
+            yield first, place
+
+    @property
+    def _hot_samples(self) -> int:
+        if self._like.device.type != "cpu":
+            return self.block
+        one = max(1, self._like.numel()) * accumulation_dtype(self._like.dtype).itemsize
+        return max(1, min(self.block, _HOT_BYTES // one))
+
+    def _write(self, block: slice, out: Tensor) -> bool:
+        """Write the gradients of some samples into `out` [n, *shape]; False where that takes a copy of a whole."""
+        # What touches few elements is cheapest added to what is there.
+        for place, (prepared, g) in enumerate(sorted(self.uses, key=lambda use: use[0].scatters)):
+            rule, role, index = prepared.tap.rule, prepared.use.role, prepared.use.watched.index
+            assert rule is not None
+            saved, g = tuple(s[block] for s in prepared.saved), g[block]
+            if index is None and place == 0 and rule.per_sample_into(role, saved, g, out):
+                continue
+            if len(self.uses) == 1:
+                return False
+            if index is None and place > 0:
+                rule.add_per_sample(role, saved, g, out)
+            else:
+                part = pull_back(rule.per_sample(role, saved, g), index, self.shape)
+                out.add_(part) if place else out.copy_(part)
+        return True
+
     def _written_into(self, out: Tensor) -> Iterator[tuple[int, Tensor]]:
-        single = self.single()
-        if single is None or not out.is_contiguous():
+        if not out.is_contiguous():
             yield from super()._written_into(out)
             return
-        prepared, g, rule = single
-        first = 0
+        single, first = self.single(), 0
+        hot = self._still_expected() and (single is None or single[2].whole)
         while first < self._N:
-            block = slice(first, first + self.block)
-            place, saved = out[block], tuple(s[block] for s in prepared.saved)
+            block = slice(first, first + (self._hot_samples if hot else self.block))
+            place = out[block]
             try:
-                written = rule.per_sample_into(prepared.use.role, saved, g[block], place)
+                written = self._write(block, place)
             except (RuntimeError, MemoryError) as error:
                 self._halve(error)
                 continue
@@ -262,15 +307,16 @@ class ClosedForm(Contribution):
 
     def gradients(self, block: slice) -> Tensor:
         """Those of some samples, [n, *shape]."""
-        total: Tensor | None = None
-        for prepared, g in self.uses:
-            rule = prepared.tap.rule
-            assert rule is not None
-            part = rule.per_sample(prepared.use.role, tuple(s[block] for s in prepared.saved), g[block])
-            part = pull_back(part, prepared.use.watched.index, self.shape)
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+        prepared, g = self.uses[0]
+        if len(self.uses) > 1:
+            n = len(g[block])
+            out = self._like.new_empty((n, *self.shape), dtype=accumulation_dtype(self._like.dtype))
+            self._write(block, out)
+            return out
+        rule = prepared.tap.rule
+        assert rule is not None
+        part = rule.per_sample(prepared.use.role, tuple(s[block] for s in prepared.saved), g[block])
+        return pull_back(part, prepared.use.watched.index, self.shape)
 
 
 def _first(saved: Sequence[Tensor]) -> tuple[Tensor, ...]:

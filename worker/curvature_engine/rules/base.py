@@ -26,12 +26,19 @@ class Rule(ABC):
             consumed tensor; None where there is no such axis.
         bias_scale: what the operator multiplies its bias by.
         inputs_first: whether the consumed weight is [in, out, …] in place of [out, in, …].
+        scatters: whether a sample's gradient is zero but for the elements that it picked.
     """
 
     row_axes: int
     channel_axis: int | None = None
     bias_scale: float = 1
     inputs_first: bool = False
+    scatters: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether `pieces` gives the consumed tensor's gradients in one piece."""
+        return type(self).pieces is Rule.pieces
 
     def canonical(self, g: Tensor) -> Tensor:
         """The output's gradient with the row axes first."""
@@ -56,6 +63,10 @@ class Rule(ABC):
     def per_sample_into(self, role: str, saved: Sequence[Tensor], g: Tensor, out: Tensor) -> bool:
         """Write `per_sample` into `out` [n, *shape] without a copy between; False where there is no such way."""
         return False
+
+    def add_per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor, out: Tensor) -> None:
+        """Add `per_sample` to `out` [n, *shape], which is contiguous."""
+        out.add_(self.per_sample(role, saved, g).reshape(out.shape))
 
     def unfold(self, role: str, saved: Sequence[Tensor]) -> Tensor | None:
         """What `pieces` takes of the saved inputs, the same for every g; None where it takes them as they are."""

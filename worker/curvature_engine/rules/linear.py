@@ -55,6 +55,13 @@ class LinearRule(Rule):
             torch.bmm(left.transpose(1, 2), right, out=out)
         return True
 
+    def add_per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor, out: Tensor) -> None:
+        if role == "bias":
+            super().add_per_sample(role, saved, g, out)
+            return
+        left, right = (saved[0], g) if self.inputs_first else (g, saved[0])
+        out.baddbmm_(left.transpose(1, 2), right, alpha=self._alpha)
+
     def multiply_adds(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
         return g.numel() if role == "bias" else g.numel() * saved[0].shape[-1]
 
