@@ -58,14 +58,20 @@ class PreparedUse:
         return self.attribution.arrange(rule.canonical(g), rule.row_axes)
 
 
-def prepare_use(tap: Tap, tap_index: int, use: Use, attribution: Attribution) -> PreparedUse:
-    """Arrange a tap's saved inputs once; every column uses them again."""
+def prepare_use(
+    tap: Tap, tap_index: int, use: Use, attribution: Attribution, arranged: dict[int, tuple[Tensor, ...]] | None = None
+) -> PreparedUse:
+    """Arrange a tap's saved inputs once; every column uses them again, and in `arranged` the tap's other uses."""
     rule = tap.rule
     assert rule is not None
-    saved = tuple(
-        attribution.arrange(t if not t.is_floating_point() else t.to(accumulation_dtype(t.dtype)), rule.row_axes)
-        for t in rule.rows(tap.saved)
-    )
+    saved = None if arranged is None else arranged.get(tap_index)
+    if saved is None:
+        saved = tuple(
+            attribution.arrange(t if not t.is_floating_point() else t.to(accumulation_dtype(t.dtype)), rule.row_axes)
+            for t in rule.rows(tap.saved)
+        )
+    if arranged is not None:
+        arranged[tap_index] = saved
     return PreparedUse(tap, tap_index, use, attribution, saved)
 
 

@@ -1,6 +1,6 @@
 """The verdict on the path that a part took, and each parameter's method that follows from it."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 import torch
@@ -39,8 +39,11 @@ class Methods:
         self.verified = True
         self.verification: str | None = None
 
-    def enter(self, part: Part, gradient: Tensor) -> None:
-        """Find which of a part's rows belongs to which sample, and each parameter's method."""
+    def enter(self, part: Part, gradient: Callable[[], Tensor]) -> None:
+        """Find which of a part's rows belongs to which sample, and each parameter's method.
+
+        `gradient` gives the part's rows of the loss's gradient, where they are needed to find that.
+        """
         self.at_hand = {}
         if any(r.extension.accumulator is not None for r in self._order.requests):
             self._choose(part, self._verdict(part, gradient))
@@ -87,6 +90,7 @@ class Methods:
         """Take each parameter's closed form where its taps have rows, and nothing speaks against it."""
         by_parameter = uses_by_parameter(part.forward.tape, verdict.taps)
         self.uses.clear()
+        arranged: dict[int, tuple[Tensor, ...]] = {}
         for name in self._selected:
             uses = by_parameter.get(name, ())
             closed = all(
@@ -109,10 +113,10 @@ class Methods:
             for i, tap, use in uses:
                 attribution = verdict.taps[i].attribution
                 assert attribution is not None
-                prepared.append(prepare_use(tap, i, use, attribution))
+                prepared.append(prepare_use(tap, i, use, attribution, arranged))
             self.uses[name] = prepared
 
-    def _verdict(self, part: Part, gradient: Tensor) -> Verdict:
+    def _verdict(self, part: Part, gradient: Callable[[], Tensor]) -> Verdict:
         verdicts, forward, outputs = self._order.program.verdicts, part.forward, part.outputs
         path = self._path(part)
         verdict = None if forward.routed_by_data or self._order.verify else verdicts.get(path)
@@ -143,7 +147,7 @@ class Methods:
             tuple((tap.name, tap.shapes, tap.intact, tuple(t.dtype for t in tap.saved)) for tap in forward.tape.taps),
         )
 
-    def _confirm(self, part: Part, gradient: Tensor, verdict: Verdict) -> bool:
+    def _confirm(self, part: Part, gradient: Callable[[], Tensor], verdict: Verdict) -> bool:
         """Whether a kept verdict holds for this batch's rows."""
         proved = verdict.strides is not None and part.forward.samples.keeps_rows(part.outputs)
         if proved and verdict.strides == tuple(tap.stride for tap in part.forward.tape.taps):
@@ -153,7 +157,7 @@ class Methods:
         extensions = [r.extension for r in self._order.requests]
         only_gradient = all(e.columns in ("outputs", "gradient") and e.kind != "factors" for e in extensions)
         outputs = part.outputs
-        cotangent = gradient if only_gradient else random_cotangent(outputs)
+        cotangent = gradient() if only_gradient else random_cotangent(outputs)
         known = [i for i, tap in enumerate(verdict.taps) if tap.attribution is not None]
         with reproducible(outputs.device):
             gradients = part.at_taps(known, cotangent)

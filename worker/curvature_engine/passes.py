@@ -5,7 +5,8 @@ several, each with a forward pass of its own; the loss is always that of the who
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class BackwardPasses:
         self._selected = selected
         self._methods = Methods(order, selected)
         self._part: Part
-        self._gradient: Tensor
+        self._of_loss: Callable[[], Tensor]
         self._columns: Columns
         self._elementwise: set[str] = set()
         self._averaged: AveragedFactors | None = None
@@ -50,6 +51,11 @@ class BackwardPasses:
         self._tasks: list[Task] = []
         self._done, self._total = 0, 0
         self.columns = _count_columns(order.requests, bound)
+
+    @property
+    def _gradient(self) -> Tensor:
+        """The current part's rows of the loss's gradient, which is not made before somebody asks."""
+        return self._of_loss()
 
     @property
     def methods(self) -> Mapping[str, str]:
@@ -70,15 +76,15 @@ class BackwardPasses:
         """Take up a part: find which of its rows belongs to which sample, and each parameter's method."""
         self._check_differentiable(part.outputs)
         self._part = part
-        self._gradient = part.rows(self._bound.gradient())
-        self._methods.enter(part, self._gradient)
-        self._columns = Columns(self._order, self._selected, self._methods, part, self._gradient, self.kept_bytes)
+        self._of_loss = cache(lambda: part.rows(self._bound.gradient()))
+        self._methods.enter(part, self._of_loss)
+        self._columns = Columns(self._order, self._selected, self._methods, part, self._of_loss, self.kept_bytes)
         if any(r.extension.columns == "averaged" for r in self._order.requests):
             self._averaged = self._prepare_averaged()
 
     def leave(self) -> None:
         """Let go of the current part and its graph."""
-        del self._part, self._columns
+        del self._part, self._columns, self._of_loss
         self._methods.leave()
 
     def tasks(self, store: ResultStore) -> list[Task]:
@@ -103,6 +109,7 @@ class BackwardPasses:
         sampled = [s for s in shares if s.columns == "sampled"]
         if first:
             self._column(self._gradient, first)
+        self._methods.at_hand = {}
         for v in range(self.columns["exact"] if exact else 0):
             self._column(self._part.rows(self._bound.exact_column(v)), exact)
         for m in range(self.columns["sampled"] if sampled else 0):
@@ -239,7 +246,8 @@ class BackwardPasses:
         if not any(r.extension.name == "grad" for r in self._order.requests):
             return
         leaves = [t for p in self._selected.values() for t in p.tensors]
-        gradients = self._columns.ordinary_gradient(leaves)
+        keep = any(t.request.extension.columns == "gradient" for t in self._tasks)
+        gradients = self._columns.ordinary_gradient(leaves, keep=keep)
         place, taken = 0, {self._gradient.untyped_storage().data_ptr()}
         for name, parameter in self._selected.items():
             total = _sum_of(gradients[place : place + len(parameter.tensors)], parameter.tensor, taken)

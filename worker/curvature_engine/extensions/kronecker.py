@@ -34,7 +34,7 @@ from curvature_engine.extensions.factor_sums import (
 )
 from curvature_engine.extensions.mergers import OWN, Merger, State, companion
 from curvature_engine.extensions.schemas import MC_SAMPLES
-from curvature_engine.rules.gram import add_product
+from curvature_engine.rules.gram import add_gram, add_product, gram_multiply_adds
 from curvature_engine.tape import Use
 from curvature_engine.watched import Derivation
 
@@ -135,11 +135,11 @@ class Kronecker(Accumulator):
     def _add_outputs(self, parameter: str, left: ClosedForm, right: ClosedForm) -> None:
         """Add a column's Σ l rᵀ, both summed over positions first except under "expand"."""
         if self._approximation != "expand":
-            s = summed_columns(left)
-            other = s if right is left else summed_columns(right)
-            self._current[parameter] = add_product(s, other, self._current.get(parameter))
+            s, before = summed_columns(left), self._current.get(parameter)
+            same = right is left
+            self._current[parameter] = add_gram(s, before) if same else add_product(s, summed_columns(right), before)
             return
-        for (prepared, g), (_, h) in zip(left.uses, right.uses, strict=True):
+        for (prepared, g), (_, h) in zip(left.uses, right.uses, strict=True):  # h is g in one contribution
             assert prepared.tap.rule is not None
             B = prepared.tap.rule.output_moment(prepared.use.role, g, h, self._current.get(parameter))
             assert B is not None
@@ -164,7 +164,7 @@ class Kronecker(Accumulator):
         groups, out = found[0].shape[0], found[0].shape[3]
         places = sum(o.shape[2] for o in found) if self._approximation == "expand" else 1
         shapes = [(groups, out, out) if groups > 1 else (out, out)]
-        cost = groups * n * places * out * out
+        cost = gram_multiply_adds(groups, out, n * places)
         held = n * sum(o.nbytes for o in found)
         if contribution.uses[0][0].use.role == "weight":
             width = prod(contribution.shape) // max(1, groups * out)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curvature_engine.reductions import Moments, Outer
-from curvature_engine.rules.gram import add_product, gram_multiply_adds
+from curvature_engine.rules.gram import add_gram, add_product, gram_multiply_adds
 
 
 class Rule(ABC):
@@ -155,7 +155,9 @@ class Rule(ABC):
     def output_moment(self, role: str, left: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor | None:
         """Σ l rᵀ of `factor_outputs` over samples and positions, `[groups, out, out]`; added to `total` if there is."""
         s = self.factor_outputs(role, left)
-        other = s if right is left else self.factor_outputs(role, right)
+        if right is left:
+            return None if s is None else add_gram(s.flatten(1, 2), total)
+        other = self.factor_outputs(role, right)
         return None if s is None or other is None else add_product(s.flatten(1, 2), other.flatten(1, 2), total)
 
     def _input_blocks(self, saved: Sequence[Tensor], budget_bytes: int) -> Iterator[Tensor]:
