@@ -20,6 +20,8 @@ _CACHED_BYTES = 2**24
 """Of gradients that are reduced while they lie in a CPU's cache."""
 _HOT_BYTES = 2**20
 """Of gradients in a buffer that a core's own cache holds: made, reduced, and overwritten by the next."""
+_LOOK = 8
+"""Multiplications and additions that take as long as reading one number from memory."""
 _RESIDENT_BYTES = 2**28
 """Of those that keep an accelerator busy."""
 
@@ -198,6 +200,9 @@ class ClosedForm(Contribution):
         if name == "squared_norms":
             return torch.cat(parts)
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    def _is_dearer(self, name: str) -> bool:
+        return name == "squared_norms" and self.norms_multiply_adds() > _LOOK * self._N * self._like.numel()
 
     def outer(self) -> Outer | None:
         single = self.single()

@@ -148,7 +148,8 @@ class Kronecker(Accumulator):
     def _close_part(self) -> None:
         """Add the current part's B to that of the parts before."""
         for bias, (weight, scale) in self._twins.items():
-            self._current[bias] = self._current[weight] * scale**2
+            B = self._current[weight]
+            self._current[bias] = B.clone() if scale == 1 else B * scale**2
         for name, B in self._current.items():
             self._B[name] = self._B[name].add_(B) if name in self._B else B
         self._current, self._twins, self._reasons = {}, {}, {}
@@ -210,7 +211,7 @@ class Kronecker(Accumulator):
         scale = self.setting.Z if empirical else 1 / self.setting.draws
         # Of a parameter left out in one part, the others' sums are of no use.
         found, self._B = self._B, {}
-        return {name: B.mul_(scale) for name, B in found.items() if name not in self.missing}
+        return {n: B if scale == 1 else B.mul_(scale) for n, B in found.items() if n not in self.missing}
 
     def _count(self, parameter: str) -> int:
         """What A's sum is divided by."""
