@@ -136,9 +136,7 @@ class ClosedForm(Contribution):
         if single is None:
             return False
         prepared, g, rule = single
-        one = _first(prepared.saved), torch.zeros_like(g[:1])
-        reduce = rule.sum_squared if reduction == "sum_squared" else rule.squared_norms
-        return reduce(prepared.use.role, *one) is not None
+        return rule.is_reduced(reduction, prepared.use.role, _first(prepared.saved), g[:1])
 
     def _working_bytes(self, element: int) -> int:
         """What one sample's intermediates take: a convolution's patches are its input times the kernel's size."""

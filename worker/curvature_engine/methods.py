@@ -10,6 +10,7 @@ from curvature_engine.closed_form import PreparedUse, prepare_use
 from curvature_engine.errors import EngineError
 from curvature_engine.judgement import confirm, judge, proved_strides, random_cotangent, reproducible, uses_by_parameter
 from curvature_engine.orders import Order
+from curvature_engine.precision import all_finite
 from curvature_engine.probe import Verdict
 from curvature_engine.program import Parameter
 from curvature_engine.requests import Request
@@ -129,7 +130,7 @@ class Methods:
                 verdicts.keep(path, verdict)
                 self._order.judged.add(path)
         self.verification = found if self.verification is None else least([self.verification, found])
-        self.verified = self.verified and verdict.finite and bool(torch.isfinite(outputs).all())
+        self.verified = self.verified and verdict.finite and all_finite(outputs)
         if not verdict.finite:
             self.distrust()
         return verdict

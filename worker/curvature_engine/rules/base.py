@@ -112,6 +112,11 @@ class Rule(ABC):
         """Mean and centred sum of squares without writing the gradients out, where that is possible: `[*shape]`."""
         return None
 
+    def is_reduced(self, reduction: str, role: str, saved: Sequence[Tensor], g: Tensor) -> bool:
+        """Whether `sum_squared` or `squared_norms` has a form for such shapes."""
+        reduce = self.sum_squared if reduction == "sum_squared" else self.squared_norms
+        return reduce(role, saved, torch.zeros_like(g)) is not None
+
     def factor_inputs(self, saved: Sequence[Tensor]) -> Tensor | None:
         """Inputs x of the Kronecker factor A: `[groups, n, positions, in]`; None where there is no such form."""
         return None

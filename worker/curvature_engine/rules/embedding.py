@@ -41,6 +41,9 @@ class EmbeddingRule(Rule):
         picked, sums = self._sums(saved[0], g)
         return g.new_zeros(g.shape[0]).index_add_(0, picked // self._V, sums.square().sum(1))
 
+    def is_reduced(self, reduction: str, role: str, saved: Sequence[Tensor], g: Tensor) -> bool:
+        return True
+
     def moments(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Moments | None:
         """Of each row of the weight: from the samples that picked it, and how many did not.
 
