@@ -3,7 +3,6 @@
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from curvature_engine.closed_form import PreparedUse, prepare_use

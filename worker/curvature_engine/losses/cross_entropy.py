@@ -70,7 +70,7 @@ class CrossEntropy(ClassLoss):
         return self._shaped(score.scatter_(1, labels, (self._p.gather(1, labels) - 1) * scale))
 
     def _labels_below(self, u: Tensor) -> Tensor:
-        """Where the summed probabilities first exceed u [N, T]: some samples at a time, in memory that is used again."""
+        """Where the summed probabilities first exceed u: [N, T]. A few samples at a time use the same memory again."""
         labels, size = torch.empty(u.shape, dtype=torch.int64, device=u.device), self.N
         if u.device.type == "cpu":
             size = max(1, _SUMMED_NUMBERS // (self.C * self.T))
