@@ -315,17 +315,16 @@ class ClosedForm(Contribution):
         return prepared, g, prepared.tap.rule
 
     def gradients(self, block: slice) -> Tensor:
-        """Those of some samples, [n, *shape]."""
-        prepared, g = self.uses[0]
-        if len(self.uses) > 1:
-            n = len(g[block])
-            out = self._like.new_empty((n, *self.shape), dtype=accumulation_dtype(self._like.dtype))
-            self._write(block, out)
-            return out
-        rule = prepared.tap.rule
-        assert rule is not None
-        part = rule.per_sample(prepared.use.role, tuple(s[block] for s in prepared.saved), g[block])
-        return pull_back(part, prepared.use.watched.index, self.shape)
+        """Those of some samples, [n, *shape]; they can be differentiated where what they are made of can."""
+        total: Tensor | None = None
+        for prepared, g in self.uses:
+            rule = prepared.tap.rule
+            assert rule is not None
+            part = rule.per_sample(prepared.use.role, tuple(s[block] for s in prepared.saved), g[block])
+            part = pull_back(part, prepared.use.watched.index, self.shape)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
 
 
 def _first(saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
