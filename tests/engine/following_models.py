@@ -104,6 +104,32 @@ class Generative(nn.Module):
         return self.out((h + y).mean(1))
 
 
+class Positioned(nn.Module):
+    """Positions expanded to the batch before they are looked up, as many as samples; a tied output layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions, self.norm = nn.Embedding(7, 4), nn.Embedding(N, 4), nn.LayerNorm(4)
+        self.l, self.out = nn.Linear(4, 4), nn.Linear(4, 7, bias=False)
+        self.out.weight = self.tokens.weight
+
+    def forward(self, x):
+        places = self.norm(self.positions(torch.arange(x.size(1)).expand_as(x)))
+        return self.out(torch.tanh(self.l(self.tokens(x) + places)))
+
+
+class OneHot(nn.Module):
+    """As `Positioned`, by a product with what only the batch's shape entered."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.out = nn.Parameter(torch.randn(N, N)), nn.Linear(N, 3)
+
+    def forward(self, x):
+        places = torch.eye(x.size(1), dtype=x.dtype).expand_as(x)
+        return self.out(torch.tanh(x + places @ self.w))
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind, **options):
         super().__init__()
@@ -164,6 +190,8 @@ PROVED = {
     "patches by slices": (lambda: Patches(False), reals(3, 4, 4), EVERY_WAY),
     "windows": (Windows, reals(4, 4, 4), EVERY_WAY),
     "generative": (Generative, lambda: (torch.randint(1, 7, (N, 5)),), EVERY_WAY),
+    "positioned": (Positioned, lambda: (torch.randint(7, (N, N)),), EVERY_WAY),
+    "one-hot positions": (OneHot, reals(N, N), EVERY_WAY),
     "lstm": (lambda: Recurrent(nn.LSTM), reals(N, 4), EVERY_WAY),
     "gru": (lambda: Recurrent(nn.GRU, num_layers=2, bidirectional=True), reals(3, 4), EVERY_WAY),
     "einsum": (Summed, reals(N, 4), EVERY_WAY),
@@ -234,6 +262,33 @@ MIXES = {
     "repeated": lambda h: h[:2].repeat(2, 1) * h,
     "stacked": lambda h: torch.stack([h[0], h[1], h[2], h[0] + h[3]]),
     "chunks": lambda h: torch.cat(h.chunk(2, 0)[::-1]) + h,
+}
+
+
+class GatedPositions(nn.Module):
+    """Mixes what was looked up at positions that were expanded to the batch, as far as a second input lets it."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.l, self.positions, self.out, self.mix = nn.Linear(N, N), nn.Embedding(N, N), nn.Linear(N, 3), mix
+
+    def forward(self, x, gate):
+        e = self.positions(torch.arange(N).expand_as(x))
+        h = torch.tanh(self.l(x))[:, :, None] + e
+        return self.out(h + gate[:, :, None] * self.mix(e))
+
+
+POSITION_MIXES = {
+    "transposed": lambda e: e.transpose(0, 1) * torch.ones(N).double(),
+    "averaged": lambda e: e.mean(0),
+    "first of all": lambda e: e[0],
+    "rolled": lambda e: e.roll(1, 0),
+    "rows as columns": lambda e: e.permute(1, 2, 0),
+    "flattened and rolled": lambda e: e.flatten(0, 1).roll(1, 0).view(N, N, N),
+    "attention over the batch": lambda e: F.scaled_dot_product_attention(*[e.transpose(0, 1)] * 3).transpose(0, 1),
+    "products": lambda e: e[:, 0] @ e[:, 1].t() + e,
+    "edited": lambda e: e.clone().index_add(0, torch.tensor([0]), e[1:2]),
+    "by the next": lambda e: torch.cat([e[1:], e[:1]]),
 }
 
 

@@ -11,7 +11,8 @@ from tests.engine.test_table import TOLERANCE, error
 from torch import nn
 
 import curvature_engine as engine
-from curvature_engine.losses import LOSSES
+from curvature_engine import draws
+from curvature_engine.losses import LOSSES, LossSpec, cross_entropy
 
 FIRST_ORDER = ["grad", "batch_grad", "variance"]
 CASE = pytest.mark.parametrize("case", LOSS_CASES, ids=lambda case: case.id)
@@ -177,3 +178,30 @@ def test_lower_precision_is_near_float64(case, dtype):
     bound = 1e-3 if dtype == torch.float32 else 0.2
     assert low.loss.dtype == torch.float32
     assert abs(float(low.loss) - float(exact.loss)) <= bound * max(1.0, abs(float(exact.loss)))
+
+
+OPTIONS = [{}, {"label_smoothing": 0.1, "weight": [0.5, 1.0, 2.0, 1.0, 0.2], "ignore_index": 1}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("numbers", [1, 40, 10**9])
+def test_classes_may_stand_last_and_few_samples_be_summed_at_a_time(numbers, options, monkeypatch):
+    """The same labels and columns in either order of axes, however many probabilities are summed up at a time."""
+    monkeypatch.setattr(cross_entropy, "_SUMMED_NUMBERS", numbers)
+    generator = torch.Generator().manual_seed(0)
+    outputs = 3 * torch.randn(7, 5, 2, 3, dtype=torch.float64, generator=generator)
+    targets = torch.randint(5, (7, 2, 3), generator=generator)
+    second = LossSpec.parse({"name": "cross_entropy", "options": options}, None).bind(outputs, targets)
+    given = {"name": "cross_entropy", "options": {**options, "class_axis": "last"}}
+    last = LossSpec.parse(given, None).bind(outputs.movedim(1, -1).contiguous(), targets)
+    torch.testing.assert_close(last.contributions(), second.contributions(), rtol=1e-13, atol=1e-15)
+    for make in (lambda b: b.gradient(), lambda b: b.exact_column(4), lambda b: b.sampled_column(5, 1)):
+        torch.testing.assert_close(make(last).movedim(-1, 1), make(second), rtol=1e-13, atol=1e-15)
+    # The label drawn is the first whose summed probability exceeds the number drawn.
+    p = outputs.flatten(2).softmax(1)
+    u = draws.uniform(5, torch.arange(7), torch.arange(6), 1)
+    labels = (p.cumsum(1) <= u[:, None]).sum(1)
+    found = second.sampled_column(5, 1).flatten(2)
+    counted = second.mass > 0
+    assert torch.equal(found.argmin(1)[counted], labels[counted])
+    assert labels.unique().numel() > 2

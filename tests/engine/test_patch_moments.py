@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from curvature_engine.rules.convolution import DirectConvolutionRule, Geometry, TransposedConvolutionRule
-from curvature_engine.rules.gram import Gram
+from curvature_engine.rules.gram import Gram, add_gram
 from curvature_engine.rules.patch_moments import candidates, choose_form, from_patches, from_shifts
 
 BUDGETS = [1, 10**4, 10**9]
@@ -141,3 +141,7 @@ def test_half_the_products_make_the_whole_sum(groups, width, rows):
         total.add(block)
     reference = x.mT @ x
     assert_close(total.finish(), reference)
+    if rows:
+        found = add_gram(x)
+        assert_close(found, reference)
+        assert_close(add_gram(x, found), 2 * reference)

@@ -6,6 +6,7 @@ from torch import nn
 
 import curvature_engine as engine
 from curvature_engine.reductions import REDUCTIONS, Moments
+from curvature_engine.rules.embedding import EmbeddingRule
 from curvature_engine.rules.linear import LinearRule
 from curvature_engine.stores import MemorySlab
 
@@ -67,7 +68,89 @@ def test_equal_samples_have_no_negative_variance():
     assert found.spread.max() <= 1e-12
 
 
+PADDINGS = [-1, 2]
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_the_moments_of_an_embedding(padding):
+    torch.manual_seed(0)
+    indices = torch.tensor([[0, 0, 2], [1, 0, 4], [4, 4, 4], [2, 2, 2]])  # row 3 is picked by nobody, row 4 often
+    g, rule = torch.randn(4, 3, 6, dtype=torch.float64), EmbeddingRule(2, 5, padding)
+    whole = rule.per_sample("weight", [indices], g)
+    found = rule.moments("weight", [indices], g)
+    torch.testing.assert_close(found.mean, whole.mean(0), rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(found.spread, ((whole - whole.mean(0)) ** 2).sum(0), rtol=1e-13, atol=1e-15)
+
+
+def test_the_spread_of_an_embedding_is_centred_before_it_is_squared():
+    indices, rule = torch.zeros(12, 1, dtype=torch.int64), EmbeddingRule(2, 2, -1)
+    g = torch.full((12, 1, 3), 1e8, dtype=torch.float64)
+    g[::2] += 1
+    spread = rule.moments("weight", [indices], g).spread
+    torch.testing.assert_close(spread[0], torch.full((3,), 3.0, dtype=torch.float64), rtol=1e-6, atol=0)
+    assert not spread[1].any()
+
+
+RULES = {
+    "linear": (LinearRule(2, transposed=False), "weight", (5, 6)),
+    "transposed": (LinearRule(2, transposed=True), "weight", (6, 5)),
+    "scaled": (LinearRule(2, transposed=False, alpha=0.5), "weight", (5, 6)),
+    "bias": (LinearRule(2, transposed=False, beta=2.0), "bias", (5,)),
+    **{f"embedding, padding {p}": (EmbeddingRule(2, 7, p), "weight", (7, 5)) for p in PADDINGS},
+}
+
+
+@pytest.mark.parametrize("T", [1, 2, 40])
+@pytest.mark.parametrize("name", RULES)
+def test_gradients_written_into_memory_and_added_to_what_is_there(name, T):
+    torch.manual_seed(0)
+    rule, role, shape = RULES[name]
+    g = torch.randn(4, T, 5, dtype=torch.float64)
+    x = torch.randint(7, (4, T)) if "embedding" in name else torch.randn(4, T, 6, dtype=torch.float64)
+    expected = rule.per_sample(role, [x], g)
+    assert expected.shape == (4, *shape)
+    out = torch.full((4, *shape), torch.nan, dtype=torch.float64)
+    if rule.per_sample_into(role, [x], g, out):
+        torch.testing.assert_close(out, expected, rtol=1e-13, atol=1e-14)
+    before = torch.randn(4, *shape, dtype=torch.float64)
+    out = before.clone()
+    rule.add_per_sample(role, [x], g, out)
+    torch.testing.assert_close(out, before + expected, rtol=1e-13, atol=1e-14)
+    for reduction, axes in (("sum_squared", (0,)), ("squared_norms", tuple(range(1, 1 + len(shape))))):
+        found = getattr(rule, reduction)(role, [x], g)
+        assert rule.is_reduced(reduction, role, [x[:1]], g[:1]) == (found is not None)
+        if found is not None:
+            torch.testing.assert_close(found, expected.square().sum(axes), rtol=1e-12, atol=1e-13)
+
+
+class Tied(nn.Module):
+    """An embedding whose weight comes back as that of two products: in one order, and in the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(160, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        h = torch.tanh(self.mix(self.embed(x.abs().mul(100.0).long().clamp(max=159))))
+        h = torch.tanh(nn.functional.linear(h, self.embed.weight) @ self.embed.weight)
+        return nn.functional.linear(h, self.embed.weight).sum(1)
+
+
+class Gathered(nn.Module):
+    """A weight that enters whole, and in part after being turned."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.out = nn.Parameter(torch.randn(96, 96) / 10), nn.Linear(64, 3)
+
+    def forward(self, x):
+        h = torch.tanh(nn.functional.linear(x, self.weight))
+        return self.out(torch.tanh(nn.functional.linear(h, self.weight.t()[:64])).sum(1))
+
+
 NETS = {
+    "tied": (Tied, (5,)),
+    "gathered": (Gathered, (5, 96)),
     "wide convolutions": (
         lambda: nn.Sequential(
             *(nn.Conv2d(24, 48, 5, padding=2), nn.Tanh(), nn.Conv2d(48, 16, 3, stride=2), nn.Tanh()),

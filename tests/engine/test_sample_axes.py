@@ -6,10 +6,12 @@ import pytest
 import torch
 from tests.engine.following_models import (
     MIXES,
+    POSITION_MIXES,
     PROVED,
     SCRIPTED_MIXES,
     UNPROVABLE,
     Gated,
+    GatedPositions,
     Neighbours,
     SequenceFirst,
     Turned,
@@ -109,6 +111,11 @@ def check_gated(module, way, asked):
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_mixture_that_wakes_up_is_refused(mix, way, asked):
     check_gated(Gated(MIXES[mix]), way, asked)
+
+
+@pytest.mark.parametrize("mix", POSITION_MIXES)
+def test_expanded_positions_that_mix_when_woken_up_are_refused(mix, asked):
+    check_gated(GatedPositions(POSITION_MIXES[mix]), "traced", asked)
 
 
 @pytest.mark.parametrize("mix", [mix for mix in COUPLERS if "batch_norm" not in mix])

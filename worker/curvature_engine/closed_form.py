@@ -20,6 +20,10 @@ from curvature_engine.watched import Derivation, pull_back
 
 _CACHED_BYTES = 2**24
 """Of gradients that are reduced while they lie in a CPU's cache."""
+_HOT_BYTES = 2**20
+"""Of gradients in a buffer that a core's own cache holds: made, reduced, and overwritten by the next."""
+_LOOK = 8
+"""Multiplications and additions that take as long as reading one number from memory."""
 _RESIDENT_BYTES = 2**28
 """Of those that keep an accelerator busy."""
 _HELD_BYTES = 2**22
@@ -51,6 +55,11 @@ class PreparedUse:
     attribution: Attribution
     saved: tuple[Tensor, ...]
 
+    @property
+    def scatters(self) -> bool:
+        """Whether a sample's gradient is zero almost everywhere."""
+        return self.tap.rule is not None and self.tap.rule.scatters
+
     def arranged_gradient(self, g: Tensor) -> Tensor:
         """The output's gradient as [N, T, …], at least in float32."""
         rule = self.tap.rule
@@ -67,14 +76,20 @@ class PreparedUse:
         return more.arrange(g, 1 + rule.row_axes)
 
 
-def prepare_use(tap: Tap, tap_index: int, use: Use, attribution: Attribution) -> PreparedUse:
-    """Arrange a tap's saved inputs once; every column uses them again."""
+def prepare_use(
+    tap: Tap, tap_index: int, use: Use, attribution: Attribution, arranged: dict[int, tuple[Tensor, ...]] | None = None
+) -> PreparedUse:
+    """Arrange a tap's saved inputs once; every column uses them again, and in `arranged` the tap's other uses."""
     rule = tap.rule
     assert rule is not None
-    saved = tuple(
-        attribution.arrange(t if not t.is_floating_point() else t.to(accumulation_dtype(t.dtype)), rule.row_axes)
-        for t in rule.rows(tap.saved)
-    )
+    saved = None if arranged is None else arranged.get(tap_index)
+    if saved is None:
+        saved = tuple(
+            attribution.arrange(t if not t.is_floating_point() else t.to(accumulation_dtype(t.dtype)), rule.row_axes)
+            for t in rule.rows(tap.saved)
+        )
+    if arranged is not None:
+        arranged[tap_index] = saved
     return PreparedUse(tap, tap_index, use, attribution, saved)
 
 
@@ -138,9 +153,7 @@ class ClosedForm(Contribution):
         if single is None:
             return False
         prepared, g, rule = single
-        one = _first(prepared.saved), torch.zeros_like(g[:1])
-        reduce = rule.sum_squared if reduction == "sum_squared" else rule.squared_norms
-        return reduce(prepared.use.role, *one) is not None
+        return rule.is_reduced(reduction, prepared.use.role, _first(prepared.saved), g[:1])
 
     def _working_bytes(self, element: int) -> int:
         """What one sample's intermediates take: a convolution's patches are its input times the kernel's size."""
@@ -219,6 +232,9 @@ class ClosedForm(Contribution):
             return torch.cat(parts)
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
+    def _is_dearer(self, name: str) -> bool:
+        return name == "squared_norms" and self.norms_multiply_adds() > _LOOK * self._N * self._like.numel()
+
     def outer(self) -> Outer | None:
         single = self.single()
         if single is None:
@@ -228,8 +244,8 @@ class ClosedForm(Contribution):
 
     def _pieces(self) -> Iterator[tuple[int, int, Tensor]]:
         single = self.single()
-        if single is None:
-            yield from super()._pieces()
+        if single is None or single[2].whole:
+            yield from ((first, 0, block) for first, block in self._hot_blocks())
             return
         prepared, g, rule = single
         for first in range(0, self._N, self.block):
@@ -259,20 +275,60 @@ class ClosedForm(Contribution):
         return rule.assemble(prepared.use.role, pieces)
 
     def scaled(self, factor: float) -> Contribution:
-        return self if factor == 1.0 else self.with_uses([(p, g * factor) for p, g in self.uses])
+        if factor == 1.0:
+            return self
+        uses = [(p, g * factor) for p, g in self.uses]
+        return ClosedForm(uses, self._like, self._N, self._budget_bytes, self._relief, self._unfolded, self.block)
+
+    def _hot_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """As `blocks`, in a buffer that every block overwrites, where gradients can be written into one.
+
+        Fresh memory costs more than the products that fill it, and a small buffer stays in the cache.
+        """
+        size = self._hot_samples
+        buffer = self._like.new_empty((size, *self.shape), dtype=accumulation_dtype(self._like.dtype))
+        for first in range(0, self._N, size):
+            place = buffer[: self._N - first]
+            if not self._write(slice(first, first + size), place):
+                yield from self.blocks(first)
+                return
+            yield first, place
+
+    @property
+    def _hot_samples(self) -> int:
+        if self._like.device.type != "cpu":
+            return self.block
+        one = max(1, self._like.numel()) * accumulation_dtype(self._like.dtype).itemsize
+        return max(1, min(self.block, _HOT_BYTES // one))
+
+    def _write(self, block: slice, out: Tensor) -> bool:
+        """Write the gradients of some samples into `out` [n, *shape]; False where that takes a copy of a whole."""
+        # What touches few elements is cheapest added to what is there.
+        for place, (prepared, g) in enumerate(sorted(self.uses, key=lambda use: use[0].scatters)):
+            rule, role, index = prepared.tap.rule, prepared.use.role, prepared.use.watched.index
+            assert rule is not None
+            saved, g = tuple(s[block] for s in prepared.saved), g[block]
+            if index is None and place == 0 and rule.per_sample_into(role, saved, g, out):
+                continue
+            if len(self.uses) == 1:
+                return False
+            if index is None and place > 0:
+                rule.add_per_sample(role, saved, g, out)
+            else:
+                part = pull_back(rule.per_sample(role, saved, g), index, self.shape)
+                out.add_(part) if place else out.copy_(part)
+        return True
 
     def _written_into(self, out: Tensor, *, reduced: bool) -> Iterator[tuple[int, Tensor]]:
-        single = self.single()
-        if single is None or not out.is_contiguous():
+        if not out.is_contiguous():
             yield from super()._written_into(out, reduced=reduced)
             return
-        prepared, g, rule = single
-        first, size = 0, self._samples_written(prepared, g, rule, reduced=reduced)
+        first, size = 0, self._samples_written(reduced=reduced)
         while first < self._N:
             block = slice(first, first + size)
-            place, saved = out[block], tuple(s[block] for s in prepared.saved)
+            place = out[block]
             try:
-                written = rule.per_sample_into(prepared.use.role, saved, g[block], place)
+                written = self._write(block, place)
             except (RuntimeError, MemoryError) as error:
                 if size <= self.block or not memory_ran_out(error):
                     self._halve(error)
@@ -284,8 +340,14 @@ class ClosedForm(Contribution):
             yield first, place
             first += len(place)
 
-    def _samples_written(self, prepared: PreparedUse, g: Tensor, rule: Rule, *, reduced: bool) -> int:
+    def _samples_written(self, *, reduced: bool) -> int:
         """How many samples' gradients are written to their place at a time: all, if they take nothing beside it."""
+        single = self.single()
+        if reduced and (single is None or single[2].whole):
+            return self._hot_samples
+        if single is None:
+            return self.block
+        prepared, g, rule = single
         held = rule.into_elements(prepared.use.role, _first(prepared.saved), g[:1]) * g.element_size()
         size = self._N
         if held:
@@ -308,7 +370,7 @@ class ClosedForm(Contribution):
         return prepared, g, prepared.tap.rule
 
     def gradients(self, block: slice) -> Tensor:
-        """Those of some samples, [n, *shape]."""
+        """Those of some samples, [n, *shape]; they can be differentiated where what they are made of can."""
         total: Tensor | None = None
         for prepared, g in self.uses:
             rule = prepared.tap.rule

@@ -1,6 +1,6 @@
 """What one column, propagated back through a part, contributes to every parameter."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -24,7 +24,7 @@ class Columns:
     """The columns of one part.
 
     Args:
-        gradient: the part's rows of the loss's gradient, which may be at hand already.
+        gradient: gives the part's rows of the loss's gradient, always the same tensor.
         kept_bytes: how much of what rules make of saved inputs may be kept for the next column.
     """
 
@@ -34,18 +34,19 @@ class Columns:
         selected: dict[str, Parameter],
         methods: Methods,
         part: Part,
-        gradient: Tensor,
+        gradient: Callable[[], Tensor],
         kept_bytes: int,
     ) -> None:
         self._unfolded = Unfolded(kept_bytes)
         self._order, self._selected, self._methods = order, selected, methods
         self._part, self._gradient = part, gradient
 
-    def ordinary_gradient(self, leaves: Sequence[Tensor]) -> list[Tensor | None]:
-        """The loss's gradient in parameters; those at the taps, which the same pass meets, are kept at hand."""
-        taps, needed = self._part.forward.tape.taps, self._needed
-        found = backward(self._part.outputs, [*(taps[i].edges[0] for i in needed), *leaves], self._gradient)
-        self._methods.at_hand = {i: taps[i].shaped([g])[0] for i, g in zip(needed, found, strict=False)}
+    def ordinary_gradient(self, leaves: Sequence[Tensor], *, keep: bool) -> list[Tensor | None]:
+        """The loss's gradient in parameters; with `keep` those at the taps, which the same pass meets, are at hand."""
+        taps, needed = self._part.forward.tape.taps, self._needed if keep else []
+        found = backward(self._part.outputs, [*(taps[i].edges[0] for i in needed), *leaves], self._gradient())
+        if keep:
+            self._methods.at_hand = {i: taps[i].shaped([g])[0] for i, g in zip(needed, found, strict=False)}
         return found[len(needed) :]
 
     @cached_property
@@ -101,8 +102,8 @@ class Columns:
 
     def contributions(self, cotangent: Tensor) -> Iterator[tuple[str, Contribution]]:
         """Every parameter's contribution under a cotangent."""
-        needed = self._needed
-        at_hand = self._methods.at_hand if cotangent is self._gradient else {}
+        needed, at_hand = self._needed, self._methods.at_hand
+        at_hand = at_hand if at_hand and cotangent is self._gradient() else {}
         gradients = at_hand if at_hand.keys() >= set(needed) else self._part.at_taps(needed, cotangent)
         fallbacks = self._fallbacks(cotangent)
         verification = self._verification(cotangent)

@@ -118,6 +118,10 @@ class Contribution(ABC):
         """A reduction that is made without writing gradients out, where it can be."""
         return None
 
+    def _is_dearer(self, name: str) -> bool:
+        """Whether a reduction's short form costs more than a look at the gradients, which are written out anyway."""
+        return False
+
     def _sweep(self, names: Collection[str]) -> None:
         """Make reductions, one block of gradients after another."""
         reductions = {name: REDUCTIONS[name]() for name in names}
@@ -139,7 +143,7 @@ class Contribution(ABC):
         """Write all gradients into `out` [N, *shape]; make the expected reductions on the way."""
         reductions: dict[str, Reduction] = {}
         for name in self._still_expected():
-            found = self._short(name)
+            found = None if self._is_dearer(name) else self._short(name)
             if found is None:
                 reductions[name] = REDUCTIONS[name]()
             else:

@@ -1,15 +1,15 @@
 """The verdict on the path that a part took, and each parameter's method that follows from it."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from curvature_engine.closed_form import PreparedUse, prepare_use
 from curvature_engine.errors import EngineError
 from curvature_engine.judgement import confirm, judge, proved_strides, random_cotangent, reproducible, uses_by_parameter
 from curvature_engine.orders import Order
+from curvature_engine.precision import all_finite
 from curvature_engine.probe import Verdict
 from curvature_engine.program import Parameter
 from curvature_engine.requests import Request
@@ -41,8 +41,11 @@ class Methods:
         self.verification: str | None = None
         self.verdict: Verdict | None = None
 
-    def enter(self, part: Part, gradient: Tensor) -> None:
-        """Find which of a part's rows belongs to which sample, and each parameter's method."""
+    def enter(self, part: Part, gradient: Callable[[], Tensor]) -> None:
+        """Find which of a part's rows belongs to which sample, and each parameter's method.
+
+        `gradient` gives the part's rows of the loss's gradient, where they are needed to find that.
+        """
         self.at_hand = {}
         if any(r.extension.accumulator is not None for r in self._order.requests):
             self.verdict = self._verdict(part, gradient)
@@ -90,6 +93,7 @@ class Methods:
         """Take each parameter's closed form where its taps have rows, and nothing speaks against it."""
         by_parameter = uses_by_parameter(part.forward.tape, verdict.taps)
         self.uses.clear()
+        arranged: dict[int, tuple[Tensor, ...]] = {}
         for name in self._selected:
             uses = by_parameter.get(name, ())
             closed = all(
@@ -112,10 +116,10 @@ class Methods:
             for i, tap, use in uses:
                 attribution = verdict.taps[i].attribution
                 assert attribution is not None
-                prepared.append(prepare_use(tap, i, use, attribution))
+                prepared.append(prepare_use(tap, i, use, attribution, arranged))
             self.uses[name] = prepared
 
-    def _verdict(self, part: Part, gradient: Tensor) -> Verdict:
+    def _verdict(self, part: Part, gradient: Callable[[], Tensor]) -> Verdict:
         verdicts, forward, outputs = self._order.program.verdicts, part.forward, part.outputs
         path = self._path(part)
         verdict = None if forward.routed_by_data or self._order.verify else verdicts.get(path)
@@ -128,7 +132,7 @@ class Methods:
                 verdicts.keep(path, verdict)
                 self._order.judged.add(path)
         self.verification = found if self.verification is None else least([self.verification, found])
-        self.verified = self.verified and verdict.finite and bool(torch.isfinite(outputs).all())
+        self.verified = self.verified and verdict.finite and all_finite(outputs)
         if not verdict.finite:
             self.distrust()
         return verdict
@@ -146,7 +150,7 @@ class Methods:
             tuple((tap.name, tap.shapes, tap.intact, tuple(t.dtype for t in tap.saved)) for tap in forward.tape.taps),
         )
 
-    def _confirm(self, part: Part, gradient: Tensor, verdict: Verdict) -> bool:
+    def _confirm(self, part: Part, gradient: Callable[[], Tensor], verdict: Verdict) -> bool:
         """Whether a kept verdict holds for this batch's rows."""
         proved = verdict.strides is not None and part.forward.samples.keeps_rows(part.outputs)
         if proved and verdict.strides == tuple(tap.stride for tap in part.forward.tape.taps):
@@ -156,7 +160,7 @@ class Methods:
         extensions = [r.extension for r in self._order.requests]
         only_gradient = all(e.columns in ("outputs", "gradient") and e.kind != "factors" for e in extensions)
         outputs = part.outputs
-        cotangent = gradient if only_gradient else random_cotangent(outputs)
+        cotangent = gradient() if only_gradient else random_cotangent(outputs)
         known = [i for i, tap in enumerate(verdict.taps) if tap.attribution is not None]
         with reproducible(outputs.device):
             gradients = part.at_taps(known, cotangent)

@@ -7,6 +7,7 @@ several, each with a forward pass of its own; the loss is always that of the who
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class BackwardPasses:
         self._selected = selected
         self._methods = Methods(order, selected)
         self._part: Part
-        self._gradient: Tensor
+        self._of_loss: Callable[[], Tensor]
         self._columns: Columns
         self._elementwise: set[str] = set()
         self._averaged: AveragedFactors | None = None
@@ -55,6 +56,11 @@ class BackwardPasses:
         self.columns = _count_columns(
             order.requests, 0 if not exact else bound.rank if self._any_root else bound.columns
         )
+
+    @property
+    def _gradient(self) -> Tensor:
+        """The current part's rows of the loss's gradient, which is not made before somebody asks."""
+        return self._of_loss()
 
     @property
     def methods(self) -> Mapping[str, str]:
@@ -86,15 +92,15 @@ class BackwardPasses:
         """Take up a part: find which of its rows belongs to which sample, and each parameter's method."""
         self._check_differentiable(part.outputs)
         self._part = part
-        self._gradient = part.rows(self._bound.gradient())
-        self._methods.enter(part, self._gradient)
-        self._columns = Columns(self._order, self._selected, self._methods, part, self._gradient, self.kept_bytes)
+        self._of_loss = cache(lambda: part.rows(self._bound.gradient()))
+        self._methods.enter(part, self._of_loss)
+        self._columns = Columns(self._order, self._selected, self._methods, part, self._of_loss, self.kept_bytes)
         if any(r.extension.columns == "averaged" for r in self._order.requests):
             self._averaged = self._prepare_averaged()
 
     def leave(self) -> None:
         """Let go of the current part and its graph."""
-        del self._part, self._columns
+        del self._part, self._columns, self._of_loss
         self._methods.leave()
 
     def tasks(self, store: ResultStore) -> list[Task]:
@@ -119,6 +125,7 @@ class BackwardPasses:
         sampled = [s for s in shares if s.columns == "sampled"]
         if first:
             self._column(self._gradient, first)
+        self._methods.at_hand = {}
         if exact:
             make = self._bound.root_column if self._any_root else self._bound.exact_column
             self._sweep(make, self.columns["exact"], exact)
@@ -256,7 +263,8 @@ class BackwardPasses:
         if not any(r.extension.name == "grad" for r in self._order.requests):
             return
         leaves = [t for p in self._selected.values() for t in p.tensors]
-        gradients = self._columns.ordinary_gradient(leaves)
+        keep = any(t.request.extension.columns == "gradient" for t in self._tasks)
+        gradients = self._columns.ordinary_gradient(leaves, keep=keep)
         at_hand = (g for g in self._methods.at_hand.values() if g is not None)
         saved = (t for tap in self._part.forward.tape.taps for t in tap.saved)
         kept = [self._gradient, *leaves, *at_hand, *saved]

@@ -152,9 +152,10 @@ class _Group:
 
     def __init__(self, mean: Tensor, spread: Tensor) -> None:
         self.n, self.mean, self.spread = 0, mean, spread
+        self._own: Tensor | None = None
 
     def add_rows(self, gradients: Tensor) -> None:
-        shift = torch.empty_like(self.mean)
+        shift = self._own = torch.empty_like(self.mean) if self._own is None else self._own
         for row in gradients:
             torch.sub(row, self.mean, out=shift)
             self._shift(shift, 1)

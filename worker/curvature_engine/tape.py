@@ -21,8 +21,9 @@ from curvature_engine.rules import RULES, Match, Rule, Through
 from curvature_engine.sample_axes import SampleAxes
 from curvature_engine.watched import Derivation, Watched
 
-_PRODUCTS = frozenset(("linear", "addmm", "matmul", "mm"))
-"""Whose outputs may have rows of samples although nothing of the batch entered: products with an initial state."""
+_ROWED = frozenset(("linear", "addmm", "matmul", "mm", "embedding"))
+"""Whose outputs may have rows of samples although nothing of the batch entered, or only its shape: products with an
+initial state, an embedding of positions that were expanded to the batch. They are tensors of their own, no views."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,8 @@ class Tape:
             return
         match = self._match(plain, arguments, result, edited) if known else None
         if match is not None:
+            if plain in _ROWED and not call.writes:
+                self._samples.adopt(outputs[0])
             self._add(plain, match.rule, self._uses(match, arguments), outputs[:1], match.saved, static, alone)
         if alone and self._derive(found, outputs, None if match is None else len(self.taps) - 1):
             return
@@ -242,8 +245,6 @@ class Tape:
         static: bool,
         provisional: bool = False,
     ) -> None:
-        if static and provisional and name in _PRODUCTS:
-            self._samples.adopt(outputs[0])
         self.taps.append(
             Tap(
                 name,

@@ -34,7 +34,7 @@ from curvature_engine.extensions.factor_sums import (
 )
 from curvature_engine.extensions.mergers import OWN, Merger, State, companion
 from curvature_engine.extensions.schemas import MC_SAMPLES
-from curvature_engine.rules.gram import add_product
+from curvature_engine.rules.gram import add_gram, gram_multiply_adds
 from curvature_engine.stacked import Stacked
 from curvature_engine.tape import Use
 from curvature_engine.watched import Derivation
@@ -140,8 +140,7 @@ class Kronecker(Accumulator):
     def _add_outputs(self, parameter: str, contribution: ClosedForm) -> None:
         """Add a column's Σ s sᵀ, s summed over positions first except under "expand"."""
         if self._approximation != "expand":
-            s = summed_columns(contribution)
-            self._current[parameter] = add_product(s, s, self._current.get(parameter))
+            self._current[parameter] = add_gram(summed_columns(contribution), self._current.get(parameter))
             return
         for prepared, g in contribution.uses:
             assert prepared.tap.rule is not None
@@ -152,7 +151,8 @@ class Kronecker(Accumulator):
     def _close_part(self) -> None:
         """Add the current part's B to that of the parts before."""
         for bias, (weight, scale) in self._twins.items():
-            self._current[bias] = self._current[weight] * scale**2
+            B = self._current[weight]
+            self._current[bias] = B.clone() if scale == 1 else B * scale**2
         for name, B in self._current.items():
             self._B[name] = self._B[name].add_(B) if name in self._B else B
         self._current, self._twins, self._reasons = {}, {}, {}
@@ -177,7 +177,7 @@ class Kronecker(Accumulator):
         groups, out = found[0].shape[0], found[0].shape[3]
         places = sum(o.shape[2] for o in found) if self._approximation == "expand" else 1
         shapes = [(groups, out, out) if groups > 1 else (out, out)]
-        cost = groups * n * places * out * out
+        cost = gram_multiply_adds(groups, out, n * places)
         held = n * sum(o.nbytes for o in found)
         if contribution.uses[0][0].use.role == "weight":
             width = prod(contribution.shape) // max(1, groups * out)

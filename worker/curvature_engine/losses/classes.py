@@ -1,6 +1,6 @@
 """What losses over classes share: the class axis, class weights, class indices that may be ignored."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -100,6 +100,17 @@ class ClassLoss(BoundLoss):
                 "check the number of classes of the model and of the data",
             )
         return targets
+
+
+def along_classes(function: Callable[[Tensor, int], Tensor], x: Tensor) -> Tensor:
+    """`function(x, axis)` of x [N, C, T] along its classes, which stay next to each other where they lie so.
+
+    torch's functions along an axis give it in the axes' own order: where classes come last in memory, what is made of
+    the result would go back and forth between both.
+    """
+    if x.stride(1) == 1:
+        return function(x.transpose(1, 2), 2).transpose(1, 2)
+    return function(x, 1)
 
 
 def holds_indices(targets: Tensor) -> bool:

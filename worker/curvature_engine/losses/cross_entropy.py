@@ -8,8 +8,11 @@ from torch import Tensor
 
 from curvature_engine import draws
 from curvature_engine.losses.base import LossKind, invalid_targets
-from curvature_engine.losses.classes import CLASS_AXIS, IGNORE_INDEX, WEIGHT, ClassLoss
+from curvature_engine.losses.classes import CLASS_AXIS, IGNORE_INDEX, WEIGHT, ClassLoss, along_classes
 from curvature_engine.options import Options
+
+_SUMMED_NUMBERS = 2**17
+"""Probabilities that are summed up at a time."""
 
 
 class CrossEntropy(ClassLoss):
@@ -35,7 +38,7 @@ class CrossEntropy(ClassLoss):
         self, outputs: Tensor, targets: Tensor, class_axis: str | None, weight: Sequence[float] | None
     ) -> None:
         super().__init__(outputs, targets, class_axis, weight)
-        self._p = self.scores.softmax(1)
+        self._p = along_classes(torch.softmax, self.scores)
         self.columns = self.C * self.T
 
     @abstractmethod
@@ -44,13 +47,13 @@ class CrossEntropy(ClassLoss):
 
     @abstractmethod
     def _minus_target(self, scaled: Tensor) -> Tensor:
-        """`scaled` − a, [N, C, T]; may edit `scaled`."""
+        """`scaled` − a, [N, C, T], a tensor of its own; may edit `scaled`."""
 
     def contributions(self) -> Tensor:
-        return self._terms(self.scores.log_softmax(1)).sum(1) / self.Z
+        return self._terms(along_classes(torch.log_softmax, self.scores)).sum(1) / self.Z
 
     def gradient(self) -> Tensor:
-        return self._shaped(self._minus_target(self._p * self.mass[:, None]) / self.Z)
+        return self._shaped(self._minus_target(self._p * self.mass[:, None]).div_(self.Z))
 
     def exact_column(self, v: int) -> Tensor:
         k, t = divmod(v, self.T)
@@ -95,12 +98,23 @@ class CrossEntropy(ClassLoss):
     def sampled_column(self, seed: int, draw: int) -> Tensor:
         positions = torch.arange(self.T, device=self._p.device)
         u = draws.uniform(seed, self._samples(), positions, draw)  # [N, T]
-        cumulative = self._p.double().cumsum(1)
-        thresholds = u[:, None] * cumulative[:, -1:]
-        labels = (cumulative <= thresholds).sum(1).clamp_(max=self.C - 1)
-        ones = torch.ones_like(self._p[:, :1])
-        score = self._p.scatter_add(1, labels[:, None], -ones)
-        return self._shaped(score * (self.mass / self.Z).sqrt()[:, None])
+        labels = self._labels_below(u)[:, None]
+        scale = (self.mass / self.Z).sqrt()[:, None]
+        score = self._p * scale
+        return self._shaped(score.scatter_(1, labels, (self._p.gather(1, labels) - 1) * scale))
+
+    def _labels_below(self, u: Tensor) -> Tensor:
+        """Where the summed probabilities first exceed u: [N, T]. A few samples at a time use the same memory again."""
+        labels, size = torch.empty(u.shape, dtype=torch.int64, device=u.device), self.N
+        if u.device.type == "cpu":
+            size = max(1, _SUMMED_NUMBERS // (self.C * self.T))
+        for first in range(0, self.N, size):
+            block = slice(first, first + size)
+            rows = self._p[block].transpose(1, 2)
+            cumulative = rows.to(torch.float64, memory_format=torch.contiguous_format, copy=True).cumsum_(2)
+            thresholds = u[block, :, None] * cumulative[:, :, -1:]
+            labels[block] = torch.searchsorted(cumulative, thresholds, right=True)[:, :, 0]
+        return labels.clamp_(max=self.C - 1)
 
 
 class IndexCrossEntropy(CrossEntropy):
@@ -132,9 +146,9 @@ class IndexCrossEntropy(CrossEntropy):
         return torch.where(self.counts > 0, terms, 0.0)
 
     def _minus_target(self, scaled: Tensor) -> Tensor:
-        scaled = scaled.scatter_add(1, self.labels[:, None], -self._on_label[:, None])
+        scaled.scatter_add_(1, self.labels[:, None], -self._on_label[:, None])
         if self._smooth:
-            scaled = scaled - self._on_each[:, None] * self.counts[:, None]
+            scaled -= self._on_each[:, None] * self.counts[:, None]
         return scaled
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curvature_engine.reductions import Moments, Outer
-from curvature_engine.rules.gram import add_product, gram_multiply_adds
+from curvature_engine.rules.gram import add_gram, add_product, gram_multiply_adds
 
 
 class Rule(ABC):
@@ -26,12 +26,19 @@ class Rule(ABC):
             consumed tensor; None where there is no such axis.
         bias_scale: what the operator multiplies its bias by.
         inputs_first: whether the consumed weight is [in, out, …] in place of [out, in, …].
+        scatters: whether a sample's gradient is zero but for the elements that it picked.
     """
 
     row_axes: int
     channel_axis: int | None = None
     bias_scale: float = 1
     inputs_first: bool = False
+    scatters: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether `pieces` gives the consumed tensor's gradients in one piece."""
+        return type(self).pieces is Rule.pieces
 
     def canonical(self, g: Tensor) -> Tensor:
         """The output's gradient with the row axes first."""
@@ -60,6 +67,10 @@ class Rule(ABC):
     def into_elements(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
         """How many numbers `per_sample_into` holds beside what it writes: from shapes alone."""
         return self.working_elements(role, saved, g)
+
+    def add_per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor, out: Tensor) -> None:
+        """Add `per_sample` to `out` [n, *shape], which is contiguous."""
+        out.add_(self.per_sample(role, saved, g).reshape(out.shape))
 
     def unfold(self, role: str, saved: Sequence[Tensor]) -> Tensor | None:
         """What `pieces` takes of the saved inputs, the same for every g; None where it takes them as they are."""
@@ -105,6 +116,11 @@ class Rule(ABC):
         """Mean and centred sum of squares without writing the gradients out, where that is possible: `[*shape]`."""
         return None
 
+    def is_reduced(self, reduction: str, role: str, saved: Sequence[Tensor], g: Tensor) -> bool:
+        """Whether `sum_squared` or `squared_norms` has a form for such shapes."""
+        reduce = self.sum_squared if reduction == "sum_squared" else self.squared_norms
+        return reduce(role, saved, torch.zeros_like(g)) is not None
+
     def factor_inputs(self, saved: Sequence[Tensor]) -> Tensor | None:
         """Inputs x of the Kronecker factor A: `[groups, n, positions, in]`; None where there is no such form."""
         return None
@@ -148,7 +164,9 @@ class Rule(ABC):
     def output_moment(self, role: str, left: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor | None:
         """Σ l rᵀ of `factor_outputs` over samples and positions, `[groups, out, out]`; added to `total` if there is."""
         s = self.factor_outputs(role, left)
-        other = s if right is left else self.factor_outputs(role, right)
+        if right is left:
+            return None if s is None else add_gram(s.flatten(1, 2), total)
+        other = self.factor_outputs(role, right)
         return None if s is None or other is None else add_product(s.flatten(1, 2), other.flatten(1, 2), total)
 
     def _input_blocks(self, saved: Sequence[Tensor], budget_bytes: int) -> Iterator[Tensor]:

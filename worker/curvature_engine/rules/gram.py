@@ -31,8 +31,7 @@ class Gram:
     """
 
     def __init__(self, groups: int, width: int, rows: int, like: Tensor) -> None:
-        halved = groups == 1 and rows >= _FEWEST_ROWS and width >= 2 * _NARROWEST
-        self._step = max(_NARROWEST, -(-width // _BLOCKS)) if halved else width
+        self._step = max(_NARROWEST, -(-width // _BLOCKS)) if _halved(groups, width, rows) else width
         self._total = like.new_empty(groups, width, width)
         self._empty = True
 
@@ -55,8 +54,22 @@ class Gram:
         return self._total
 
 
+def add_gram(rows: Tensor, total: Tensor | None = None) -> Tensor:
+    """Σ x xᵀ over rows, [groups, rows, d] → [groups, d, d]; added to `total` where one is given."""
+    groups, n, width = rows.shape
+    if not _halved(groups, width, n):
+        return add_product(rows, rows, total)
+    gram = Gram(groups, width, n, rows)
+    gram.add(rows)
+    found = gram.finish()
+    return found if total is None else total.add_(found)
+
+
+def _halved(groups: int, width: int, rows: int) -> bool:
+    return groups == 1 and rows >= _FEWEST_ROWS and width >= 2 * _NARROWEST
+
+
 def gram_multiply_adds(groups: int, width: int, rows: int) -> int:
     """How many multiplications and additions `Gram` takes."""
-    halved = groups == 1 and rows >= _FEWEST_ROWS and width >= 2 * _NARROWEST
-    blocks = -(-width // max(_NARROWEST, -(-width // _BLOCKS))) if halved else 1
+    blocks = -(-width // max(_NARROWEST, -(-width // _BLOCKS))) if _halved(groups, width, rows) else 1
     return groups * rows * width * width * (blocks + 1) // (2 * blocks)

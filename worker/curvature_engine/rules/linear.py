@@ -58,6 +58,13 @@ class LinearRule(Rule):
     def into_elements(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
         return 0
 
+    def add_per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor, out: Tensor) -> None:
+        if role == "bias":
+            super().add_per_sample(role, saved, g, out)
+            return
+        left, right = (saved[0], g) if self.inputs_first else (g, saved[0])
+        out.baddbmm_(left.transpose(1, 2), right, alpha=self._alpha)
+
     def multiply_adds(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
         return g.numel() if role == "bias" else g.numel() * saved[0].shape[-1]
 
@@ -77,14 +84,19 @@ class LinearRule(Rule):
         if role == "bias":
             return self._scaled(g.sum(1), self.bias_scale).square().sum(1)
         x = saved[0]
-        T, n_in, n_out = x.shape[1], x.shape[2], g.shape[2]
-        if T == 1:
+        if x.shape[1] == 1:
             return self._scaled(x.square().sum((1, 2)) * g.square().sum((1, 2)), self._alpha**2)
-        if T * (n_in + n_out) >= n_in * n_out:
+        if not self.is_reduced("squared_norms", role, saved, g):
             return None
         # ‖Σ_t g_t x_tᵀ‖² = Σ_{t,u} ⟨g_t, g_u⟩⟨x_t, x_u⟩ (Goodfellow 2015, extended to rows)
         gram = torch.bmm(x, x.transpose(1, 2)) * torch.bmm(g, g.transpose(1, 2))
         return self._scaled(gram.sum((1, 2)), self._alpha**2)
+
+    def is_reduced(self, reduction: str, role: str, saved: Sequence[Tensor], g: Tensor) -> bool:
+        if role == "bias" or g.shape[1] == 1:
+            return True
+        T, n_in, n_out = g.shape[1], saved[0].shape[2], g.shape[2]
+        return reduction == "squared_norms" and T * (n_in + n_out) < n_in * n_out
 
     def moments(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Moments | None:
         """Of rows x and g, one for each sample, from products over the samples.
