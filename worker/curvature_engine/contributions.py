@@ -111,8 +111,11 @@ class Contribution(ABC):
             return Moments(*(t.clone() for t in found)) if isinstance(found, Moments) else found.clone()
         return self._found.pop(name)
 
-    def _short(self, name: str) -> Tensor | Moments | None:
-        """A reduction that is made without writing gradients out, where it can be."""
+    def _short(self, name: str, *, written: bool = False) -> Tensor | Moments | None:
+        """A reduction that is made without writing gradients out, where it can be.
+
+        `written`: whether gradients are written out all the same.
+        """
         return None
 
     def _sweep(self, names: Collection[str]) -> None:
@@ -136,7 +139,7 @@ class Contribution(ABC):
         """Write all gradients, times a factor, into `out` [N, *shape]; make the expected reductions on the way."""
         reductions: dict[str, Reduction] = {}
         for name in self._still_expected():
-            found = self._short(name)
+            found = self._short(name, written=True)
             if found is None:
                 reductions[name] = REDUCTIONS[name]()
             else:

@@ -1,6 +1,10 @@
-"""In which number format results are summed, and how formats are called in messages."""
+"""In which number format results are summed, how formats are called in messages, and how products are made."""
+
+from contextvars import ContextVar
 
 import torch
+
+_CURRENT: ContextVar[str] = ContextVar("precision", default="float32")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -11,3 +15,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """The format's name without its module, e.g. `float32`."""
     return str(dtype).removeprefix("torch.")
+
+
+def current() -> str:
+    """How the analysis in progress multiplies float32 matrices: "float32", "tf32" or "bf16"."""
+    return _CURRENT.get()

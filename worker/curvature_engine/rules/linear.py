@@ -1,6 +1,6 @@
 """Products with a weight matrix: linear, addmm, matmul, mm."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,13 @@ class LinearRule(Rule):
         else:
             torch.bmm(left.transpose(1, 2), right, out=out)
         return True
+
+    def products(
+        self, role: str, saved: Sequence[Tensor], g: Tensor, unfolded: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor]] | None:
+        if role == "bias" or self._alpha != 1 or g.shape[1] == 1:  # of one row, `sum_squared` has a shorter form
+            return None
+        return iter([(saved[0], g) if self.inputs_first else (g, saved[0])])
 
     def multiply_adds(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
         return g.numel() if role == "bias" else g.numel() * saved[0].shape[-1]
