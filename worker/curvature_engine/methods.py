@@ -11,6 +11,7 @@ from curvature_engine.errors import EngineError
 from curvature_engine.judgement import confirm, judge, proved_strides, random_cotangent, reproducible, uses_by_parameter
 from curvature_engine.orders import Order
 from curvature_engine.probe import Verdict
+from curvature_engine.products import exactly
 from curvature_engine.program import Parameter
 from curvature_engine.requests import Request
 from curvature_engine.tasks import Part
@@ -117,8 +118,12 @@ class Methods:
         path = self._path(part)
         verdict = None if forward.routed_by_data or self._order.verify else verdicts.get(path)
         found = THIS_JOB if path in self._order.judged else KEPT_VERDICT
-        if verdict is None or not self._confirm(part, gradient, verdict):
-            verdict = judge(outputs, forward.tape, self._selected)
+        with exactly(outputs.device):
+            confirmed = verdict is not None and self._confirm(part, gradient, verdict)
+            if not confirmed:
+                verdict = judge(outputs, forward.tape, self._selected)
+        assert verdict is not None
+        if not confirmed:
             verdict = replace(verdict, strides=proved_strides(verdict, outputs, forward.tape, forward.samples))
             found = EVERY_COLUMN if self._order.verify else THIS_JOB
             if verdict.finite and verdict.confirmable and not forward.routed_by_data:

@@ -1,10 +1,9 @@
 """In which number format results are summed, how formats are called in messages, and how products are made."""
 
-from contextvars import ContextVar
-
 import torch
 
-_CURRENT: ContextVar[str] = ContextVar("precision", default="float32")
+_MULTIPLYING = ["float32"]
+"""Of the analysis in progress; of the whole process, as torch's own settings are, and seen by autograd's threads."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -18,5 +17,20 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def current() -> str:
-    """How the analysis in progress multiplies float32 matrices: "float32", "tf32" or "bf16"."""
-    return _CURRENT.get()
+    """How float32 matrices are multiplied at this moment: "float32", "tf32" or "bf16"."""
+    return _MULTIPLYING[-1]
+
+
+def is_reduced(dtype: torch.dtype) -> bool:
+    """Whether numbers of this format may carry the rounding of a coarser one, which products were made in."""
+    return dtype == torch.float32 and any(precision != "float32" for precision in _MULTIPLYING)
+
+
+def begin(precision: str) -> None:
+    """Multiply so until `end`."""
+    _MULTIPLYING.append(precision)
+
+
+def end() -> None:
+    """Multiply as before."""
+    _MULTIPLYING.pop()

@@ -1,17 +1,19 @@
 """A loaded model: a front end on a device, what is known of it, and its forward passes."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature_engine.digests import Digest
 from curvature_engine.errors import EngineError, first_line
 from curvature_engine.execution import Decision, Run, map_tensors, tensors_in
 from curvature_engine.formats import FrontEnd, Inputs, open_model
+from curvature_engine.memory_format import channels_last, has_image_layout
 from curvature_engine.parameters import Parameter
 from curvature_engine.probe import Verdicts
 from curvature_engine.sample_axes import SampleAxes
@@ -64,6 +66,28 @@ class Program:
             t.untyped_storage().data_ptr() for p in self.parameters.values() for t in p.tensors if t.numel()
         )
         self.verdicts = Verdicts()
+        self._usual: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """The parameters' number formats."""
+        return {p.tensor.dtype for p in self.parameters.values()}
+
+    @contextmanager
+    def channels_last(self) -> Iterator[None]:
+        """Have the parameters with spatial axes lie with their channels last, as long as it lasts."""
+        images = {id(t): t for p in self.parameters.values() for t in p.tensors if has_image_layout(t)}
+        self._usual, places = [(t, t.data) for t in images.values()], self._parameter_places
+        try:
+            with _holding([(t, channels_last(data)) for t, data in self._usual]):
+                self._parameter_places = places | {t.untyped_storage().data_ptr() for t in images.values()}
+                yield
+        finally:
+            self._usual, self._parameter_places = [], places
+
+    def usual_layout(self) -> AbstractContextManager[None]:
+        """Within `channels_last`: the parameters as they lie without it."""
+        return _holding(self._usual)
 
     @property
     def format(self) -> str:
@@ -111,6 +135,19 @@ class Program:
             run.samples,
             tuple(run.sums),
         )
+
+
+@contextmanager
+def _holding(numbers: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Have tensors hold the memory of others, as long as it lasts."""
+    before = [(tensor, tensor.data) for tensor, _ in numbers]
+    try:
+        for tensor, data in numbers:
+            tensor.data = data
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
 
 
 def digest(program: Program) -> str:

@@ -189,6 +189,8 @@ class Child:
             seed=request["seed"],
             parameters=request["parameters"],
             budget_bytes=self._budget_bytes,
+            precision=request["precision"],
+            channels_last=request["channels_last"],
         )
         return _report(plan.to_dict())
 
@@ -220,6 +222,8 @@ class Child:
             results_dir=self._outbox,
             part=None if order["part"] is None else engine.DataSetPart(order["part"]["first_sample"]),
             most_bytes=order["most_bytes"],
+            precision=request["precision"],
+            channels_last=request["channels_last"],
         )
         computed = time.perf_counter()
         for extension in request["extensions"]:  # into the manifest goes a batch's hash, as it was asked for
