@@ -1,13 +1,14 @@
 """What a finished job returned: a manifest that describes every stored tensor."""
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from curvature_protocol.base import Reply
 
 GroupKind = Literal["tensor", "parameters", "factors"]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Provenance(Reply):
@@ -42,7 +43,7 @@ class Provenance(Reply):
 
     precision: str = Field(default="float32", description="how float32 matrices were multiplied, as asked for")
     channels_last: bool = Field(default=False, description="whether images lay with their channels last")
-    precision_error: float | None = Field(
+    precision_error: Finite | None = Field(
         default=None,
         description="what these two changed: the relative difference of the loss's gradient in this parameter (in all "
         "together, for what is no parameter's) from that of float32 products in the usual layout, as measured in the "
@@ -124,9 +125,9 @@ class PrecisionError(Reply):
 
     measured: str = Field(description="what was compared with what")
     samples: int = Field(description="for how many of the batch's samples")
-    outputs: float | None = Field(description="of the model's outputs")
-    gradient: float | None = Field(description="of the gradient in all parameters asked for together")
-    parameters: dict[str, float | None] = Field(description="of the gradient in each by itself")
+    outputs: Finite | None = Field(description="of the model's outputs")
+    gradient: Finite | None = Field(description="of the gradient in all parameters asked for together")
+    parameters: dict[str, Finite | None] = Field(description="of the gradient in each by itself")
 
 
 class Manifest(Reply):

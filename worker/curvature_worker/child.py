@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 import curvature_engine as engine
 from curvature_engine.budget import default_budget_bytes
 from curvature_engine.errors import memory_ran_out
+from curvature_engine.kernels import choice
 from curvature_protocol.names import INPUTS, TARGETS
 from curvature_protocol.requests import referenced_batch
 from curvature_worker.channel import MAX_FRAME_BYTES, Channel, ChannelClosed
@@ -38,6 +39,8 @@ def serve(channel: Channel, isolation: str, options: dict[str, Any]) -> None:
     except engine.EngineError as error:
         channel.send({"event": "error", "code": error.code, "message": error.message, "remedy": error.remedy})
         return
+    if "seccomp" in isolation or "landlock" in isolation:
+        choice.switch_off("a confined process may start no compiler")
     programs = Programs(device, Path(options["inbox"]), options["programs_kept"], options["programs_bytes"])
     budget_bytes = options.get("budget_bytes") or default_budget_bytes(device)
     child = Child(channel, programs, Path(options["inbox"]), Path(options["outbox"]), budget_bytes)
