@@ -1,6 +1,7 @@
 """One request from inputs to results: one forward pass, then backward passes to the taps, reduced as they come."""
 
 import gc
+import math
 import os
 import shutil
 import tempfile
@@ -226,7 +227,8 @@ class _Analyzer:
     def _analysis(self, prepared: Prepared, targets: Tensor, results_dir: Path | None) -> Analysis:
         bound, work = prepared.bound, prepared.work
         value = bound.contributions().sum()
-        self._warn(program_loss=value, used_dropout=prepared.used_dropout)
+        self._warn(used_dropout=prepared.used_dropout)
+        first_warnings = len(self.warnings)
         groups = self._groups()
         self._fill_outputs(groups, bound)
         self._plan = prepared.plan
@@ -243,6 +245,8 @@ class _Analyzer:
                 f"memory ran out: individual gradients were written out in blocks halved "
                 f"{self.order.relief.halvings} times"
             )
+        if not math.isfinite(found := float(value)):  # only now: reading it waits for the device
+            self.warnings.insert(first_warnings, f"the loss is {found}: results that depend on it are not finite")
         error = rounding_error(prepared, targets) if self.order.is_reordered else None
         self._finish(groups, prepared, error)
         info: dict[str, Any] = {
@@ -272,14 +276,12 @@ class _Analyzer:
             }
         return Analysis(value, groups, self.warnings, info, prepared.plan, error)
 
-    def _warn(self, *, program_loss: Tensor, used_dropout: bool) -> None:
+    def _warn(self, *, used_dropout: bool) -> None:
         self.warnings.extend(self.program.front.notes)
         if self.program.was_training and not self.program.keeps_training:
             self.warnings.append("the model was in training mode; an eval-mode copy was analyzed (eval=True)")
         if used_dropout:
             self.warnings.append("dropout was active (eval=False): results belong to one random mask")
-        if not bool(torch.isfinite(program_loss)):
-            self.warnings.append(f"the loss is {float(program_loss)}: results that depend on it are not finite")
 
     def _groups(self) -> dict[str, Group]:
         return {

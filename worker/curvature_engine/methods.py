@@ -27,7 +27,6 @@ class Methods:
         by_parameter: "closed form" or "fallback"; of several parts the least.
         uses: of parameters with closed forms in the current part, by name.
         at_hand: gradients at the current part's taps under the loss's gradient, where confirming a verdict took them.
-        verified: whether the run-time checks held in every part.
         verification: when they were made, for the parts so far the least; None before.
     """
 
@@ -37,7 +36,8 @@ class Methods:
         self.by_parameter: dict[str, str] = {}
         self.uses: dict[str, list[PreparedUse]] = {}
         self.at_hand: dict[int, Tensor | None] = {}
-        self.verified = True
+        self._verified = True
+        self._finite: list[Tensor] = []
         self.verification: str | None = None
 
     def enter(self, part: Part, gradient: Tensor) -> None:
@@ -46,7 +46,15 @@ class Methods:
         if any(r.extension.accumulator is not None for r in self._order.requests):
             self._choose(part, self._verdict(part, gradient))
         else:
-            self.verified = False
+            self._verified = False
+
+    @property
+    def verified(self) -> bool:
+        """Whether the run-time checks held in every part, and its outputs are finite; waits for these."""
+        if self._verified and self._finite:
+            self._verified = bool(torch.stack(self._finite).all())
+            self._finite.clear()
+        return self._verified
 
     def leave(self) -> None:
         """Let go of the current part."""
@@ -79,7 +87,7 @@ class Methods:
 
     def distrust(self) -> None:
         """Note that nothing was verified by comparing: some gradient is not finite."""
-        self.verified = False
+        self._verified = False
         warning = "some gradient in the model is not finite: results below it are not verified"
         if warning not in self._order.warnings:
             self._order.warnings.append(warning)
@@ -130,7 +138,8 @@ class Methods:
                 verdicts.keep(path, verdict)
                 self._order.judged.add(path)
         self.verification = found if self.verification is None else least([self.verification, found])
-        self.verified = self.verified and verdict.finite and bool(torch.isfinite(outputs).all())
+        self._finite.append(torch.isfinite(outputs.detach()).all())  # read at the end
+        self._verified = self._verified and verdict.finite
         if not verdict.finite:
             self.distrust()
         return verdict

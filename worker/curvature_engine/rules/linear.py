@@ -102,6 +102,8 @@ class LinearRule(Rule):
         a, b = self._scaled(left[:, 0], self._alpha), right[:, 0]
         n = len(a)
         mean = (a.T @ b).div_(n)
+        if a.is_cuda:  # to look would make the host wait for the device, which costs more than the further products
+            return Moments(mean, _centred(a, b))
         second = a.square().T @ b.square()
         spread = torch.addcmul(second, mean, mean, value=-n)
         if bool((spread < second.mul_(_LEAST_SHARE)).any()):
