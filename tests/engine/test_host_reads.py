@@ -73,7 +73,8 @@ def test_three_convolutions(name):
 def test_a_language_model(name):
     torch.manual_seed(0)
     tokens = torch.randint(0, 11, (3, 6))
-    found = reads(engine.load(torch.jit.script(Language().eval())), tokens, tokens.roll(1, 1), name)
+    program = engine.load(torch.jit.script(Language().eval()))
+    found = reads(program, tokens, tokens.roll(1, 1), name, "cross_entropy")
     assert found.pop(TARGETS) == 1
     assert set(found) <= ENDS
 
