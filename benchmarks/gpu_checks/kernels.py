@@ -9,7 +9,7 @@ from benchmarks.gpu_checks.correctness import relative
 from torch import Tensor
 
 from curvature_engine.kernels import choice
-from curvature_engine.products import multiplying
+from curvature_engine.products import Multiplying
 from curvature_engine.reductions import add_squares
 from curvature_engine.rules.convolution import Geometry
 from curvature_engine.rules.patch_moments import from_patches
@@ -45,7 +45,7 @@ def kernels(place: Place, quick: bool) -> dict[str, Any]:
         return {"none": "kernels are for CUDA devices"}
     tables: dict[str, list[dict[str, Any]]] = {"squares": [], "patches": []}
     for precision in ("float32", "tf32", "bf16"):
-        with multiplying(precision, place.device):
+        with Multiplying(precision, place.device):
             tables["squares"] += [_squares(shape, precision, place) for shape in SQUARES[: 1 if quick else None]]
             tables["patches"] += [_patches(shape, precision, place) for shape in PATCHES[: 1 if quick else None]]
     rows = [row for table in tables.values() for row in table]

@@ -7,7 +7,7 @@ from torch import nn
 
 import curvature_engine as engine
 
-TARGETS = "losses/classes.py:_read_indices (tolist)"
+TARGETS = "losses/classes.py:_read_indices (_local_scalar_dense)"
 """Whether every class exists, and what the loss divides by: before anything is sent back."""
 ENDS = {"analysis.py:_analysis (_local_scalar_dense)", "methods.py:verified (_local_scalar_dense)"}
 """Whether loss and outputs are finite: when everything else was asked of the device."""

@@ -10,7 +10,7 @@ from torch import nn
 import curvature_engine as engine
 from curvature_engine import precision as state
 from curvature_engine import products
-from curvature_engine.products import exactly, multiplying
+from curvature_engine.products import Multiplying, exactly
 from curvature_engine.rounded_products import RoundedProducts
 
 CPU = torch.device("cpu")
@@ -222,13 +222,13 @@ def test_one_precision_at_a_time_in_a_process():
     order, begun, go_on = [], threading.Event(), threading.Event()
 
     def coarse():
-        with multiplying("bf16", CPU):
+        with Multiplying("bf16", CPU):
             begun.set()
             go_on.wait(30)
             order.append(("bf16", torch.backends.mkldnn.matmul.fp32_precision))
 
     def fine():
-        with multiplying("float32", CPU):
+        with Multiplying("float32", CPU):
             order.append(("float32", torch.backends.mkldnn.matmul.fp32_precision))
 
     first = threading.Thread(target=coarse)

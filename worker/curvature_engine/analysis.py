@@ -26,7 +26,7 @@ from curvature_engine.passes import BackwardPasses
 from curvature_engine.plans import Plan, size
 from curvature_engine.precision import dtype_name
 from curvature_engine.preparation import Limits, Prepared, Preparer
-from curvature_engine.products import check_precision, multiplying
+from curvature_engine.products import Multiplying, check_precision
 from curvature_engine.program import Inputs, Parameter, load
 from curvature_engine.recovery import Attempt
 from curvature_engine.requests import Request, parse_requests
@@ -103,7 +103,8 @@ def analyze(
     check_whole_number("seed", seed, -(2**63))
     _check_part(part, requests, spec)
     program = load(model, device=device, eval=eval)
-    check_precision(precision, program.device, program.dtypes)
+    if precision != "float32":
+        check_precision(precision, program.device, program.dtypes)
     budget = Budget.of(budget_bytes, program.device)
     order = Order(program, requests, seed, progress, budget, bool(verify), part, precision, bool(channels_last))
     analyzer = _Analyzer(order, spec, parameters, most_bytes)
@@ -139,7 +140,8 @@ def plan(
     check_whole_number("seed", seed, -(2**63))
     _check_part(part, requests, spec)
     program = load(model, device=device, eval=eval)
-    check_precision(precision, program.device, program.dtypes)
+    if precision != "float32":
+        check_precision(precision, program.device, program.dtypes)
     budget = Budget.of(budget_bytes, program.device)
     order = Order(program, requests, seed, None, budget, False, part, precision, bool(channels_last))
     return _Analyzer(order, spec, parameters).plan(inputs, targets)
@@ -194,7 +196,7 @@ class _Analyzer:
         if order.part is not None:
             _check_names(selected)
         laid_out = self.program.channels_last() if order.channels_last else nullcontext()
-        with multiplying(order.precision, self.program.device), laid_out, _differentiable(selected):
+        with Multiplying(order.precision, self.program.device), laid_out, _differentiable(selected):
             take_up_others(self.order, self.spec, selected)
             yield Preparer(self.order, self.spec, selected).prepare(inputs, targets, limits)
 

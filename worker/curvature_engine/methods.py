@@ -52,7 +52,7 @@ class Methods:
     def verified(self) -> bool:
         """Whether the run-time checks held in every part, and its outputs are finite; waits for these."""
         if self._verified and self._finite:
-            self._verified = bool(torch.stack(self._finite).all())
+            self._verified = bool(torch.stack(self._finite).all() if len(self._finite) > 1 else self._finite[0])
             self._finite.clear()
         return self._verified
 

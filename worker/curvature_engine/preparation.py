@@ -101,7 +101,9 @@ class Preparer:
             work.enter(part)
         planner = Planner(self.order.budget, self.order.requests, self.selected, division)
         order = self.order
-        plan = replace(planner.plan(bound, outputs, work), precision=order.precision, channels_last=order.channels_last)
+        plan = planner.plan(bound, outputs, work)
+        if order.is_reordered:
+            plan = replace(plan, precision=order.precision, channels_last=order.channels_last)
         path = path_digest(forward.decisions, forward.readings)
         return Prepared(self, inputs, bound, outputs.detach(), forward.used_dropout, division, work, plan, path, probed)
 

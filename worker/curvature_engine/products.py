@@ -10,7 +10,7 @@ ever.
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -29,7 +29,7 @@ _EXACT = frozenset({"ieee", "none"})
 
 
 def check_precision(precision: Any, device: torch.device, dtypes: set[torch.dtype]) -> None:
-    """Refuse a precision that does not exist, that the device has not, or that would change nothing.
+    """Refuse another precision than "float32" that there is not, on the device or at all, or that changes nothing.
 
     Args:
         precision: as asked for.
@@ -41,8 +41,6 @@ def check_precision(precision: Any, device: torch.device, dtypes: set[torch.dtyp
     """
     if precision not in PRECISIONS:
         raise _refused(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
-    if precision == "float32":
-        return
     if dtypes and dtypes <= {torch.float64, torch.complex128}:
         raise _refused(f"{precision} is a way to multiply float32 numbers; the model's parameters are float64")
     if device.type == "cuda":
@@ -54,32 +52,40 @@ def check_precision(precision: Any, device: torch.device, dtypes: set[torch.dtyp
         raise _refused("this CPU has no bf16 products (those with AVX512-BF16 or AMX have)")
 
 
-@contextmanager
-def multiplying(precision: str, device: torch.device) -> Iterator[None]:
-    """Multiply float32 matrices so, as long as it lasts.
+class Multiplying:
+    """Has float32 matrices multiplied in a precision, as long as it lasts.
 
     Raises:
         EngineError: `invalid_option`: another analysis of this thread is in progress, in another precision.
     """
-    with _TURNS.taken(precision, device):
-        if precision == "float32":
-            yield
-            return
-        state.begin(precision)
-        try:
-            rounds = precision == "bf16" and device.type == "cuda"
-            with RoundedProducts() if rounds else nullcontext():  # type: ignore[no-untyped-call]
-                yield
-        finally:
+
+    def __init__(self, precision: str, device: torch.device) -> None:
+        self._precision, self._device = precision, device
+        rounds = precision == "bf16" and device.type == "cuda"
+        self._rounding: Any = RoundedProducts() if rounds else None  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> None:
+        _TURNS.take(self._precision, self._device)
+        if self._precision != "float32":
+            state.begin(self._precision)
+            if self._rounding is not None:
+                self._rounding.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        if self._precision != "float32":
+            if self._rounding is not None:
+                self._rounding.__exit__(*error)
             state.end()
+        _TURNS.give()
+
+
+def exactly(device: torch.device) -> AbstractContextManager[None]:
+    """Multiply in float32, within an analysis that may do otherwise."""
+    return nullcontext() if state.current() == "float32" else _exactly(device)
 
 
 @contextmanager
-def exactly(device: torch.device) -> Iterator[None]:
-    """Multiply in float32, within an analysis that may do otherwise."""
-    if state.current() == "float32":
-        yield
-        return
+def _exactly(device: torch.device) -> Iterator[None]:
     state.begin("float32")
     before = _set("float32", device)
     try:
@@ -101,8 +107,8 @@ class _Turns:
         self._holders: list[int] = []
         self._before: Settings = []
 
-    @contextmanager
-    def taken(self, precision: str, device: torch.device) -> Iterator[None]:
+    def take(self, precision: str, device: torch.device) -> None:
+        """Wait for a turn, and have it."""
         me = threading.get_ident()
         with self._free:
             if me in self._holders and self._precision != precision:
@@ -115,14 +121,14 @@ class _Turns:
                 self._before = _set(precision, device)
                 self._precision = precision
             self._holders.append(me)
-        try:
-            yield
-        finally:
-            with self._free:
-                self._holders.remove(me)
-                if not self._holders:
-                    _reset(self._before)
-                    self._free.notify_all()
+
+    def give(self) -> None:
+        """Let others have it."""
+        with self._free:
+            self._holders.remove(threading.get_ident())
+            if not self._holders:
+                _reset(self._before)
+                self._free.notify_all()
 
 
 _TURNS = _Turns()

@@ -1,5 +1,6 @@
 """What losses over classes share: the class axis, class weights, class indices that may be ignored."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -78,15 +79,15 @@ class ClassLoss(BoundLoss):
         self.counts = (labels != ignore_index).to(self.outputs.dtype)
         self.labels = labels.clamp(0, self.C - 1)
         self.label_weights = self.weights[self.labels] * self.counts
-        found = [wrong.any().double(), (self.label_weights != 0).any().double(), self.label_weights.double().sum()]
-        some_wrong, some_count, self.total_weight = torch.stack(found).tolist()
-        if some_wrong:
+        # Weights are finite and not negative: where the sum is zero, none counts.
+        self.total_weight = float(torch.where(wrong.any(), math.nan, self.label_weights.double().sum()))
+        if math.isnan(self.total_weight) and len(beyond := labels[wrong]):
             raise invalid_targets(
                 f"class indices must lie in 0 … {self.C - 1} for outputs {list(self.outputs.shape)}; got "
-                f"{int(labels[wrong][0])}",
+                f"{int(beyond[0])}",
                 "check the number of classes of the model and of the data",
             )
-        self._has_terms = bool(some_count)
+        self._has_terms = self.total_weight != 0
 
     @property
     def has_terms(self) -> bool:
