@@ -1,5 +1,6 @@
 """The fused kernels beside the plain forms and brute force: on a GPU, or in Triton's interpreter on the CPU."""
 
+import json
 import os
 import subprocess
 import sys
@@ -28,7 +29,7 @@ SHAPES = [
     (1, 3, 5, 7, 9),
     (2, 4, 40, 70, 65),
     (3, 17, 1, 20, 130),
-    (1, 600, 3, 5, 4),
+    (1, 150, 3, 5, 4),
     (2, 5, 33, 64, 64),
 ]
 
@@ -199,6 +200,15 @@ def test_memory_that_ran_out_is_no_failure_of_the_kernel(monkeypatch):
     assert choice._off == []
 
 
+def test_kernels_are_launched_where_their_tensors_are(monkeypatch):
+    """Triton goes by the current device, which need not be theirs."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", entered.append)
+    choice.on_device_of(OnCuda(1))
+    choice.on_device_of(torch.zeros(1))
+    assert entered == [torch.device("cuda")]
+
+
 def test_small_work_and_other_devices_and_formats_get_no_kernel():
     meta = torch.empty(1024, 64, 256, device="meta")
     assert not choice.pays_for_squares(meta, meta)  # no CUDA device
@@ -231,28 +241,49 @@ def test_the_predicate_weighs_what_is_not_written():
     assert not choice.pays_for_patches(OnCuda(128, 64, 32, 32, dtype=torch.float64), 128 * 1024, 576, 1)
 
 
-@pytest.mark.parametrize("architecture", [75, 80, 90])
-@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
-def test_the_kernels_compile_for_gpus_that_are_not_here(precision, architecture):
-    script = f"""
+ONES = {
+    "of any size": "",
+    "one column, contiguous": "columns left_a right_b x_2",
+    "one share": "share shares channels samples K0 P0 S0 step0 step1 step2 wide0 wide1 wide2 x_c A B",
+}
+"""The compiler takes arguments that are 1 as constants."""
+COMPILED = """
+import json
+import sys
+
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from curvature_engine.kernels import patches, squares
 
-for kernel, size in ((squares._squares, squares._TILE), (patches._moments, patches._TILE)):
-    fixed = dict(TILE=size, DEPTH=32, TOTAL=tl.float32, PRECISION={"tf32" if precision == "tf32" else "ieee"!r},
-                 NARROWED={precision == "bf16"})
+
+def compile(kernel, size, ones):
     names = kernel.arg_names
-    pointers = ("x", "left", "right", "partial")
-    signature = {{n: "constexpr" if n in fixed else "*fp32" if n in pointers else "i32" for n in names}}
-    source = triton.compiler.ASTSource(kernel, signature, {{(names.index(n),): v for n, v in fixed.items()}})
-    ptx = triton.compile(source, target=GPUTarget("cuda", {architecture}, 32)).asm["ptx"]
-    tensor_cores = "mma" in ptx
-    assert tensor_cores == ({precision!r} != "float32" and {architecture} >= 80), ptx
+    fixed = dict(TILE=size, DEPTH=32, TOTAL=tl.float32, PRECISION="tf32" if precision == "tf32" else "ieee")
+    fixed |= {"NARROWED": precision == "bf16", **{name: 1 for name in names if name in ones}}
+
+    def kind(name):
+        if name in fixed:
+            return "constexpr"
+        return "*fp32" if name in ("x", "left", "right", "partial") else "i64" if name in ("left_v", "x_u") else "i32"
+
+    places = {(names.index(name),): value for name, value in fixed.items()}
+    source = triton.compiler.ASTSource(kernel, {name: kind(name) for name in names}, places)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32)).asm["ptx"]
+
+
+precision, architecture = sys.argv[1], int(sys.argv[2])
+for ones in json.loads(sys.argv[3]):
+    for kernel, size in ((squares._squares, squares._TILE), (patches._moments, patches._TILE)):
+        tensor_cores = "mma" in compile(kernel, size, set(ones.split()))
+        assert tensor_cores == (precision != "float32"), (kernel, ones)
 """
+
+
+@pytest.mark.parametrize(("precision", "architecture"), [("float32", 75), ("tf32", 80), ("bf16", 90)])
+def test_the_kernels_compile_for_gpus_that_are_not_here(precision, architecture):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True
-    )
+    script = [COMPILED, precision, str(architecture), json.dumps([*ONES.values()])]
+    command = [sys.executable, "-W", "ignore", "-c", *script]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -10,7 +10,9 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +89,11 @@ def guarded(kernel: Callable[[], Tensor]) -> Tensor | None:
 def is_for_kernels(x: Tensor) -> bool:
     """Whether a tensor's device and dtype are those of kernels, and there are any."""
     return x.device.type == "cuda" and x.dtype in _DTYPES and x.numel() > 0 and why_off() is None
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Where a kernel is to be launched: Triton goes by the current device, not by its arguments'."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
 def _extent(x: Tensor) -> int:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from curvature_engine.kernels.choice import on_device_of
 from curvature_engine.kernels.squares import TRITON_DTYPES, arithmetic
 from curvature_engine.precision import accumulation_dtype
 
@@ -131,24 +132,25 @@ def patch_moment(x: Tensor, geometry: "Geometry", positions: tuple[int, ...]) ->
     shares = -(-rows // share)
     partial = x.new_empty(shares, groups, width, width, dtype=dtype)
     lengths = (geometry.kernel, positions, x.shape[2:], geometry.stride, geometry.dilation)
-    _moments[(across, across, shares * groups)](
-        x,
-        partial,
-        rows,
-        share,
-        shares,
-        width,
-        channels,
-        *(n for length in lengths for n in _three(length, 1)),
-        *_three(geometry.before, 0),
-        x.stride(0),
-        x.stride(1),
-        *_three(x.stride()[2:], 0),
-        TILE=_TILE,
-        DEPTH=_DEPTH,
-        TOTAL=TRITON_DTYPES[dtype],
-        **arithmetic(x.dtype),
-    )
+    with on_device_of(x):
+        _moments[(across, across, shares * groups)](
+            x,
+            partial,
+            rows,
+            share,
+            shares,
+            width,
+            channels,
+            *(n for length in lengths for n in _three(length, 1)),
+            *_three(geometry.before, 0),
+            x.stride(0),
+            x.stride(1),
+            *_three(x.stride()[2:], 0),
+            TILE=_TILE,
+            DEPTH=_DEPTH,
+            TOTAL=TRITON_DTYPES[dtype],
+            **arithmetic(x.dtype),
+        )
     return partial[0] if shares == 1 else partial.sum(0)
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from curvature_engine.kernels.choice import on_device_of
 from curvature_engine.precision import accumulation_dtype, current
 
 _TILE = 64
@@ -98,23 +99,24 @@ def sum_of_squares(left: Tensor, right: Tensor) -> Tensor:
     share = -(-samples // min(most, max(1, _PROGRAMS // tiles)))
     shares = -(-samples // share)
     partial = left.new_empty(shares, a, b, dtype=dtype)
-    _squares[(-(-a // _TILE), -(-b // _TILE), shares)](
-        left,
-        right,
-        partial,
-        a,
-        b,
-        rows,
-        samples,
-        columns,
-        share,
-        *left.stride(),
-        *right.stride(),
-        TILE=_TILE,
-        DEPTH=16 if rows <= 16 else 32,
-        TOTAL=TRITON_DTYPES[dtype],
-        **arithmetic(left.dtype),
-    )
+    with on_device_of(left):
+        _squares[(-(-a // _TILE), -(-b // _TILE), shares)](
+            left,
+            right,
+            partial,
+            a,
+            b,
+            rows,
+            samples,
+            columns,
+            share,
+            *left.stride(),
+            *right.stride(),
+            TILE=_TILE,
+            DEPTH=16 if rows <= 16 else 32,
+            TOTAL=TRITON_DTYPES[dtype],
+            **arithmetic(left.dtype),
+        )
     return partial[0] if shares == 1 else partial.sum(0)
 
 
