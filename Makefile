@@ -8,6 +8,7 @@ NETS ?= 2000
 JOBS ?= 2000
 CHAOS_ARGS ?=
 BENCH_ARGS ?=
+GPU_ARGS ?=
 
 # What only `make bench` compares with.
 PEERS := build/bench-peers
@@ -20,7 +21,7 @@ STAMP := $(VENV)/installed-$(shell cat $(ENV_FILES) | cksum | tr ' ' '-')
 PACKAGES := client/curvature_client protocol/curvature_protocol service/curvature_service state/curvature_state \
             worker/curvature_worker worker/curvature_engine
 
-.PHONY: help env demo test property chaos bench lint format coverage catalogue constraints clean
+.PHONY: help env demo test property chaos bench gpu lint format coverage catalogue constraints clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -70,6 +71,9 @@ $(PEERS)/installed: requirements-bench.txt
 	    --requirement requirements-bench.txt
 	rm -rf $(PEERS)/benchmarks $(PEERS)/examples
 	@touch $@
+
+gpu: env ## What only a machine with a GPU can show; GPU_ARGS="--minutes 30 --only kernels precision"
+	$(BIN)/python -W ignore benchmarks/gpu.py $(GPU_ARGS)
 
 lint: env ## Linters, type checker, import rules, container and Kubernetes files
 	$(BIN)/ruff check .

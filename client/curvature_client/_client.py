@@ -20,6 +20,7 @@ from curvature_client._transport import DEFAULT_TIMEOUT, Transport
 from curvature_protocol.catalogue import Catalogue
 from curvature_protocol.health import Health
 from curvature_protocol.plans import PlanJob
+from curvature_protocol.requests import Precision
 
 FIRST_WAIT_SECONDS = 5.0
 """How long the submitting request itself waits in `analyze`: a small job's tensors come back with it."""
@@ -87,6 +88,8 @@ class Client:
         parameters: str | Sequence[str] = "trainable",
         eval: bool = True,
         verify: bool = False,
+        precision: Precision = "float32",
+        channels_last: bool = False,
         priority: int = 5,
         cache: bool = True,
         requires: Mapping[str, Any] | None = None,
@@ -114,6 +117,10 @@ class Client:
             eval: analyze a module in training mode as an eval-mode copy.
             verify: hold every parameter's summed contributions against the ordinary gradient in this very job,
                 whatever was verified before; a mismatch fails it (`verification_failed`).
+            precision: how float32 matrices are multiplied: "float32"; or faster and less exact, "tf32" (on GPUs from
+                Ampere on; needs requires={"gpu": True}) or "bf16" (there, and on CPUs with such products).
+                `result.manifest.precision_error` says by how much the loss's gradient differs.
+            channels_last: lay images and the weights of convolutions out with their channels last in memory.
             priority: 0 (last) to 9 (first).
             cache: take what was computed before, and keep this result for others.
             requires: what a worker must have, of {"gpu": True, "tag": "a100", "memory_bytes": 8 * 2**30}.
@@ -142,6 +149,8 @@ class Client:
             parameters=parameters,
             eval=eval,
             verify=verify,
+            precision=precision,
+            channels_last=channels_last,
             priority=priority,
             cache=cache,
             requires=requires,
@@ -171,6 +180,8 @@ class Client:
         parameters: str | Sequence[str] = "trainable",
         eval: bool = True,
         verify: bool = False,
+        precision: Precision = "float32",
+        channels_last: bool = False,
         priority: int = 5,
         cache: bool = True,
         requires: Mapping[str, Any] | None = None,
@@ -189,6 +200,8 @@ class Client:
             parameters=parameters,
             eval=eval,
             verify=verify,
+            precision=precision,
+            channels_last=channels_last,
             priority=priority,
             cache=cache,
             requires=requires,
@@ -246,6 +259,8 @@ class Client:
         seed: int = 0,
         parameters: str | Sequence[str] = "trainable",
         eval: bool = True,
+        precision: Precision = "float32",
+        channels_last: bool = False,
         priority: int = 5,
         requires: Mapping[str, Any] | None = None,
         timeout: float | None = 600.0,
@@ -266,6 +281,8 @@ class Client:
             seed=seed,
             parameters=parameters,
             eval=eval,
+            precision=precision,
+            channels_last=channels_last,
             priority=priority,
             requires=requires,
             format=format,

@@ -23,6 +23,7 @@ from curvature_client._transport import Transport
 from curvature_client._uploads import upload
 from curvature_protocol.artefacts import SINGULAR, ArtefactKind
 from curvature_protocol.jobs import Job as JobView
+from curvature_protocol.requests import Precision
 
 V = TypeVar("V", bound=JobView)
 
@@ -50,6 +51,8 @@ class AnalysisRequest:
     eval: bool
     format: str
     verify: bool = False
+    precision: Precision = "float32"
+    channels_last: bool = False
     priority: int = 5
     cache: bool = True
     requires: Mapping[str, Any] | None = None
@@ -71,6 +74,8 @@ class AnalysisRequest:
             "parameters": checked_parameters(self.parameters),
             "eval": self.eval,
             "verify": self.verify,
+            "precision": self.precision,
+            "channels_last": self.channels_last,
             "priority": self.priority,
             "cache": self.cache,
             "requires": read_requirements(self.requires),

@@ -102,6 +102,12 @@ def analyze(
     verify: Annotated[
         bool, typer.Option("--verify", help="hold all sums of contributions against ordinary gradients in this job")
     ] = False,
+    precision: Annotated[
+        str, typer.Option(help="of products: float32; or faster, tf32 (with --gpu) or bf16")
+    ] = "float32",
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="lay images out with their channels last in memory")
+    ] = False,
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="compute everything anew, and keep it from others")
     ] = False,
@@ -125,6 +131,8 @@ def analyze(
             seed=seed,
             parameters=_chosen(parameters),
             verify=verify,
+            precision=precision,  # type: ignore[arg-type]  # the server says what there is
+            channels_last=channels_last,
             priority=priority,
             cache=not no_cache,
             requires={"gpu": gpu, "tag": tag},

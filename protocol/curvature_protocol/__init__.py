@@ -20,7 +20,15 @@ from curvature_protocol.requests import (
     Requirements,
     Webhook,
 )
-from curvature_protocol.results import Manifest, Provenance, ResultGroup, Source, StoredPart, TensorEntry
+from curvature_protocol.results import (
+    Manifest,
+    PrecisionError,
+    Provenance,
+    ResultGroup,
+    Source,
+    StoredPart,
+    TensorEntry,
+)
 from curvature_protocol.sweeps import Sweep, SweepPage, SweepRequest, SweepRows, SweepRowView, SweepStates
 from curvature_protocol.uploads import PartAddress, Upload, UploadPart, UploadRequest
 
@@ -53,6 +61,7 @@ __all__ = [
     "PartAddress",
     "Plan",
     "PlanJob",
+    "PrecisionError",
     "Problem",
     "Progress",
     "Provenance",

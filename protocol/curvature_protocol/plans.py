@@ -59,6 +59,8 @@ class Plan(Reply):
     multiply_adds: int
     gradients: float = Field(description="the cost in units of one gradient of the loss")
     requests: tuple[RequestPlan, ...]
+    precision: str = Field(default="float32", description="how float32 matrices are multiplied")
+    channels_last: bool = Field(default=False, description="whether images lie with their channels last")
 
 
 class PlanJob(Job):

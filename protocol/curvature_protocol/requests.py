@@ -19,6 +19,7 @@ TAG_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 
 Label = Annotated[str, Field(pattern=LABEL_PATTERN)]
 Pattern = Annotated[str, Field(min_length=1, max_length=512)]
+Precision = Literal["float32", "tf32", "bf16"]
 Sha256 = Annotated[str, Field(pattern=SHA256_PATTERN)]
 
 
@@ -173,6 +174,14 @@ class JobRequest(Message):
         description="judge the model's path anew and hold every parameter's summed contributions against the ordinary "
         "gradient, whatever verdict is kept; a mismatch fails the job (`verification_failed`)",
     )
+    precision: Precision = Field(
+        default="float32",
+        description='how float32 matrices are multiplied; "tf32" (GPUs from Ampere on) and "bf16" (these, and some '
+        "CPUs) are faster and less exact: the manifest says by how much (`precision_error`)",
+    )
+    channels_last: bool = Field(
+        default=False, description="lay images and the weights of convolutions out with their channels last in memory"
+    )
     priority: int = Field(default=5, ge=0, le=9, description="0 (last) to 9 (first)")
     timeout_seconds: float | None = Field(
         default=None, gt=0, allow_inf_nan=False, description="limit on the computation itself"
@@ -196,6 +205,12 @@ class JobRequest(Message):
         if isinstance(data.get("extensions"), list | tuple):
             data["extensions"] = [{"name": e} if isinstance(e, str) else e for e in data["extensions"]]
         return data
+
+    @model_validator(mode="after")
+    def _tf32_is_for_gpus(self) -> "JobRequest":
+        if self.precision == "tf32" and not self.requires.gpu:
+            raise ValueError('precision "tf32" is a GPU\'s: ask for a worker with one, "requires": {"gpu": true}')
+        return self
 
     @model_validator(mode="after")
     def _labels_are_distinct(self) -> "JobRequest":

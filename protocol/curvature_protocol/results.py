@@ -1,13 +1,14 @@
 """What a finished job returned: a manifest that describes every stored tensor."""
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from curvature_protocol.base import Reply
 
 GroupKind = Literal["tensor", "parameters", "factors"]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Provenance(Reply):
@@ -38,6 +39,15 @@ class Provenance(Reply):
         default=None,
         description='when they were made: "kept verdict" (by an earlier job on this path; its rows confirmed on this '
         'batch), "this job", or "this job, every column" (verify, of what is made of such columns alone)',
+    )
+
+    precision: str = Field(default="float32", description="how float32 matrices were multiplied, as asked for")
+    channels_last: bool = Field(default=False, description="whether images lay with their channels last")
+    precision_error: Finite | None = Field(
+        default=None,
+        description="what these two changed: the relative difference of the loss's gradient in this parameter (in all "
+        "together, for what is no parameter's) from that of float32 products in the usual layout, as measured in the "
+        "job; null where both are the default's, or nothing could be compared",
     )
 
 
@@ -106,6 +116,20 @@ class ShardPart(Reply):
     probed: bool = Field(description="whether its samples were shown not to be coupled")
 
 
+class PrecisionError(Reply):
+    """What another precision of products or another layout changed, measured in the job: relative, Euclidean norms.
+
+    It is the error of the loss's gradient. A quantity of its squares has about twice as much; one whose terms cancel
+    may have more.
+    """
+
+    measured: str = Field(description="what was compared with what")
+    samples: int = Field(description="for how many of the batch's samples")
+    outputs: Finite | None = Field(description="of the model's outputs")
+    gradient: Finite | None = Field(description="of the gradient in all parameters asked for together")
+    parameters: dict[str, Finite | None] = Field(description="of the gradient in each by itself")
+
+
 class Manifest(Reply):
     """The description of a result."""
 
@@ -125,6 +149,11 @@ class Manifest(Reply):
     seed: int
     dtype: str
     device: str
+    precision: str = Field(default="float32", description="how float32 matrices were multiplied, as asked for")
+    channels_last: bool = Field(default=False, description="whether images lay with their channels last, as asked for")
+    precision_error: PrecisionError | None = Field(
+        default=None, description="what these two changed; null where both are the default's"
+    )
     isolation: str = Field(description="which confinement was in force while the model ran")
     samples: int | None = Field(default=None, description="N, of the whole data set")
     parts: int | None = Field(default=None, description="how many shards a data set was computed in")

@@ -114,6 +114,8 @@ JOB: dict[str, Any] = {
         "parameters": "trainable",
         "eval": True,
         "verify": False,
+        "precision": "float32",
+        "channels_last": False,
         "priority": 5,
         "timeout_seconds": None,
         "metadata": {"run": "baseline"},
@@ -287,6 +289,9 @@ MANIFEST: dict[str, Any] = {
     "seed": 0,
     "dtype": "float32",
     "device": "cpu",
+    "precision": "float32",
+    "channels_last": False,
+    "precision_error": None,
     "isolation": "landlock+seccomp",
     "aliases": {},
     "groups": [
@@ -322,6 +327,9 @@ MANIFEST: dict[str, Any] = {
                         "halvings": 0,
                         "verified": True,
                         "verification": "this job",
+                        "precision": "float32",
+                        "channels_last": False,
+                        "precision_error": None,
                     },
                 }
             ],

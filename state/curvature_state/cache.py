@@ -2,8 +2,8 @@
 
 A quantity depends on the model (its program and parameters, not its file's bytes: two traces of one module differ in
 these), the batch, the loss, the extension with its options, the parameters asked for, the seed where it draws, the
-kind of device, and the engine's version, with the packages that bring rules. Numbers' formats are those of model and
-batch.
+precision and layout asked for, the kind of device, and the engine's version, with the packages that bring rules.
+Numbers' formats are those of model and batch.
 """
 
 import hashlib
@@ -68,6 +68,7 @@ def cache_keys(request: Mapping[str, Any], catalogue: Catalogue, digest: str, de
         "reduction": request["reduction"],
         "parameters": request["parameters"],
         "eval": request["eval"],
+        **_arithmetic(request),
         "device": device,
         "engine": [catalogue.engine_version, *catalogue.rules],
     }
@@ -90,6 +91,12 @@ def cache_keys(request: Mapping[str, Any], catalogue: Catalogue, digest: str, de
         text = json.dumps(depends, sort_keys=True, separators=(",", ":"))
         keys[label] = hashlib.sha256(text.encode()).hexdigest()
     return keys
+
+
+def _arithmetic(request: Mapping[str, Any]) -> dict[str, Any]:
+    """How the numbers are made, where that is not the default: keys made before there was a choice hold on."""
+    asked = {"precision": request.get("precision", "float32"), "channels_last": request.get("channels_last", False)}
+    return {} if asked == {"precision": "float32", "channels_last": False} else asked
 
 
 def _part(part: Mapping[str, Any] | None, label: str, *, draws: bool) -> Any:

@@ -1,13 +1,20 @@
 """The same numbers on a CUDA device as on the CPU, in float64."""
 
+import warnings
+
 import pytest
 import torch
 from tests.engine.losses import LOSS_CASES
 from tests.engine.models import CASES, build, targets_for, torchscript
+from tests.engine.test_host_reads import NAMES, three_convolutions
 from tests.engine.test_kfra import CASES as CHAINS
 from tests.engine.test_table import PER_PARAMETER, REQUESTS, TOLERANCE, error
+from torch import nn
 
 import curvature_engine as engine
+from curvature_engine.kernels import choice
+
+AMPERE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,3 +67,82 @@ def test_a_gpu_computes_the_losses_that_the_cpu_does(case):
     for extension, group in here.groups.items():
         for parameter, value in group.by_parameter.items():
             assert error(there[extension][parameter].cpu(), value) <= TOLERANCE, (extension, parameter)
+
+
+@pytest.fixture
+def image_batch():
+    torch.manual_seed(0)
+    return torch.randn(64, 3, 32, 32, device="cuda"), torch.randint(0, 10, (64,), device="cuda")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_warm_analysis_waits_for_the_device_where_it_must(name, image_batch):
+    program = engine.load(torch.jit.script(three_convolutions()), device="cuda")
+    engine.analyze(program, *image_batch, [name])
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            engine.analyze(program, *image_batch, [name])
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    found = [w for w in seen if "synchroniz" in str(w.message)]
+    # The targets; whether loss and outputs are finite; for Hessians, where they bend.
+    most = 3 + (name in ("diag_hessian", "batch_diag_hessian"))
+    assert len(found) <= most, [(w.filename, w.lineno) for w in found]
+
+
+def test_products_are_float32s_by_default_whatever_torch_was_set_to(image_batch):
+    x, y = image_batch
+    exact, single = three_convolutions().double(), three_convolutions()
+    single.load_state_dict(exact.state_dict())
+    expected = engine.analyze(torch.jit.script(exact), x.double(), y, ["grad"], device="cuda")["grad"]
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # as it is by default
+    found = engine.analyze(torch.jit.script(single), x, y, ["grad"], device="cuda")["grad"]
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+    for name, value in expected.items():
+        assert relative(found[name], value) < 1e-5, name
+
+
+@pytest.mark.skipif(not AMPERE, reason="needs a GPU with tensor cores for float32 (Ampere and later)")
+@pytest.mark.parametrize("options", [{"precision": "tf32"}, {"precision": "bf16"}, {"channels_last": True}], ids=str)
+def test_another_precision_or_layout_says_what_it_changed(options, image_batch):
+    program = engine.load(torch.jit.script(three_convolutions()), device="cuda")
+    requests = ["grad", "variance", "diag_ggn_mc", "kfac"]
+    exact = engine.analyze(program, *image_batch, requests)
+    found = engine.analyze(program, *image_batch, requests, **options, verify=True)
+    for name, value in exact["grad"].items():
+        assert found.precision_error.parameters[name] == pytest.approx(
+            relative(found["grad"][name], value), rel=0.1, abs=1e-6
+        )
+    largest = 1e-5 if "channels_last" in options else 0.1
+    assert found.precision_error.gradient < largest
+    for name, value in exact["variance"].items():
+        assert relative(found["variance"][name], value) < 3 * largest, name
+
+
+@pytest.mark.parametrize("layout", [False, True], ids=["usual layout", "channels last"])
+def test_the_kernels_and_the_plain_forms_agree(layout, monkeypatch):
+    """Large enough for kernels by the predicate itself; `test_kernels` has the shapes."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(16, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Conv2d(64, 128, 3, padding=1), nn.ReLU()
+    model = torch.jit.script(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10)).eval())
+    program = engine.load(model, device="cuda")
+    batch = torch.randn(256, 16, 32, 32, device="cuda"), torch.randint(0, 10, (256,), device="cuda")
+    requests = ["sum_grad_squared", "diag_ggn_mc", "kfac"]
+    ran = []
+    monkeypatch.setattr(choice, "guarded", lambda kernel: ran.append(kernel) or kernel())
+    found = engine.analyze(program, *batch, requests, channels_last=layout)
+    assert ran
+    monkeypatch.setattr(choice, "is_for_kernels", lambda x: False)
+    plain = engine.analyze(program, *batch, requests, channels_last=layout)
+    for label in requests:
+        for name, value in plain[label].items():
+            pairs = [(found[label][name], value)] if label != "kfac" else [*zip(found[label][name], value, strict=True)]
+            for left, right in pairs:
+                assert left is right is None or relative(left, right) < 1e-5, (label, name)
+
+
+def relative(found, expected):
+    return float((found.double() - expected.double()).norm() / expected.double().norm())

@@ -40,7 +40,21 @@ def test_analyze_writes_the_tensors(run, tmp_path):
 
 def test_options_go_to_the_extensions_that_know_them(run, tmp_path):
     words = ["analyze", "model.pt", "batch.safetensors", "-e", "variance", "-e", "kfac", "-o", "out.safetensors"]
-    assert run(*words, "--mc-samples", "4", "--loss", "cross_entropy", "--reduction", "sum", "--verify").returncode == 0
+    assert (
+        run(
+            *words,
+            "--mc-samples",
+            "4",
+            "--loss",
+            "cross_entropy",
+            "--reduction",
+            "sum",
+            "--verify",
+            "--precision",
+            "float32",
+        ).returncode
+        == 0
+    )
     with safetensors.safe_open(tmp_path / "out.safetensors", "pt") as file:
         manifest = json.loads(file.metadata()["curvature_manifest"])
     assert [g["options"].get("mc_samples") for g in manifest["groups"]] == [None, 4]

@@ -28,7 +28,8 @@ sys.meta_path.insert(0, Hide())
 for name in sys.argv[2:]:
     module = importlib.import_module(name.removesuffix(".*"))
     for inner in pkgutil.walk_packages(module.__path__, f"{module.__name__}.") if name.endswith(".*") else []:
-        if ".migrations" not in inner.name:  # Alembic runs those
+        # Alembic runs migrations; kernels are imported where there is Triton, which torch's CUDA builds bring.
+        if ".migrations" not in inner.name and ".kernels." not in inner.name:
             importlib.import_module(inner.name)
 """
 

@@ -24,6 +24,15 @@ def test_reserved_labels_are_refused():
         JobRequest.model_validate({"model": MODEL, "batch": BATCH, "extensions": [{"name": "kfac", "label": "loss"}]})
 
 
+def test_tf32_needs_a_gpu():
+    body = {"model": MODEL, "batch": BATCH, "extensions": ["kfac"], "precision": "tf32"}
+    with pytest.raises(ValidationError, match="is a GPU's"):
+        JobRequest.model_validate(body)
+    assert JobRequest.model_validate({**body, "requires": {"gpu": True}}).precision == "tf32"
+    with pytest.raises(ValidationError, match="precision"):
+        JobRequest.model_validate({**body, "precision": "fp8"})
+
+
 def test_unknown_fields_are_refused():
     with pytest.raises(ValidationError, match="sead"):
         JobRequest.model_validate({"model": MODEL, "batch": BATCH, "extensions": ["kfac"], "sead": 1})

@@ -82,6 +82,9 @@ def test_the_seed_matters_only_where_numbers_are_drawn(server, client):
         {"extensions": [{"name": "variance", "options": {"scale": "sample"}}]},
         {"extensions": ["variance", "grad"]},
         {"verify": True},
+        {"precision": "bf16"},
+        {"precision": "tf32", "requires": {"gpu": True}},
+        {"channels_last": True},
         {"cache": False},
         {"requires": {"gpu": True}},
     ],
@@ -90,6 +93,16 @@ def test_the_seed_matters_only_where_numbers_are_drawn(server, client):
 def test_what_differs_is_computed(server, client, changes):
     compute(server, submit(client))
     assert submit(client, **changes).status == "queued"
+
+
+def test_each_precision_and_layout_has_a_key_of_its_own_and_the_defaults_that_of_old(server, client):
+    request = submit(client).request
+    asked = [{}, {"precision": "bf16"}, {"precision": "tf32"}, {"channels_last": True}]
+    asked += [{"precision": "bf16", "channels_last": True}]
+    keys = [cache_keys({**request, **each}, built_in_catalogue(), "the model", "cuda")["variance"] for each in asked]
+    assert len(set(keys)) == len(asked)
+    before = {name: value for name, value in request.items() if name not in ("precision", "channels_last")}
+    assert cache_keys(before, built_in_catalogue(), "the model", "cuda")["variance"] == keys[0]
 
 
 def test_another_package_of_rules_is_another_number(server, client):

@@ -18,6 +18,9 @@ PROVENANCE = {
 }
 
 
+ERROR = {"measured": "…", "samples": 6, "outputs": 0.01, "gradient": 0.02, "parameters": {"0.weight": None}}
+
+
 def group(label, kind, names):
     return {
         "label": label,
@@ -51,6 +54,8 @@ def reply():
             "dtype": "float32",
             "device": "cpu",
             "aliases": {},
+            "precision": "float32",
+            "channels_last": False,
         },
         "warnings": ["the child's"],
         "timings_ms": {"load": 1.0, "compute": 2.0, "write": 3.0},
@@ -141,6 +146,11 @@ def remove(*path):
         change("info", "Z", to="six"),
         change("info", "seed", to="x"),
         change("info", to=None),
+        change("info", "precision_error", to="small"),
+        change("info", "precision_error", to={"gradient": 0.1}),
+        change("info", "precision_error", to={**ERROR, "gradient": float("nan")}),
+        change("info", "precision_error", to={**ERROR, "parameters": {"0.weight": float("inf")}}),
+        change("groups", 0, "provenance", "0.weight", "precision_error", to=float("nan")),
         remove("info", "engine_version"),
         change("loss", to="low"),
         remove("loss"),
@@ -156,6 +166,13 @@ def test_a_reply_that_makes_no_sense_fails_the_job(reply, files, lie):
     with pytest.raises(JobRefused) as caught:
         build(told, files)
     assert caught.value.code == "internal_error"
+
+
+def test_what_was_measured_of_a_precision_stands_in_the_manifest(reply, files):
+    assert build(reply, files).precision_error is None
+    reply["info"] |= {"precision": "bf16", "precision_error": ERROR}
+    manifest = build(reply, files)
+    assert (manifest.precision, manifest.precision_error.model_dump()) == ("bf16", ERROR)
 
 
 def test_what_the_child_adds_is_not_believed(reply, files):

@@ -96,6 +96,28 @@ class TestSuccess:
             "manifest.json",
         ]
 
+    def test_precision_and_layout_reach_the_engine_and_their_error_the_manifest(self, desk):
+        model = torch.nn.Sequential(
+            torch.nn.Conv2d(2, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(128, 3)
+        )
+        batch = torch.randn(4, 2, 6, 6), torch.tensor([0, 2, 1, 1])
+        asked = {"cache": True, "verify": False}
+        plain = desk.run(desk.submit(model, batch, ["variance"], **asked))
+        changed = desk.run(desk.submit(model, batch, ["variance"], channels_last=True, **asked))
+        manifest = desk.manifest(changed)
+        (group,) = manifest.groups
+        assert manifest.channels_last
+        assert group.source is None
+        assert manifest.precision_error.samples == 4
+        told = {tensor.name: tensor.provenance.precision_error for tensor in group.tensors}
+        assert told == dict(manifest.precision_error.parameters)
+        assert max(told.values()) < 1e-5
+        assert (desk.manifest(plain).channels_last, desk.manifest(plain).precision_error) == (False, None)
+
+    def test_a_precision_that_the_device_lacks_is_refused(self, desk):
+        job = desk.run(desk.submit(models.small(), models.batch(), ["variance"], precision="tf32"))
+        assert (job.error.code, job.error.param) == ("invalid_option", "precision")
+
     def test_warnings_of_client_and_engine_come_with_the_result(self, desk):
         model = torch.nn.Sequential(*models.small(), torch.nn.Dropout()).train()
         job = desk.run(desk.submit(model, models.batch(), warnings=["said before"]))

@@ -17,6 +17,7 @@ from curvature_engine.execution import map_tensors
 from curvature_engine.judgement import judge
 from curvature_engine.losses import BoundLoss, LossSpec
 from curvature_engine.parts import whole_batch_required
+from curvature_engine.products import exactly
 from curvature_engine.program import Forward, Inputs, Parameter
 
 RunForward = Callable[[Inputs, bool], Forward]
@@ -70,7 +71,8 @@ def check_part(
             differs = True
             continue
         if single and probed:
-            judge(found, forward.tape, probed)
+            with exactly(found.device):
+                judge(found, forward.tape, probed)
         return True
     if differs:
         raise whole_batch_required(

@@ -1,11 +1,12 @@
 """One request from inputs to results: one forward pass, then backward passes to the taps, reduced as they come."""
 
 import gc
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ from curvature_engine.passes import BackwardPasses
 from curvature_engine.plans import Plan, size
 from curvature_engine.precision import dtype_name
 from curvature_engine.preparation import Limits, Prepared, Preparer
+from curvature_engine.products import Multiplying, check_precision
 from curvature_engine.program import Inputs, Parameter, load
 from curvature_engine.recovery import Attempt
 from curvature_engine.requests import Request, parse_requests
 from curvature_engine.results import Analysis, Group
+from curvature_engine.rounding_error import RoundingError, rounding_error
 from curvature_engine.selection import Wanted, select
 from curvature_engine.stores import ResultStore
 from curvature_engine.version import __version__
@@ -53,6 +56,8 @@ def analyze(
     verify: bool = False,
     part: DataSetPart | None = None,
     most_bytes: int | None = None,
+    precision: str = "float32",
+    channels_last: bool = False,
 ) -> Analysis:
     """Compute extensions of one model on one batch.
 
@@ -81,6 +86,11 @@ def analyze(
             `verification_failed`.
         part: says that the batch is a part of a data set: what comes is for `merge`.
         most_bytes: how much memory there is for what the plan needs at its peak.
+        precision: how float32 matrices are multiplied: in "float32"; or faster, in "tf32" (CUDA, from Ampere on:
+            factors rounded to 10 bits after the point) or in "bf16" (7 bits; CUDA, and CPUs with such products). Sums
+            are of float32 numbers in any case, and so are the run-time checks. What it costs is measured:
+            `Analysis.precision_error`.
+        channels_last: lay images and the weights of convolutions out with their channels last in memory.
 
     Returns:
         Results by label; every tensor is at least float32.
@@ -94,7 +104,10 @@ def analyze(
     check_whole_number("seed", seed, -(2**63))
     _check_part(part, requests, spec)
     program = load(model, device=device, eval=eval)
-    order = Order(program, requests, seed, progress, Budget.of(budget_bytes, program.device), bool(verify), part)
+    if precision != "float32":
+        check_precision(precision, program.device, program.dtypes)
+    budget = Budget.of(budget_bytes, program.device)
+    order = Order(program, requests, seed, progress, budget, bool(verify), part, precision, bool(channels_last))
     analyzer = _Analyzer(order, spec, parameters, most_bytes)
     return analyzer.run(inputs, targets, None if results_dir is None else Path(results_dir))
 
@@ -113,6 +126,8 @@ def plan(
     eval: bool = True,
     budget_bytes: int | None = None,
     part: DataSetPart | None = None,
+    precision: str = "float32",
+    channels_last: bool = False,
 ) -> Plan:
     """What `analyze` would do with the same arguments: methods, costs, memory.
 
@@ -126,7 +141,10 @@ def plan(
     check_whole_number("seed", seed, -(2**63))
     _check_part(part, requests, spec)
     program = load(model, device=device, eval=eval)
-    order = Order(program, requests, seed, None, Budget.of(budget_bytes, program.device), part=part)
+    if precision != "float32":
+        check_precision(precision, program.device, program.dtypes)
+    budget = Budget.of(budget_bytes, program.device)
+    order = Order(program, requests, seed, None, budget, False, part, precision, bool(channels_last))
     return _Analyzer(order, spec, parameters).plan(inputs, targets)
 
 
@@ -166,7 +184,7 @@ class _Analyzer:
     def _attempt(self, inputs: Inputs, targets: Tensor, limits: Limits, results_dir: Path | None) -> Analysis:
         # A function of its own: when it fails, its variables go, and with them the graph.
         with self._prepared(inputs, targets, limits) as prepared:
-            return self._analysis(prepared, results_dir)
+            return self._analysis(prepared, targets, results_dir)
 
     def plan(self, inputs: Inputs, targets: Tensor) -> Plan:
         return with_room(lambda: self._planned(inputs, targets))
@@ -183,11 +201,13 @@ class _Analyzer:
 
     @contextmanager
     def _prepared(self, inputs: Inputs, targets: Tensor, limits: Limits) -> Iterator[Prepared]:
-        inputs, targets = take_batch(inputs, targets, self.program.device)
+        order = self.order
+        inputs, targets = take_batch(inputs, targets, self.program.device, image_layout=order.channels_last)
         selected = select(self.program, self.parameters)
-        if self.order.part is not None:
+        if order.part is not None:
             _check_names(selected)
-        with _differentiable(selected):
+        laid_out = self.program.channels_last() if order.channels_last else nullcontext()
+        with Multiplying(order.precision, self.program.device), laid_out, _differentiable(selected):
             take_up_others(self.order, self.spec, selected)
             yield Preparer(self.order, self.spec, selected).prepare(inputs, targets, limits)
 
@@ -217,10 +237,11 @@ class _Analyzer:
             if results_dir is None:
                 folder.rmdir()
 
-    def _analysis(self, prepared: Prepared, results_dir: Path | None) -> Analysis:
+    def _analysis(self, prepared: Prepared, targets: Tensor, results_dir: Path | None) -> Analysis:
         bound, work = prepared.bound, prepared.work
         value = bound.contributions().sum()
-        self._warn(program_loss=value, used_dropout=prepared.used_dropout)
+        self._warn(used_dropout=prepared.used_dropout)
+        first_warnings = len(self.warnings)
         groups = self._groups()
         self._fill_outputs(groups, bound)
         self._plan = prepared.plan
@@ -238,7 +259,10 @@ class _Analyzer:
                 f"memory ran out: individual gradients were written out in blocks halved "
                 f"{self.order.relief.halvings} times"
             )
-        self._finish(groups, prepared)
+        if not math.isfinite(found := float(value)):  # only now: reading it waits for the device
+            self.warnings.insert(first_warnings, f"the loss is {found}: results that depend on it are not finite")
+        error = rounding_error(prepared, targets) if self.order.is_reordered else None
+        self._finish(groups, prepared, error)
         info: dict[str, Any] = {
             "loss_name": self.spec.name,
             "loss_options": dict(self.spec.options),
@@ -251,7 +275,11 @@ class _Analyzer:
             "engine_version": __version__,
             "format": self.program.format,
             "aliases": dict(self.program.aliases),
+            "precision": self.order.precision,
+            "channels_last": self.order.channels_last,
         }
+        if error is not None:
+            info["precision_error"] = error.to_dict()
         if self.order.part is not None:
             info["part"] = {
                 "first_sample": bound.first_sample,
@@ -260,16 +288,14 @@ class _Analyzer:
                 "path": prepared.path,
                 "probed": prepared.probed,
             }
-        return Analysis(value, groups, self.warnings, info, prepared.plan)
+        return Analysis(value, groups, self.warnings, info, prepared.plan, error)
 
-    def _warn(self, *, program_loss: Tensor, used_dropout: bool) -> None:
+    def _warn(self, *, used_dropout: bool) -> None:
         self.warnings.extend(self.program.front.notes)
         if self.program.was_training and not self.program.keeps_training:
             self.warnings.append("the model was in training mode; an eval-mode copy was analyzed (eval=True)")
         if used_dropout:
             self.warnings.append("dropout was active (eval=False): results belong to one random mask")
-        if not bool(torch.isfinite(program_loss)):
-            self.warnings.append(f"the loss is {float(program_loss)}: results that depend on it are not finite")
 
     def _groups(self) -> dict[str, Group]:
         return {
@@ -288,7 +314,7 @@ class _Analyzer:
 
     # Provenance
 
-    def _finish(self, groups: dict[str, Group], prepared: Prepared) -> None:
+    def _finish(self, groups: dict[str, Group], prepared: Prepared, error: RoundingError | None) -> None:
         bound, work = prepared.bound, prepared.work
         for request in self.requests:
             group = groups[request.label]
@@ -318,6 +344,9 @@ class _Analyzer:
                     and work.verification is not None
                     and (against is None or against.work.verified),
                     "verification": None if work is None else work.verification_of(request),
+                    "precision": self.order.precision,
+                    "channels_last": self.order.channels_last,
+                    "precision_error": None if error is None else error.of(parameter),
                 }
 
 

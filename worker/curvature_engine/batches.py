@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 from curvature_engine.errors import EngineError
-from curvature_engine.execution import map_tensors
+from curvature_engine.execution import map_tensors, tensors_in
+from curvature_engine.memory_format import channels_last, has_image_layout
 from curvature_engine.precision import dtype_name
 from curvature_engine.program import Inputs
 
 
-def take_batch(inputs: Inputs, targets: Tensor, device: torch.device) -> tuple[Inputs, Tensor]:
-    """Inputs and targets on the device.
+def take_batch(
+    inputs: Inputs, targets: Tensor, device: torch.device, *, image_layout: bool = False
+) -> tuple[Inputs, Tensor]:
+    """Inputs and targets on the device; with `image_layout`, images with their channels last in memory.
 
     Raises:
         EngineError: `invalid_inputs`, `invalid_targets`, `empty_batch`.
@@ -31,6 +34,15 @@ def take_batch(inputs: Inputs, targets: Tensor, device: torch.device) -> tuple[I
 
     inputs, targets = map_tensors(place, inputs), map_tensors(place, targets)
     _check_not_empty(inputs, targets)
+    if image_layout:
+        if not any(has_image_layout(t) for t in tensors_in(inputs)):
+            raise EngineError(
+                "invalid_option",
+                "channels_last is about inputs with a channel axis and two or three of space; there is none",
+                param="channels_last",
+                remedy="leave channels_last out",
+            )
+        inputs = map_tensors(lambda t: channels_last(t) if has_image_layout(t) else t, inputs)
     return inputs, targets
 
 

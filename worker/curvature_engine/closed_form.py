@@ -9,6 +9,7 @@ from torch import Tensor
 
 from curvature_engine.contributions import Contribution
 from curvature_engine.errors import memory_ran_out
+from curvature_engine.fused_squares import fused_squares
 from curvature_engine.pages import PAGES
 from curvature_engine.precision import accumulation_dtype
 from curvature_engine.probe import Attribution
@@ -211,7 +212,7 @@ class ClosedForm(Contribution):
             except (RuntimeError, MemoryError) as error:
                 self._halve(error)
 
-    def _short(self, name: str) -> Tensor | Moments | None:
+    def _short(self, name: str, *, written: bool = False) -> Tensor | Moments | None:
         single = self.single()
         if single is None:
             return None
@@ -221,6 +222,10 @@ class ClosedForm(Contribution):
             return rule.moments(role, prepared.saved, g)
         if name == "total":
             return None
+        if name == "sum_squared" and not written and set(self._still_expected()) <= {name}:
+            squares = fused_squares(prepared, g, self.block, self._unfold)
+            if squares is not None:
+                return squares
         reduce = rule.sum_squared if name == "sum_squared" else rule.squared_norms
         parts: list[Tensor] = []
         for block in self._slices():

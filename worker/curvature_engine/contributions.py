@@ -114,8 +114,11 @@ class Contribution(ABC):
             return Moments(*(t.clone() for t in found)) if isinstance(found, Moments) else found.clone()
         return self._found.pop(name)
 
-    def _short(self, name: str) -> Tensor | Moments | None:
-        """A reduction that is made without writing gradients out, where it can be."""
+    def _short(self, name: str, *, written: bool = False) -> Tensor | Moments | None:
+        """A reduction that is made without writing gradients out, where it can be.
+
+        `written`: whether gradients are written out all the same.
+        """
         return None
 
     def _is_dearer(self, name: str) -> bool:
@@ -143,7 +146,7 @@ class Contribution(ABC):
         """Write all gradients into `out` [N, *shape]; make the expected reductions on the way."""
         reductions: dict[str, Reduction] = {}
         for name in self._still_expected():
-            found = None if self._is_dearer(name) else self._short(name)
+            found = None if self._is_dearer(name) else self._short(name, written=True)
             if found is None:
                 reductions[name] = REDUCTIONS[name]()
             else:

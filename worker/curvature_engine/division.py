@@ -17,7 +17,7 @@ from torch import Tensor
 from curvature_engine.errors import EngineError, first_line, lacks_memory
 from curvature_engine.execution import map_tensors
 from curvature_engine.program import Forward, Inputs
-from curvature_engine.sums import HALF_TOLERANCE, TOLERANCE, first_difference
+from curvature_engine.sums import first_difference, tolerance_of
 
 ATTEMPTS = 32
 """At finding the samples' axes."""
@@ -168,4 +168,4 @@ def same_rows(found: Tensor, expected: Tensor) -> bool:
         return False
     size = expected.abs().nan_to_num(0.0, 0.0, 0.0).max() if expected.numel() else expected.new_zeros(())
     difference = torch.where(finite, found - expected, 0.0).abs()
-    return bool((difference <= TOLERANCE.get(expected.dtype, HALF_TOLERANCE) * size).all())
+    return bool((difference <= tolerance_of(expected.dtype) * size).all())

@@ -113,8 +113,9 @@ def reproducible(device: torch.device) -> Iterator[None]:
 
 def random_cotangent(outputs: Tensor, seed: int = 0) -> Tensor:
     """A cotangent that reaches whatever can be reached."""
-    generator = torch.Generator().manual_seed(0x5EED + seed)
-    return torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+    device = outputs.device  # made there: nothing is sent
+    generator = torch.Generator(device).manual_seed(0x5EED + seed)
+    return torch.randn(outputs.shape, generator=generator, dtype=torch.float64, device=device).to(outputs.dtype)
 
 
 def proved_strides(verdict: Verdict, outputs: Tensor, tape: Tape, samples: SampleAxes) -> tuple[int | None, ...] | None:

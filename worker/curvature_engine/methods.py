@@ -3,6 +3,7 @@
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from curvature_engine.closed_form import PreparedUse, prepare_use
@@ -11,6 +12,7 @@ from curvature_engine.judgement import confirm, judge, proved_strides, random_co
 from curvature_engine.orders import Order
 from curvature_engine.precision import all_finite
 from curvature_engine.probe import Verdict
+from curvature_engine.products import exactly
 from curvature_engine.program import Parameter
 from curvature_engine.requests import Request
 from curvature_engine.tasks import Part
@@ -26,7 +28,6 @@ class Methods:
         by_parameter: "closed form" or "fallback"; of several parts the least.
         uses: of parameters with closed forms in the current part, by name.
         at_hand: gradients at the current part's taps under the loss's gradient, where confirming a verdict took them.
-        verified: whether the run-time checks held in every part.
         verification: when they were made, for the parts so far the least; None before.
         verdict: on the current part's path; None where nothing had to be judged.
     """
@@ -37,7 +38,8 @@ class Methods:
         self.by_parameter: dict[str, str] = {}
         self.uses: dict[str, list[PreparedUse]] = {}
         self.at_hand: dict[int, Tensor | None] = {}
-        self.verified = True
+        self._verified = True
+        self._finite: list[Tensor] = []
         self.verification: str | None = None
         self.verdict: Verdict | None = None
 
@@ -51,7 +53,15 @@ class Methods:
             self.verdict = self._verdict(part, gradient)
             self._choose(part, self.verdict)
         else:
-            self.verified = False
+            self._verified = False
+
+    @property
+    def verified(self) -> bool:
+        """Whether the run-time checks held in every part, and its outputs are finite; waits for these."""
+        if self._verified and self._finite:
+            self._verified = bool(torch.stack(self._finite).all() if len(self._finite) > 1 else self._finite[0])
+            self._finite.clear()
+        return self._verified
 
     def leave(self) -> None:
         """Let go of the current part."""
@@ -84,7 +94,7 @@ class Methods:
 
     def distrust(self) -> None:
         """Note that nothing was verified by comparing: some gradient is not finite."""
-        self.verified = False
+        self._verified = False
         warning = "some gradient in the model is not finite: results below it are not verified"
         if warning not in self._order.warnings:
             self._order.warnings.append(warning)
@@ -124,15 +134,23 @@ class Methods:
         path = self._path(part)
         verdict = None if forward.routed_by_data or self._order.verify else verdicts.get(path)
         found = THIS_JOB if path in self._order.judged else KEPT_VERDICT
-        if verdict is None or not self._confirm(part, gradient, verdict):
-            verdict = judge(outputs, forward.tape, self._selected)
+        with exactly(outputs.device):
+            confirmed = verdict is not None and self._confirm(part, gradient, verdict)
+            if not confirmed:
+                verdict = judge(outputs, forward.tape, self._selected)
+        assert verdict is not None
+        if not confirmed:
             verdict = replace(verdict, strides=proved_strides(verdict, outputs, forward.tape, forward.samples))
             found = EVERY_COLUMN if self._order.verify else THIS_JOB
             if verdict.finite and verdict.confirmable and not forward.routed_by_data:
                 verdicts.keep(path, verdict)
                 self._order.judged.add(path)
         self.verification = found if self.verification is None else least([self.verification, found])
-        self.verified = self.verified and verdict.finite and all_finite(outputs)
+        if outputs.device.type == "cpu":
+            self._verified = self._verified and all_finite(outputs)
+        else:
+            self._finite.append(torch.isfinite(outputs.detach()).all())  # read at the end
+        self._verified = self._verified and verdict.finite
         if not verdict.finite:
             self.distrust()
         return verdict

@@ -72,6 +72,7 @@ class Plan:
             parameter by fallback costs one per sample and column.
         multiply_adds: of all reductions, and of the backward passes through operators that consume parameters.
         gradients: multiply_adds in units of one gradient of the loss.
+        precision: of products; `precision` and `channels_last` are as asked for.
     """
 
     N: int
@@ -91,6 +92,8 @@ class Plan:
     gradients: float
     requests: tuple[RequestPlan, ...]
     whole_reason: str | None = None
+    precision: str = "float32"
+    channels_last: bool = False
 
     @property
     def streamed(self) -> tuple[str, ...]:

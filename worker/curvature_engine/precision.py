@@ -1,7 +1,10 @@
-"""In which number format results are summed, and how formats are called in messages."""
+"""In which number format results are summed, how formats are called in messages, and how products are made."""
 
 import torch
 from torch import Tensor
+
+_MULTIPLYING = ["float32"]
+"""Of the analysis in progress; of the whole process, as torch's own settings are, and seen by autograd's threads."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -17,3 +20,23 @@ def dtype_name(dtype: torch.dtype) -> str:
 def all_finite(x: Tensor) -> bool:
     """Whether no number is infinite or none at all: such a one would show in the sum, which needs no further memory."""
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
+def current() -> str:
+    """How float32 matrices are multiplied at this moment: "float32", "tf32" or "bf16"."""
+    return _MULTIPLYING[-1]
+
+
+def is_reduced(dtype: torch.dtype) -> bool:
+    """Whether numbers of this format may carry the rounding of a coarser one, which products were made in."""
+    return dtype == torch.float32 and any(precision != "float32" for precision in _MULTIPLYING)
+
+
+def begin(precision: str) -> None:
+    """Multiply so until `end`."""
+    _MULTIPLYING.append(precision)
+
+
+def end() -> None:
+    """Multiply as before."""
+    _MULTIPLYING.pop()

@@ -1,7 +1,7 @@
 """What comes before the first column: forward pass, division into chunks, the loss, the probe, the plan."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -100,7 +100,10 @@ class Preparer:
             )
             work.enter(part)
         planner = Planner(self.order.budget, self.order.requests, self.selected, division)
+        order = self.order
         plan = planner.plan(bound, outputs, work)
+        if order.is_reordered:
+            plan = replace(plan, precision=order.precision, channels_last=order.channels_last)
         path = path_digest(forward.decisions, forward.readings)
         return Prepared(self, inputs, bound, outputs.detach(), forward.used_dropout, division, work, plan, path, probed)
 
@@ -144,6 +147,10 @@ class Preparer:
             if program.keeps_training:
                 torch.manual_seed(self.order.seed)
             return program.run(inputs, tape, limit_bytes, graph=graph, summed=summed)
+
+    def outputs(self, inputs: Inputs, *, graph: bool) -> Tensor:
+        """What the loss is taken of, by a forward pass of its own."""
+        return self._select(self._forward(inputs, graph=graph))
 
     def _select(self, forward: Forward) -> Tensor:
         return self.spec.select(forward.outputs)

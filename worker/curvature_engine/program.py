@@ -1,11 +1,12 @@
 """A loaded model: a front end on a device, what is known of it, and its forward passes."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature_engine.digests import Digest
@@ -13,6 +14,7 @@ from curvature_engine.errors import EngineError, first_line
 from curvature_engine.execution import Decision, Run, map_tensors, tensors_in
 from curvature_engine.formats import FrontEnd, Inputs, open_model
 from curvature_engine.layouts import ChannelsLast, LayoutShows, pays
+from curvature_engine.memory_format import channels_last, has_image_layout
 from curvature_engine.parameters import Parameter
 from curvature_engine.probe import Verdicts
 from curvature_engine.sample_axes import SampleAxes
@@ -65,7 +67,40 @@ class Program:
             t.untyped_storage().data_ptr() for p in self.parameters.values() for t in p.tensors if t.numel()
         )
         self.verdicts = Verdicts()
-        self._channels_last = pays(device, front.operators(), asks_layout=front.asks_layout)
+        self._pays = pays(device, front.operators(), asks_layout=front.asks_layout)
+        self._usual: list[tuple[Tensor, Tensor]] = []
+        self._laid_out = False
+        """Within `channels_last`, and not within `usual_layout`."""
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """The parameters' number formats."""
+        return {p.tensor.dtype for p in self.parameters.values()}
+
+    @contextmanager
+    def channels_last(self) -> Iterator[None]:
+        """Have the parameters with spatial axes lie with their channels last, as long as it lasts."""
+        if self.front.asks_layout or "as_strided" in self.front.operators():
+            raise _layout_shows("the model asks how its tensors lie in memory")
+        images = {id(t): t for p in self.parameters.values() for t in p.tensors if has_image_layout(t)}
+        self._usual, places = [(t, t.data) for t in images.values()], self._parameter_places
+        try:
+            with _holding([(t, channels_last(data)) for t, data in self._usual]):
+                self._parameter_places = places | {t.untyped_storage().data_ptr() for t in images.values()}
+                self._laid_out = True
+                yield
+        finally:
+            self._usual, self._parameter_places, self._laid_out = [], places, False
+
+    @contextmanager
+    def usual_layout(self) -> Iterator[None]:
+        """Within `channels_last`: the parameters as they lie without it."""
+        laid_out, self._laid_out = self._laid_out, False
+        try:
+            with _holding(self._usual):
+                yield
+        finally:
+            self._laid_out = laid_out
 
     @property
     def format(self) -> str:
@@ -85,11 +120,13 @@ class Program:
             TooLarge: as soon as it keeps more than `limit_bytes`.
         """
         arguments = self.front.bind(inputs)
-        if self._channels_last:
+        if self._pays or self._laid_out:
             try:
                 return self._run(arguments, tape, limit_bytes, graph, summed, ChannelsLast())
             except LayoutShows:
-                self._channels_last = False
+                if self._laid_out:
+                    raise _layout_shows("the model edits a tensor whose view would be a copy") from None
+                self._pays = False
                 tape.restart()
         return self._run(arguments, tape, limit_bytes, graph, summed, None)
 
@@ -132,6 +169,28 @@ class Program:
             run.samples,
             tuple(run.sums),
         )
+
+
+def _layout_shows(reason: str) -> EngineError:
+    return EngineError(
+        "invalid_option",
+        f"channels last, the model might compute something else: {reason}",
+        param="channels_last",
+        remedy="leave channels_last out",
+    )
+
+
+@contextmanager
+def _holding(numbers: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Have tensors hold the memory of others, as long as it lasts."""
+    before = [(tensor, tensor.data) for tensor, _ in numbers]
+    try:
+        for tensor, data in numbers:
+            tensor.data = data
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
 
 
 def digest(program: Program) -> str:

@@ -6,7 +6,10 @@ from typing import Any
 from curvature_engine.errors import EngineError
 from curvature_engine.verification import least
 
-_ALIKE = ("loss_name", "loss_options", "loss_output", "reduction", "seed", "dtype", "format", "aliases")
+_ALIKE = (
+    *("loss_name", "loss_options", "loss_output", "reduction", "seed", "dtype", "format", "aliases"),
+    *("precision", "channels_last"),
+)
 
 
 def of_data_set(infos: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[str]]:
@@ -27,6 +30,7 @@ def of_data_set(infos: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], lis
         samples += part["samples"]
     Z = float(sum(info["part"]["mean_Z"] for info in infos))
     together = {name: _all_of(info[name] for info in infos) for name in ("device", "engine_version")}
+    errors = [error for info in infos if (error := info.get("precision_error")) is not None]
     found = {
         **{name: first[name] for name in _ALIKE},
         "Z": Z if first["reduction"] == "mean" else 1.0,
@@ -35,6 +39,8 @@ def of_data_set(infos: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], lis
         "parts": len(infos),
         "Z_under_mean": Z,
     }
+    if errors:  # that of the part where the gradient's is greatest
+        found["precision_error"] = max(errors, key=lambda error: error["gradient"] or 0.0)
     return found, _warnings([info["part"] for info in infos], together["engine_version"])
 
 
@@ -52,6 +58,7 @@ def of_all(entries: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> dic
         "halvings": max(entry["halvings"] for entry in entries),
         "verified": all(entry["verified"] for entry in entries),
         "verification": least(entry["verification"] for entry in entries),
+        "precision_error": max((e for entry in entries if (e := entry["precision_error"]) is not None), default=None),
     }
 
 

@@ -173,7 +173,9 @@ def find_bends(outputs: Tensor, cotangent: Tensor, uses: Sequence[PreparedUse]) 
     taps = {p.tap_index: p for p in uses}
     if is_piecewise_affine(outputs, {p.tap.edges[0].node for p in taps.values()}):
         return Bends(set(), set())
-    plain = {i: image for i, image in _images_at(outputs, cotangent, taps).items() if bool(image.any())}
+    images = _images_at(outputs, cotangent, taps)
+    alive = torch.stack([image.any() for image in images.values()]).tolist() if images else []  # read at once
+    plain = {i: image for (i, image), some in zip(images.items(), alive, strict=True) if some}
     code = Code.for_gradients(len(outputs), list(plain.values()))
     strays: set[int] = set()
     for factors in code.factors(outputs.device) if plain else ():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from curvature_engine.extensions import KroneckerFactors
 from curvature_engine.plans import Plan
+from curvature_engine.rounding_error import RoundingError
 from curvature_engine.stores import TensorFile
 
 
@@ -90,10 +91,12 @@ class Analysis:
         groups: label → group.
         warnings: what the caller should know.
         info: loss_name, loss_options (complete), loss_output (the entry of the model's output that enters the loss),
-            reduction, Z, seed, dtype, device, engine_version, format, aliases. Of a part of a data set Z is 1, and
-            `part` holds first_sample, samples, mean_Z (what the part adds to Z under mean), path (a digest of the
+            reduction, Z, seed, dtype, device, engine_version, format, aliases, precision, channels_last, and in other
+            precisions or layouts than by default `precision_error` as JSON. Of a part of a data set Z is 1, and `part`
+            holds first_sample, samples, mean_Z (what the part adds to Z under mean), path (a digest of the
             decisions and readings of the program), probed (whether its samples are shown not to be coupled).
         plan: what it was computed by.
+        precision_error: what `precision` and `channels_last` changed, measured; None by default.
     """
 
     loss: Tensor
@@ -101,6 +104,7 @@ class Analysis:
     warnings: list[str]
     info: dict[str, Any]
     plan: Plan
+    precision_error: RoundingError | None = None
 
     def __getitem__(self, label: str) -> "Group | Tensor":
         """The group of a label; for quantities that are one tensor, that tensor."""

@@ -12,8 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvature_engine.precision import is_reduced
+
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 HALF_TOLERANCE = 5e-2
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Of one number beside another of its kind that came about in another batch."""
+    return HALF_TOLERANCE if is_reduced(dtype) else TOLERANCE.get(dtype, HALF_TOLERANCE)
+
+
 _PIECE_ELEMENTS = 2**18
 
 
@@ -56,7 +65,7 @@ class Sums:
         total, magnitude, square = self.values
         if not math.isfinite(square):
             return True  # a mask of infinities; what comes of it is finite
-        sizes, tolerance = (magnitude, magnitude, square), TOLERANCE.get(self.dtype, HALF_TOLERANCE)
+        sizes, tolerance = (magnitude, magnitude, square), tolerance_of(self.dtype)
         return all(
             abs(found - expected) <= tolerance * size
             for found, expected, size in zip(values, (total, magnitude, square), sizes, strict=True)

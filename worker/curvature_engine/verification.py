@@ -18,7 +18,7 @@ from curvature_engine.contributions import Contribution
 from curvature_engine.errors import EngineError
 from curvature_engine.judgement import HALF_TOLERANCE, TOLERANCE
 from curvature_engine.parameters import Parameter
-from curvature_engine.precision import accumulation_dtype
+from curvature_engine.precision import accumulation_dtype, is_reduced
 from curvature_engine.tape import backward
 
 KEPT_VERDICT, THIS_JOB, EVERY_COLUMN = "kept verdict", "this job", "this job, every column"
@@ -53,10 +53,11 @@ class Verification:
             return
         total = contribution.total()
         worst = (total - expected).abs().max() if expected.numel() else expected.new_zeros(())
-        of_sum, of_terms = TOLERANCE.get(self._parameters[name].tensor.dtype, HALF_TOLERANCE)
+        dtype = self._parameters[name].tensor.dtype
+        of_sum, of_terms = HALF_TOLERANCE if is_reduced(dtype) else TOLERANCE.get(dtype, HALF_TOLERANCE)
         if not expected.numel() or bool(worst <= of_sum * expected.abs().max()):
             return
-        eps = torch.finfo(self._parameters[name].tensor.dtype).eps
+        eps = torch.finfo(dtype).eps
         rounding = (self._expected_by_thirds[name] - expected).abs().max()
         if bool(worst <= max(_LEAST_ROUNDINGS, of_terms / eps) * rounding):
             return

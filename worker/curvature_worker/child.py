@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 import curvature_engine as engine
 from curvature_engine.budget import default_budget_bytes
 from curvature_engine.errors import memory_ran_out
+from curvature_engine.kernels import choice
 from curvature_engine.pages import PAGES
 from curvature_protocol.names import INPUTS, TARGETS
 from curvature_protocol.requests import referenced_batch
@@ -39,6 +40,8 @@ def serve(channel: Channel, isolation: str, options: dict[str, Any]) -> None:
     except engine.EngineError as error:
         channel.send({"event": "error", "code": error.code, "message": error.message, "remedy": error.remedy})
         return
+    if "seccomp" in isolation or "landlock" in isolation:
+        choice.switch_off("a confined process may start no compiler")
     programs = Programs(device, Path(options["inbox"]), options["programs_kept"], options["programs_bytes"])
     budget_bytes = options.get("budget_bytes") or default_budget_bytes(device)
     child = Child(channel, programs, Path(options["inbox"]), Path(options["outbox"]), budget_bytes)
@@ -204,6 +207,8 @@ class Child:
             seed=request["seed"],
             parameters=request["parameters"],
             budget_bytes=self._budget_bytes,
+            precision=request["precision"],
+            channels_last=request["channels_last"],
         )
         return _report(plan.to_dict())
 
@@ -235,6 +240,8 @@ class Child:
             results_dir=self._outbox,
             part=None if order["part"] is None else engine.DataSetPart(order["part"]["first_sample"]),
             most_bytes=order["most_bytes"],
+            precision=request["precision"],
+            channels_last=request["channels_last"],
         )
         computed = time.perf_counter()
         for extension in request["extensions"]:  # into the manifest goes a batch's hash, as it was asked for

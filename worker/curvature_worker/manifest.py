@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from curvature_protocol.results import Manifest, Provenance, ResultGroup, ShardPart, TensorEntry
+from curvature_protocol.results import Manifest, PrecisionError, Provenance, ResultGroup, ShardPart, TensorEntry
 from curvature_worker.errors import JobRefused
 from curvature_worker.stored_file import StoredTensor, read_stored_file
 
@@ -22,6 +22,8 @@ INFO = (
     "dtype",
     "device",
     "aliases",
+    "precision",
+    "channels_last",
 )
 SENSELESS = (KeyError, TypeError, ValueError, AttributeError, OSError)
 """What reading a child's word or files may raise."""
@@ -62,11 +64,22 @@ def build_manifest(
             groups=_groups(reply["groups"], files),
             warnings=(*warnings, *_strings(reply["warnings"])),
             timings_ms={name: finite(reply["timings_ms"][name]) for name in _TIMINGS},
+            precision_error=read_error(reply["info"]),
             part=None if part is None else ShardPart(**{**part, "mean_Z": finite(part["mean_Z"])}),
             **{**info, "Z": finite(info["Z"])},
         )
     except SENSELESS as error:
         raise senseless(error) from error
+
+
+def read_error(info: Mapping[str, Any]) -> PrecisionError | None:
+    """What a child measured of its precision, if it did.
+
+    Raises:
+        KeyError, TypeError, ValueError: it makes no sense.
+    """
+    said = info.get("precision_error")
+    return None if said is None else PrecisionError(**said)
 
 
 def senseless(error: BaseException) -> JobRefused:

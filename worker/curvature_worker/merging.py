@@ -23,7 +23,7 @@ from curvature_worker.contact import Contact
 from curvature_worker.errors import JobRefused
 from curvature_worker.inbox import PARTS, part_name
 from curvature_worker.launcher import Confined
-from curvature_worker.manifest import INFO, SENSELESS, finite, read_group, senseless
+from curvature_worker.manifest import INFO, SENSELESS, finite, read_error, read_group, senseless
 from curvature_worker.orders import labelled, labels_of
 from curvature_worker.testimony import take
 from curvature_worker.tools import Tools
@@ -128,9 +128,10 @@ def _key(shard: Manifest, group: ResultGroup) -> str:
 def _part(place: int, shard: Manifest, files: Mapping[str, Path]) -> dict[str, Any]:
     """What the child is told of a shard."""
     info = {name: getattr(shard, name) for name in INFO}
+    error = None if shard.precision_error is None else shard.precision_error.model_dump()
     return {
         "loss": shard.loss,
-        "info": {**info, "part": None if shard.part is None else shard.part.model_dump()},
+        "info": {**info, "precision_error": error, "part": None if shard.part is None else shard.part.model_dump()},
         "warnings": list(shard.warnings),
         "groups": {
             group.label: {
@@ -161,6 +162,7 @@ def _manifest(
             for label in labels_of(job.request)
         ),
         warnings=tuple(told),
+        precision_error=read_error(reply["info"]),
         timings_ms={"compute": finite(reply["timings_ms"]["compute"])},
         samples=int(reply["info"]["samples"]),
         parts=len(shards),

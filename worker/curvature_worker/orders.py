@@ -23,7 +23,10 @@ def order_of(job: ClaimedJob, labels: list[str], most_bytes: int | None) -> dict
     wanted = {name: request[name] for name in ("loss", "reduction", "seed", "parameters", "eval")}
     if (loss := loss_function(request)) is not None:
         wanted["loss"] = {"file": loss_name(loss), "output": request["loss"]["output"]}
-    wanted["verify"] = request.get("verify", False)  # jobs queued before there was this field have none
+    # Jobs queued before there were these fields have none.
+    wanted["verify"] = request.get("verify", False)
+    wanted["precision"] = request.get("precision", "float32")
+    wanted["channels_last"] = request.get("channels_last", False)
     extensions = [e for e in labelled(request["extensions"]) if e["label"] in labels]
     return {
         "kind": job.kind,

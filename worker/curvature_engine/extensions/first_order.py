@@ -151,6 +151,8 @@ def sketch_of_squares(contribution: Contribution) -> Sketch:
 
 
 def _numbers(rows: Sequence[int], like: Tensor) -> Tensor:
+    if isinstance(rows, range):  # made on the device: nothing is sent
+        return torch.arange(rows.start, rows.stop, rows.step, device=like.device)
     return torch.tensor(list(rows), device=like.device)
 
 

@@ -1,5 +1,6 @@
 """What losses over classes share: the class axis, class weights, class indices that may be ignored."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -39,6 +40,7 @@ class ClassLoss(BoundLoss):
         self.scores = moved.reshape(moved.shape[0], moved.shape[1], -1)
         self.weights = self._class_weights(weight)
         self.label_weights = self.outputs.new_ones(())
+        self._has_terms = True
 
     @property
     def C(self) -> int:
@@ -67,17 +69,31 @@ class ClassLoss(BoundLoss):
         return torch.tensor(weight, dtype=torch.float64, device=self.outputs.device).to(self.outputs.dtype)
 
     def _read_indices(self, targets: Tensor, ignore_index: int) -> None:
-        """Set `labels` [N, T], `counts` [N, T] (0 where ignored) and `label_weights` w_y [N, T] (0 where ignored)."""
-        labels = self._checked_indices(targets, ignore_index).reshape(self.N, -1)
+        """Set `labels` [N, T], `counts` [N, T] (0 where ignored) and `label_weights` w_y [N, T] (0 where ignored).
+
+        And `total_weight`, the sum of these. What the host must know of the targets it reads at once.
+        """
+        targets = self._shaped_indices(targets)
+        labels = targets.reshape(self.N, -1)
+        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= self.C))
         self.counts = (labels != ignore_index).to(self.outputs.dtype)
         self.labels = labels.clamp(0, self.C - 1)
         self.label_weights = self.weights[self.labels] * self.counts
+        # Weights are finite and not negative: where the sum is zero, none counts.
+        self.total_weight = float(torch.where(wrong.any(), math.nan, self.label_weights.double().sum()))
+        if math.isnan(self.total_weight) and len(beyond := labels[wrong]):
+            raise invalid_targets(
+                f"class indices must lie in 0 … {self.C - 1} for outputs {list(self.outputs.shape)}; got "
+                f"{int(beyond[0])}",
+                "check the number of classes of the model and of the data",
+            )
+        self._has_terms = self.total_weight != 0
 
     @property
     def has_terms(self) -> bool:
-        return bool((self.label_weights != 0).any())
+        return self._has_terms
 
-    def _checked_indices(self, targets: Tensor, ignore_index: int) -> Tensor:
+    def _shaped_indices(self, targets: Tensor) -> Tensor:
         shape = list(self.outputs.shape)
         expected = [n for axis, n in enumerate(shape) if axis != self._axis]
         if not holds_indices(targets):
@@ -92,12 +108,6 @@ class ClassLoss(BoundLoss):
                 f"{self.name} on outputs {shape} expects targets {expected}; got {list(targets.shape)}",
                 "classes stand along the outputs' second axis unless class_axis says otherwise; targets hold one class "
                 "index per position",
-            )
-        wrong = (targets != ignore_index) & ((targets < 0) | (targets >= self.C))
-        if bool(wrong.any()):
-            raise invalid_targets(
-                f"class indices must lie in 0 … {self.C - 1} for outputs {shape}; got {int(targets[wrong][0])}",
-                "check the number of classes of the model and of the data",
             )
         return targets
 

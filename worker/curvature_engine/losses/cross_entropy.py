@@ -137,7 +137,7 @@ class IndexCrossEntropy(CrossEntropy):
         self._on_each = self.weights * (label_smoothing / self.C)
         self._smooth = label_smoothing > 0.0
         self.mass = self._on_label + self._on_each.sum() * self.counts
-        self.Z = float(self.label_weights.double().sum()) if reduction == "mean" else 1.0
+        self.Z = self.total_weight if reduction == "mean" else 1.0
 
     def _terms(self, log_p: Tensor) -> Tensor:
         terms = -self._on_label * log_p.gather(1, self.labels[:, None]).squeeze(1)

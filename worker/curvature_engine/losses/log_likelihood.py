@@ -35,7 +35,7 @@ class LogLikelihood(ClassLoss):
     ) -> None:
         super().__init__(outputs, targets, class_axis, weight)
         self._read_indices(targets, ignore_index)
-        self.Z = float(self.label_weights.double().sum()) if reduction == "mean" else 1.0
+        self.Z = self.total_weight if reduction == "mean" else 1.0
         self.columns = 0
 
     def contributions(self) -> Tensor:

@@ -87,6 +87,15 @@ class Rule(ABC):
         """
         yield self.per_sample(role, saved, g)
 
+    def products(
+        self, role: str, saved: Sequence[Tensor], g: Tensor, unfolded: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor]] | None:
+        """The factors l [n, rows, a], r [n, rows, b] of every piece [n, a, b] = Σ_rows l rᵀ, where pieces are such.
+
+        Of the shapes that `assemble` takes, up to how b is divided into axes; views where they can be.
+        """
+        return None
+
     def assemble(self, role: str, pieces: list[Tensor]) -> Tensor:
         """Something of every piece, [*piece], as a tensor of the consumed one's shape."""
         (whole,) = pieces

@@ -202,10 +202,20 @@ class DirectConvolutionRule(ConvolutionRule):
             product = torch.bmm(left, windows)
             yield product if T == 1 else product.view(n, T, *product.shape[1:]).sum(1)
 
+    def products(
+        self, role: str, saved: Sequence[Tensor], g: Tensor, unfolded: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor]] | None:
+        if role == "bias" or unfolded is None or g.shape[1] != 1 or self._geometry.groups != 1:
+            return None
+        left = g[:, 0].flatten(2).mT  # [n, L, out]
+        if not self._slides(saved[0].shape[2]):
+            return iter([(left, unfolded.mT)])
+        return ((left, windows) for windows in self._geometry.sliding(unfolded, self._positions))
+
     def assemble(self, role: str, pieces: list[Tensor]) -> Tensor:
-        if len(pieces) == 1:
-            return pieces[0]
         kernel = self._geometry.kernel
+        if len(pieces) == 1:
+            return pieces[0] if role == "bias" else pieces[0].reshape(len(pieces[0]), -1, *kernel)
         whole = torch.stack(pieces, 1)  # [out, k₀, k₁…·c]
         return whole.view(len(whole), *kernel, -1).movedim(-1, 1).contiguous()
 

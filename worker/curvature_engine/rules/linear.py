@@ -1,6 +1,6 @@
 """Products with a weight matrix: linear, addmm, matmul, mm."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,13 @@ class LinearRule(Rule):
         left, right = (saved[0], g) if self.inputs_first else (g, saved[0])
         out.baddbmm_(left.transpose(1, 2), right, alpha=self._alpha)
 
+    def products(
+        self, role: str, saved: Sequence[Tensor], g: Tensor, unfolded: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor]] | None:
+        if role == "bias" or self._alpha != 1 or g.shape[1] == 1:  # of one row, `sum_squared` has a shorter form
+            return None
+        return iter([(saved[0], g) if self.inputs_first else (g, saved[0])])
+
     def multiply_adds(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
         return g.numel() if role == "bias" else g.numel() * saved[0].shape[-1]
 
@@ -110,6 +117,8 @@ class LinearRule(Rule):
         a, b = self._scaled(left[:, 0], self._alpha), right[:, 0]
         n = len(a)
         mean = (a.T @ b).div_(n)
+        if a.is_cuda:  # to look would make the host wait for the device, which costs more than the further products
+            return Moments(mean, _centred(a, b))
         second = a.square().T @ b.square()
         spread = torch.addcmul(second, mean, mean, value=-n)
         if bool((spread < second.mul_(_LEAST_SHARE)).any()):

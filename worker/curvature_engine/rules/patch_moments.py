@@ -5,12 +5,15 @@ either from the patches of a few samples at a time, or from shifts (`shift_momen
 """
 
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from curvature_engine.kernels import choice
+from curvature_engine.precision import current as precision
 from curvature_engine.rules.gram import Gram, gram_multiply_adds
 from curvature_engine.rules.shift_moments import Shifts, shift_moment
 
@@ -31,11 +34,14 @@ _PER_CALL = {"cpu": 2**20, "cuda": 2**28}
 _WEIGHT_GRADIENT_SPEED = {torch.float32: 0.75}
 """Beside a product of matrices; of other dtypes 0.3."""
 _LANES = 16
+_TILE = 64
+_KERNEL_SLOWNESS = 3
+"""Of a product in the kernel beside a library's, in float32 without tensor cores: a guess, not measured."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a second moment is formed: by shifts, or (None) from patches.
+    """How a second moment is formed: by shifts, or (None) from patches, written out or read in place by a kernel.
 
     Attributes:
         weight: what decides: multiplications and additions, with memory traffic and calls counted as such.
@@ -46,11 +52,17 @@ class Form:
     multiply_adds: int
     weight: int
     working_bytes: int
+    fused: bool = False
 
 
 def patch_moment(x: Tensor, geometry: "Geometry", positions: tuple[int, ...], budget_bytes: int) -> Tensor:
     """Σ over samples and positions, x [u, c, *space] → [groups, c/groups·k, c/groups·k]."""
     form = choose_form(x, geometry, positions, budget_bytes)
+    if form.fused:
+        found = choice.guarded(partial(from_places, x, geometry, positions))
+        if found is not None:
+            return found
+        form = choose_form(x, geometry, positions, budget_bytes)
     if form.shifts is None:
         return from_patches(x, geometry, positions, budget_bytes)
     return from_shifts(x, geometry, form.shifts, budget_bytes)
@@ -76,6 +88,9 @@ def choose_form(x: Tensor, geometry: "Geometry", positions: tuple[int, ...], bud
         form = _shift_form(x, shifts, budget_bytes)
         if form.working_bytes <= max(budget_bytes, result_bytes):
             forms.append(form)
+    rows, width = len(x) * prod(positions), x.shape[1] // geometry.groups * prod(geometry.kernel)
+    if choice.pays_for_patches(x, rows, width, geometry.groups):
+        forms.append(_fused_form(x, geometry, rows, width))
     return min(forms, key=lambda form: form.weight)
 
 
@@ -135,6 +150,21 @@ def _patch_form(x: Tensor, geometry: "Geometry", positions: tuple[int, ...], bud
     )
     working = block * prod(positions) * groups * width + (results - 1) * result
     return Form(None, products, weight + blocks * 4 * _per_call(x), working * element)
+
+
+def _fused_form(x: Tensor, geometry: "Geometry", rows: int, width: int) -> Form:
+    tiles = -(-width // _TILE)
+    products = geometry.groups * rows * tiles * (tiles + 1) // 2 * _TILE**2
+    slowness = _KERNEL_SLOWNESS if precision() == "float32" else 1
+    working = max(geometry.groups * width**2, 2**25) * x.element_size()
+    return Form(None, products, slowness * products + 2 * _per_call(x), working, fused=True)
+
+
+def from_places(x: Tensor, geometry: "Geometry", positions: tuple[int, ...]) -> Tensor:
+    """Σ x xᵀ by the kernel that reads patches where they lie."""
+    from curvature_engine.kernels.patches import patch_moment as fused  # Triton is imported when it is first wanted
+
+    return fused(x, geometry, positions)
 
 
 def from_patches(x: Tensor, geometry: "Geometry", positions: tuple[int, ...], budget_bytes: int) -> Tensor:
