@@ -38,7 +38,7 @@ def _take_up(order: Order, spec: LossSpec, selected: dict[str, Parameter], reque
     own = replace(order, requests=[request], progress=None, warnings=[], against={})
     try:
         inputs, targets = given
-        inputs, targets = take_batch(inputs, targets, order.program.device, image_layout=order.channels_last)
+        inputs, targets = take_batch(inputs, targets, order.program.device, of_images=order.channels_last)
         prepared = Preparer(own, spec, selected).prepare(inputs, targets, Limits())
     except EngineError as error:
         raise EngineError(

@@ -202,7 +202,7 @@ class _Analyzer:
     @contextmanager
     def _prepared(self, inputs: Inputs, targets: Tensor, limits: Limits) -> Iterator[Prepared]:
         order = self.order
-        inputs, targets = take_batch(inputs, targets, self.program.device, image_layout=order.channels_last)
+        inputs, targets = take_batch(inputs, targets, self.program.device, of_images=order.channels_last)
         selected = select(self.program, self.parameters)
         if order.part is not None:
             _check_names(selected)

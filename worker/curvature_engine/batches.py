@@ -7,15 +7,15 @@ from torch import Tensor
 
 from curvature_engine.errors import EngineError
 from curvature_engine.execution import map_tensors, tensors_in
-from curvature_engine.memory_format import channels_last, has_image_layout
+from curvature_engine.memory_format import has_image_layout
 from curvature_engine.precision import dtype_name
 from curvature_engine.program import Inputs
 
 
 def take_batch(
-    inputs: Inputs, targets: Tensor, device: torch.device, *, image_layout: bool = False
+    inputs: Inputs, targets: Tensor, device: torch.device, *, of_images: bool = False
 ) -> tuple[Inputs, Tensor]:
-    """Inputs and targets on the device; with `image_layout`, images with their channels last in memory.
+    """Inputs and targets on the device; with `of_images` there must be images among them.
 
     Raises:
         EngineError: `invalid_inputs`, `invalid_targets`, `empty_batch`.
@@ -34,15 +34,13 @@ def take_batch(
 
     inputs, targets = map_tensors(place, inputs), map_tensors(place, targets)
     _check_not_empty(inputs, targets)
-    if image_layout:
-        if not any(has_image_layout(t) for t in tensors_in(inputs)):
-            raise EngineError(
-                "invalid_option",
-                "channels_last is about inputs with a channel axis and two or three of space; there is none",
-                param="channels_last",
-                remedy="leave channels_last out",
-            )
-        inputs = map_tensors(lambda t: channels_last(t) if has_image_layout(t) else t, inputs)
+    if of_images and not any(has_image_layout(t) for t in tensors_in(inputs)):
+        raise EngineError(
+            "invalid_option",
+            "channels_last is about inputs with a channel axis and two or three of space; there is none",
+            param="channels_last",
+            remedy="leave channels_last out",
+        )
     return inputs, targets
 
 

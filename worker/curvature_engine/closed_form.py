@@ -202,13 +202,17 @@ class ClosedForm(Contribution):
         single = self.single()
         if single is None or sum(self._expected.values()) > 1:
             return None
-        prepared, _, rule = single
+        prepared, g, rule = single
+        assemble = partial(rule.assemble, prepared.use.role)
+        fused = fused_squares(prepared, g, self.block, self._unfold)
+        if fused is not None:
+            return fused, assemble
         while True:
             squares = SumSquared()
             try:
                 for first, piece, gradients in self._pieces():
                     squares.add(first, piece, gradients)
-                return squares.pieces, partial(rule.assemble, prepared.use.role)
+                return squares.pieces, assemble
             except (RuntimeError, MemoryError) as error:
                 self._halve(error)
 
@@ -225,7 +229,7 @@ class ClosedForm(Contribution):
         if name == "sum_squared" and not written and set(self._still_expected()) <= {name}:
             squares = fused_squares(prepared, g, self.block, self._unfold)
             if squares is not None:
-                return squares
+                return rule.assemble(role, squares)
         reduce = rule.sum_squared if name == "sum_squared" else rule.squared_norms
         parts: list[Tensor] = []
         for block in self._slices():

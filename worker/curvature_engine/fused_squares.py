@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 Unfold = Callable[["PreparedUse", int], Tensor | None]
 
 
-def fused_squares(prepared: "PreparedUse", g: Tensor, block: int, unfold: Unfold) -> Tensor | None:
-    """Σ_n g_n², of the parameter's shape, from `block` samples at a time; None where the plain form is to be taken.
+def fused_squares(prepared: "PreparedUse", g: Tensor, block: int, unfold: Unfold) -> list[Tensor] | None:
+    """Σ_n g_n² in the rule's pieces, from `block` samples at a time; None where the plain form is to be taken.
 
     Args:
         prepared: the one use of the parameter.
@@ -42,7 +42,7 @@ def fused_squares(prepared: "PreparedUse", g: Tensor, block: int, unfold: Unfold
                 sums.append(found)
             else:
                 sums[piece].add_(found)
-    return rule.assemble(role, sums)
+    return sums
 
 
 def _sum_of_squares(left: Tensor, right: Tensor) -> Tensor:

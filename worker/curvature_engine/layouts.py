@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from curvature_engine.calls import OperatorCall
+from curvature_engine.memory_format import channels_last, has_image_layout
 
 _IMAGE_AXES = 4
 _FORMATS = frozenset((torch.float32,))
@@ -34,25 +35,39 @@ def pays(device: torch.device, operators: Collection[str], *, asks_layout: bool)
     Batch normalisation is slower so by more than convolutions are faster.
     """
     names = frozenset(operators)
-    tells = asks_layout or "as_strided" in names
-    return device.type == "cpu" and not tells and bool(names & _CONVOLUTIONS) and not names & _NORMALISATIONS
+    gains = device.type == "cpu" and bool(names & _CONVOLUTIONS) and not names & _NORMALISATIONS
+    return gains and not tells(names, asks_layout=asks_layout)
+
+
+def tells(operators: Collection[str], *, asks_layout: bool) -> bool:
+    """Whether a program with these operators can tell how its tensors lie."""
+    return asks_layout or "as_strided" in operators
 
 
 class ChannelsLast:
-    """The layout of one run."""
+    """The layout of one run.
 
-    def __init__(self) -> None:
+    Args:
+        every: take images and volumes of every format, as somebody asked for.
+    """
+
+    def __init__(self, *, every: bool = False) -> None:
+        self._every = every
         # Where tensors lie that would share memory channels first.
         self._parted: set[int] = set()
 
     def take(self, tensor: Tensor) -> Tensor:
         """An input as the program gets it."""
-        if tensor.dim() != _IMAGE_AXES or tensor.dtype not in _FORMATS or tensor.requires_grad:
+        gains = tensor.dim() == _IMAGE_AXES and tensor.dtype in _FORMATS
+        if tensor.requires_grad or not (has_image_layout(tensor) if self._every else gains):
             return tensor
         # Of one channel, only the strides tell.
-        last = tensor.contiguous(memory_format=torch.channels_last)
-        n, c, h, w = last.shape
-        return last.as_strided((n, c, h, w), (h * w * c, 1, w * c, c), last.storage_offset())
+        last = channels_last(tensor)
+        steps, step = [0, 1] + [0] * (last.dim() - 2), last.shape[1]
+        for axis in reversed(range(2, last.dim())):
+            steps[axis], step = step, step * last.shape[axis]
+        steps[0] = step
+        return last.as_strided(last.shape, steps, last.storage_offset())
 
     def invoke(self, call: OperatorCall, arguments: Sequence[Any]) -> Any:
         """Call an operator.

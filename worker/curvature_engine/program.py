@@ -13,7 +13,7 @@ from curvature_engine.digests import Digest
 from curvature_engine.errors import EngineError, first_line
 from curvature_engine.execution import Decision, Run, map_tensors, tensors_in
 from curvature_engine.formats import FrontEnd, Inputs, open_model
-from curvature_engine.layouts import ChannelsLast, LayoutShows, pays
+from curvature_engine.layouts import ChannelsLast, LayoutShows, pays, tells
 from curvature_engine.memory_format import channels_last, has_image_layout
 from curvature_engine.parameters import Parameter
 from curvature_engine.probe import Verdicts
@@ -67,10 +67,9 @@ class Program:
             t.untyped_storage().data_ptr() for p in self.parameters.values() for t in p.tensors if t.numel()
         )
         self.verdicts = Verdicts()
-        self._pays = pays(device, front.operators(), asks_layout=front.asks_layout)
+        self._channels_last = pays(device, front.operators(), asks_layout=front.asks_layout)
+        self._asked = False
         self._usual: list[tuple[Tensor, Tensor]] = []
-        self._laid_out = False
-        """Within `channels_last`, and not within `usual_layout`."""
 
     @property
     def dtypes(self) -> set[torch.dtype]:
@@ -79,28 +78,32 @@ class Program:
 
     @contextmanager
     def channels_last(self) -> Iterator[None]:
-        """Have the parameters with spatial axes lie with their channels last, as long as it lasts."""
-        if self.front.asks_layout or "as_strided" in self.front.operators():
+        """Have images and the parameters with spatial axes lie with their channels last, as long as it lasts.
+
+        Raises:
+            EngineError: `invalid_option`: the program could tell.
+        """
+        if tells(self.front.operators(), asks_layout=self.front.asks_layout):
             raise _layout_shows("the model asks how its tensors lie in memory")
         images = {id(t): t for p in self.parameters.values() for t in p.tensors if has_image_layout(t)}
         self._usual, places = [(t, t.data) for t in images.values()], self._parameter_places
+        self._asked = True
         try:
             with _holding([(t, channels_last(data)) for t, data in self._usual]):
                 self._parameter_places = places | {t.untyped_storage().data_ptr() for t in images.values()}
-                self._laid_out = True
                 yield
         finally:
-            self._usual, self._parameter_places, self._laid_out = [], places, False
+            self._asked, self._usual, self._parameter_places = False, [], places
 
     @contextmanager
     def usual_layout(self) -> Iterator[None]:
-        """Within `channels_last`: the parameters as they lie without it."""
-        laid_out, self._laid_out = self._laid_out, False
+        """Within `channels_last`: everything as it lies without it."""
+        asked, self._asked = self._asked, False
         try:
             with _holding(self._usual):
                 yield
         finally:
-            self._laid_out = laid_out
+            self._asked = asked
 
     @property
     def format(self) -> str:
@@ -120,13 +123,16 @@ class Program:
             TooLarge: as soon as it keeps more than `limit_bytes`.
         """
         arguments = self.front.bind(inputs)
-        if self._pays or self._laid_out:
+        if self._asked:
+            try:
+                return self._run(arguments, tape, limit_bytes, graph, summed, ChannelsLast(every=True))
+            except LayoutShows:
+                raise _layout_shows("the model edits a tensor in place through a view of it") from None
+        if self._channels_last:
             try:
                 return self._run(arguments, tape, limit_bytes, graph, summed, ChannelsLast())
             except LayoutShows:
-                if self._laid_out:
-                    raise _layout_shows("the model edits a tensor whose view would be a copy") from None
-                self._pays = False
+                self._channels_last = False
                 tape.restart()
         return self._run(arguments, tape, limit_bytes, graph, summed, None)
 
@@ -174,7 +180,7 @@ class Program:
 def _layout_shows(reason: str) -> EngineError:
     return EngineError(
         "invalid_option",
-        f"channels last, the model might compute something else: {reason}",
+        f"channels last the model might compute something else: {reason}",
         param="channels_last",
         remedy="leave channels_last out",
     )

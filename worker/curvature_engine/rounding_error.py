@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from curvature_engine.errors import EngineError
-from curvature_engine.execution import map_tensors
 from curvature_engine.products import exactly
 from curvature_engine.tape import backward
 
@@ -62,9 +61,8 @@ def rounding_error(prepared: "Prepared", targets: Tensor) -> RoundingError:
     inputs = prepared.division.inputs(prepared.inputs, 0)
     targets = targets.to(program.device)[: prepared.division.largest]
     outputs, gradients = _gradients(prepared, inputs, targets)
-    usual = map_tensors(lambda t: t.contiguous(), inputs)
     with exactly(program.device), program.usual_layout():
-        exact_outputs, exact_gradients = _gradients(prepared, usual, targets)
+        exact_outputs, exact_gradients = _gradients(prepared, inputs, targets)
     pairs = {name: _norms([g], [e]) for (name, g), e in zip(gradients.items(), exact_gradients.values(), strict=True)}
     return RoundingError(
         len(targets),
