@@ -65,6 +65,16 @@ class EditedImage(nn.Module):
         return flat * flat
 
 
+class EditedContiguous(nn.Module):
+    """An edit of what `contiguous` returns, which channels first is the image itself."""
+
+    def forward(self, x):
+        x = x * 1.5
+        same = x.contiguous()
+        same.sigmoid_()
+        return (x * same).flatten(1)
+
+
 class EditedBefore(nn.Module):
     """An edit before anything was flattened."""
 
@@ -84,6 +94,7 @@ RESTS = {
     "view": Viewed(),
     "edited-copy": EditedCopy(),
     "edited-image": EditedImage(),
+    "edited-contiguous": EditedContiguous(),
     "edited-before": EditedBefore(),
     "strides": AsksStrides(),
     "pooled": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
@@ -138,7 +149,10 @@ def test_factors_equal_those_channels_first(every_format, monkeypatch):
                     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize(("rest", "edits"), [("edited-copy", True), ("edited-image", True), ("edited-before", False)])
+@pytest.mark.parametrize(
+    ("rest", "edits"),
+    [("edited-copy", True), ("edited-image", True), ("edited-contiguous", True), ("edited-before", False)],
+)
 def test_an_edit_that_would_show_goes_channels_first(every_format, rest, edits):
     module, inputs = build(lambda: Net(RESTS[rest]), (5, 2, 8, 8))
     program = engine.load(traced(module, inputs))

@@ -22,7 +22,10 @@ _CONVOLUTIONS = frozenset(("conv2d", "_convolution", "convolution"))
 _NORMALISATIONS = frozenset(
     ("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
 )
-_RESHAPING = frozenset(("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "_unsafe_view"))
+_VIEWS = frozenset(("view", "view_as", "_unsafe_view"))
+"""What refuses a tensor that it would have to copy."""
+_SHUFFLES = frozenset(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"))
+"""Reshapings whose schemas do not say so."""
 
 
 class LayoutShows(Exception):
@@ -77,16 +80,26 @@ class ChannelsLast:
         """
         if call.writes and any(_place(arguments[position]) in self._parted for position in call.writes):
             raise LayoutShows
-        if call.name not in _RESHAPING or arguments[0].is_contiguous():
+        source = arguments[0] if arguments else None
+        if not isinstance(source, Tensor) or source.is_contiguous():
             return call.invoke(arguments)
         try:
             result = call.invoke(arguments)
         except RuntimeError:
-            result = call.invoke([arguments[0].contiguous(), *arguments[1:]])
-        places = {_place(arguments[0]), _place(result)}
-        if len(places) > 1:
-            self._parted |= places
+            if call.name not in _VIEWS:
+                raise
+            result = call.invoke([source.contiguous(), *arguments[1:]])
+        if _may_share(call) and isinstance(result, Tensor):
+            places = {_place(source), _place(result)}
+            if len(places) > 1:
+                self._parted |= places
         return result
+
+
+def _may_share(call: OperatorCall) -> bool:
+    """Whether an operator may return a view of its first argument, or that itself."""
+    returns = call.overload._schema.returns
+    return call.name in _SHUFFLES or any(each.alias_info is not None for each in returns)
 
 
 def _place(tensor: Any) -> int:
