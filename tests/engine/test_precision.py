@@ -4,7 +4,10 @@ import threading
 
 import pytest
 import torch
+from tests.engine import checking
 from tests.engine.reference import Reference
+from tests.engine.test_layouts import RESTS
+from tests.engine.test_layouts import Net as Rest
 from torch import nn
 
 import curvature_engine as engine
@@ -155,7 +158,8 @@ def test_channels_last_is_how_the_operators_find_their_tensors():
             return func(*args, **(kwargs or {}))
 
     seen = []
-    program, (x, y) = engine.load(torch.jit.script(net())), batch()
+    # In float32, a CPU gets its images so without being asked.
+    program, (x, y) = engine.load(torch.jit.script(net(torch.float64))), batch(torch.float64)
     with Spy():
         engine.analyze(program, x, y, ["variance"])
         usual, seen[:] = list(seen), []
@@ -165,6 +169,33 @@ def test_channels_last_is_how_the_operators_find_their_tensors():
     assert usual == [[True, False]] * len(usual)
     assert seen == [[True, True]] * measured + [[True, False]] * len(usual)
     assert all(p.tensor.is_contiguous() for p in program.parameters.values())
+
+
+@pytest.mark.parametrize("rest", RESTS)
+def test_channels_last_gives_the_same_numbers_or_is_refused(rest):
+    module, inputs = checking.build(lambda: Rest(RESTS[rest]), (5, 2, 8, 8))
+    model = torch.jit.script(module) if rest == "strides" else checking.traced(module, inputs)
+    y = torch.arange(5) % 3
+    usual = engine.analyze(model, inputs, y, ["variance", "batch_grad"])
+    if rest in ("strides", "edited-copy", "edited-image"):
+        with pytest.raises(engine.EngineError, match="might compute something else") as refused:
+            engine.analyze(model, inputs, y, ["variance"], channels_last=True)
+        assert refused.value.param == "channels_last"
+        return
+    found = engine.analyze(model, inputs, y, ["variance", "batch_grad"], channels_last=True)
+    for label, group in usual.groups.items():
+        for name, value in group.items():
+            assert relative(found[label][name], value) <= 1e-12, (label, name)
+
+
+def test_volumes_lie_channels_last_too():
+    torch.manual_seed(0)
+    layers = nn.Conv3d(2, 3, 2), nn.Tanh(), nn.MaxPool3d(2), nn.Flatten(), nn.Linear(24, 3)
+    model = torch.jit.script(nn.Sequential(*layers).double().eval())
+    batch = torch.randn(4, 2, 5, 5, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 1])
+    usual, found = (engine.analyze(model, *batch, ["variance"], channels_last=c)["variance"] for c in (False, True))
+    for name, value in usual.items():
+        assert relative(found[name], value) <= 1e-12, name
 
 
 def test_a_model_that_edits_its_parameters_is_refused_in_every_layout():
