@@ -178,9 +178,18 @@ class ClosedForm(Contribution):
         """The gradients of a block of samples, of fewer where memory runs out."""
         while True:
             try:
-                return self.gradients(slice(first, first + self.block))
+                return self._made(slice(first, first + self.block))
             except (RuntimeError, MemoryError) as error:
                 self._halve(error)
+
+    def _made(self, block: slice) -> Tensor:
+        """Those of some samples, with the bits that `write_into` gives them."""
+        if len(self.uses) == 1 or torch.is_grad_enabled():
+            return self.gradients(block)
+        n = len(range(*block.indices(self._N)))
+        out = self._like.new_empty((n, *self.shape), dtype=accumulation_dtype(self._like.dtype))
+        self._write(block, out)
+        return out
 
     def _halve(self, error: RuntimeError | MemoryError) -> None:
         """Make room, or take fewer samples at a time from now on, if that may help against an error; else raise it."""
