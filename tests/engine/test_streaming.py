@@ -40,12 +40,15 @@ def setup(name):
 @pytest.mark.parametrize("name", ["two_inputs", "tied_embedding", "lstm", "frozen_parameter"])
 def test_files_hold_the_same_bits(name, tmp_path, monkeypatch):
     program, inputs, targets = setup(name)
+    other, *_ = setup(name)  # a program keeps its plans
+    for key, parameter in program.parameters.items():
+        assert torch.equal(other.parameters[key].tensor, parameter.tensor)
     requests = [*STREAMED, *BESIDE]
     # The same chunks and blocks, with and without files.
     monkeypatch.setattr(planner, "LEAST_FILE_BYTES", 2**62)
     memory = engine.analyze(program, inputs, targets, requests, budget_bytes=1)
     monkeypatch.setattr(planner, "LEAST_FILE_BYTES", 1)
-    files = engine.analyze(program, inputs, targets, requests, budget_bytes=1, results_dir=tmp_path)
+    files = engine.analyze(other, inputs, targets, requests, budget_bytes=1, results_dir=tmp_path)
     assert memory.plan.streamed == ()
     assert len(files.plan.streamed) == len(STREAMED)
     assert {p.name for p in tmp_path.iterdir()} == {f"{label}.safetensors" for label in files.plan.streamed}
