@@ -303,7 +303,7 @@ class ClosedForm(Contribution):
 
         Fresh memory costs more than the products that fill it, and a small buffer stays in the cache.
         """
-        size = self._hot_samples
+        size = self._samples_written(reduced=True)
         buffer = self._like.new_empty((size, *self.shape), dtype=accumulation_dtype(self._like.dtype))
         for first in range(0, self._N, size):
             place = buffer[: self._N - first]
@@ -361,17 +361,18 @@ class ClosedForm(Contribution):
     def _samples_written(self, *, reduced: bool) -> int:
         """How many samples' gradients are written to their place at a time: all, if they take nothing beside it."""
         single = self.single()
-        if reduced and (single is None or single[2].whole):
-            return self._hot_samples
-        if single is None:
-            return self.block
-        prepared, g, rule = single
-        held = rule.into_elements(prepared.use.role, _first(prepared.saved), g[:1]) * g.element_size()
         size = self._N
-        if held:
-            least = torch.get_num_threads() * held  # which share the samples among them
-            size = max(1, min(self._N, self._budget_bytes // held, max(least, _held_bytes(g.device)) // held))
-        return min(size, self.block) if reduced else size
+        if single is None:
+            size = self.block
+        else:
+            prepared, g, rule = single
+            held = rule.into_elements(prepared.use.role, _first(prepared.saved), g[:1]) * g.element_size()
+            if held:
+                least = torch.get_num_threads() * held  # which share the samples among them
+                size = max(1, min(size, self._budget_bytes // held, max(least, _held_bytes(g.device)) // held))
+        if reduced:
+            size = min(size, self._hot_samples if single is None or single[2].whole else self.block)
+        return size
 
     def _slices(self) -> Iterator[slice]:
         # A shorter form's intermediates do not grow with the parameter; keep blocks large.

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from curvature_engine.closed_form import PreparedUse, prepare_use
@@ -39,7 +38,8 @@ class Methods:
         self.uses: dict[str, list[PreparedUse]] = {}
         self.at_hand: dict[int, Tensor | None] = {}
         self._verified = True
-        self._finite: list[Tensor] = []
+        self._outputs: list[Tensor] = []
+        """Of parts whose numbers have not been looked at: that is left to the end."""
         self.verification: str | None = None
         self.verdict: Verdict | None = None
 
@@ -58,9 +58,8 @@ class Methods:
     @property
     def verified(self) -> bool:
         """Whether the run-time checks held in every part, and its outputs are finite; waits for these."""
-        if self._verified and self._finite:
-            self._verified = bool(torch.stack(self._finite).all() if len(self._finite) > 1 else self._finite[0])
-            self._finite.clear()
+        self._verified = self._verified and all(all_finite(outputs) for outputs in self._outputs)
+        self._outputs.clear()
         return self._verified
 
     def leave(self) -> None:
@@ -146,10 +145,7 @@ class Methods:
                 verdicts.keep(path, verdict)
                 self._order.judged.add(path)
         self.verification = found if self.verification is None else least([self.verification, found])
-        if outputs.device.type == "cpu":
-            self._verified = self._verified and all_finite(outputs)
-        else:
-            self._finite.append(torch.isfinite(outputs.detach()).all())  # read at the end
+        self._outputs.append(outputs.detach())
         self._verified = self._verified and verdict.finite
         if not verdict.finite:
             self.distrust()

@@ -92,7 +92,8 @@ class BackwardPasses:
         """Take up a part: find which of its rows belongs to which sample, and each parameter's method."""
         self._check_differentiable(part.outputs)
         self._part = part
-        self._of_loss = cache(lambda: part.rows(self._bound.gradient()))
+        bound = self._bound  # not itself, which then would live until a cycle is looked for, and the graph with it
+        self._of_loss = cache(lambda: part.rows(bound.gradient()))
         self._methods.enter(part, self._of_loss)
         self._columns = Columns(self._order, self._selected, self._methods, part, self._of_loss, self.kept_bytes)
         if any(r.extension.columns == "averaged" for r in self._order.requests):
