@@ -68,7 +68,8 @@ class Geometry:
                 1,
             ),
         )
-        return windows.reshape(len(x), space[0], prod(positions[1:]), prod(self.kernel[1:]) * x.shape[1])
+        # Written out: as a view of overlapping windows it would be copied for every place in the first axis.
+        return windows.reshape(len(x), space[0], prod(positions[1:]), prod(self.kernel[1:]) * x.shape[1]).contiguous()
 
     def sliding(self, wide: Tensor, positions: Sequence[int]) -> Iterator[Tensor]:
         """Per place in the kernel's first axis, the windows at all positions: [u, Π positions, k₁…·c].
