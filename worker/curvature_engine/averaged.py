@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from curvature_engine.closed_form import PreparedUse
+from curvature_engine.prepared_uses import PreparedUse
 
 
 @dataclass(frozen=True)

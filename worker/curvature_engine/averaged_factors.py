@@ -11,10 +11,11 @@ from curvature_engine.averaging import Averaging
 from curvature_engine.budget import Budget
 from curvature_engine.chain import EdgeKey, Links, edge_key, unsupported_chain
 from curvature_engine.chain_steps import Step, trace_chain
-from curvature_engine.closed_form import ClosedForm, PreparedUse
+from curvature_engine.closed_form import ClosedForm
 from curvature_engine.contributions import Contribution
 from curvature_engine.extensions import Accumulator
 from curvature_engine.losses import BoundLoss
+from curvature_engine.prepared_uses import PreparedUse
 
 
 class AveragedFactors:

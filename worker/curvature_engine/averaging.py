@@ -21,11 +21,11 @@ from torch import Tensor
 from curvature_engine.budget import Budget
 from curvature_engine.chain import Socket, anchor, unsupported_chain
 from curvature_engine.chain_steps import Step, output_edge, shapes_of
-from curvature_engine.closed_form import PreparedUse
 from curvature_engine.errors import EngineError
 from curvature_engine.losses import BoundLoss
 from curvature_engine.passages import Passage, average_diagonal, average_selected, average_varying, conjugate
 from curvature_engine.precision import accumulation_dtype
+from curvature_engine.prepared_uses import PreparedUse
 from curvature_engine.sample_layouts import Layout
 
 

@@ -2,19 +2,16 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from curvature_engine.kernels import choice
+from curvature_engine.prepared_uses import PreparedUse
 
-if TYPE_CHECKING:
-    from curvature_engine.closed_form import PreparedUse
-
-Unfold = Callable[["PreparedUse", int], Tensor | None]
+Unfold = Callable[[PreparedUse, int], Tensor | None]
 
 
-def fused_squares(prepared: "PreparedUse", g: Tensor, block: int, unfold: Unfold) -> list[Tensor] | None:
+def fused_squares(prepared: PreparedUse, g: Tensor, block: int, unfold: Unfold) -> list[Tensor] | None:
     """Σ_n g_n² in the rule's pieces, from `block` samples at a time; None where the plain form is to be taken.
 
     Args:

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from curvature_engine.closed_form import PreparedUse, prepare_use
 from curvature_engine.errors import EngineError
 from curvature_engine.judgement import confirm, judge, proved_strides, random_cotangent, reproducible, uses_by_parameter
 from curvature_engine.orders import Order
 from curvature_engine.precision import all_finite
+from curvature_engine.prepared_uses import PreparedUse, prepare_use
 from curvature_engine.probe import Verdict
 from curvature_engine.products import exactly
 from curvature_engine.program import Parameter

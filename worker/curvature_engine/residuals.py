@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from curvature_engine.closed_form import ClosedForm, PreparedUse
+from curvature_engine.closed_form import ClosedForm
 from curvature_engine.errors import EngineError
 from curvature_engine.flatness import is_piecewise_affine
 from curvature_engine.judgement import random_cotangent
 from curvature_engine.losses import accumulation_dtype
+from curvature_engine.prepared_uses import PreparedUse
 from curvature_engine.probe import Code, predicts, scaled
 from curvature_engine.tape import backward
 from curvature_engine.watched import Derivation

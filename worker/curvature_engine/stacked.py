@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from curvature_engine.closed_form import ClosedForm, PreparedUse
+from curvature_engine.closed_form import ClosedForm
+from curvature_engine.prepared_uses import PreparedUse
 from curvature_engine.reductions import Outer
 from curvature_engine.rules.linear import LinearRule
 

@@ -9,11 +9,11 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 from torch import Tensor
 
 from curvature_engine.averaged import Averaged
-from curvature_engine.closed_form import PreparedUse
 from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.mergers import Merger
 from curvature_engine.options import Options
 from curvature_engine.precision import accumulation_dtype
+from curvature_engine.prepared_uses import PreparedUse
 from curvature_engine.stacked import Stacked
 from curvature_engine.stores import ResultStore, Slab
 

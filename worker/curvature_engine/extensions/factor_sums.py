@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from curvature_engine.closed_form import ClosedForm, PreparedUse
+from curvature_engine.closed_form import ClosedForm
+from curvature_engine.prepared_uses import PreparedUse
 from curvature_engine.rules import Rule
 from curvature_engine.rules.gram import Gram, gram_multiply_adds
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature_engine.closed_form import ClosedForm, PreparedUse
+from curvature_engine.closed_form import ClosedForm
 from curvature_engine.contributions import Absent, Contribution
 from curvature_engine.errors import EngineError
 from curvature_engine.extensions.base import Accumulator, Extension, ForeseenUse, KroneckerFactors, Setting, Sketch
@@ -34,6 +34,7 @@ from curvature_engine.extensions.factor_sums import (
 )
 from curvature_engine.extensions.mergers import OWN, Merger, State, companion
 from curvature_engine.extensions.schemas import MC_SAMPLES
+from curvature_engine.prepared_uses import PreparedUse
 from curvature_engine.rules.gram import add_gram, gram_multiply_adds
 from curvature_engine.stacked import Stacked
 from curvature_engine.tape import Use
