@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from statistics import geometric_mean, median
 
 from benchmarks.bench.cells import Cell
+from benchmarks.bench.growth import growth
 from benchmarks.bench.peers import TITLES
 from benchmarks.bench.report import title
 
@@ -31,6 +32,9 @@ def summary(cells: list[Cell], peers: list[str]) -> Iterator[str]:
     yield from (f"- `{work}`: {line}" for work in AGAINST_FLOORS if (line := near_floor(cells, work)))
     if line := all_against_dearest(cells):
         yield f"\n**The five first-order quantities together**: {line}"
+    if lines := list(growth(cells)):
+        yield "\n**Growth** (straight lines by least squared relative errors):"
+        yield from lines
 
 
 def _told(found: Rated) -> str:

@@ -79,3 +79,14 @@ cell = cells.measure(case, WORKS["batch_grad"], ["naive", "functional"], Effort(
 print(sorted(cell.wrong), sorted(cell.ratios))
 """
     assert run(["-c", program]).stdout.strip() == "['naive'] ['functional']"
+
+
+def test_growth_is_a_straight_line_and_how_far_off_times_are():
+    program = "from benchmarks.bench.growth import Line; import dataclasses, json, sys;"
+    program += "print(json.dumps(dataclasses.astuple(Line.through(json.loads(sys.argv[1])))))"
+    done = run(["-c", program, json.dumps([[1, 3], [2, 5], [4, 9]])])
+    assert json.loads(done.stdout) == pytest.approx([1, 2, 0], abs=1e-12)
+    start, slope, deviation = json.loads(run(["-c", program, json.dumps([[8, 1], [32, 4], [128, 20]])]).stdout)
+    assert slope > 0
+    assert deviation == pytest.approx(max(abs(start + slope * x - y) / y for x, y in ((8, 1), (32, 4), (128, 20))))
+    assert 0.01 < deviation < 0.5
