@@ -240,6 +240,8 @@ def test_a_confined_child_loads_computes_and_writes(folder, threads):
             "parameters": "trainable",
             "eval": True,
             "verify": False,
+            "precision": "float32",
+            "channels_last": False,
         }
         wanted = [{"name": "diag_ggn_exact", "label": "d", "options": {}}]
         order = {"kind": "analysis", "model": "model", "batch": "batch", "part": None, "most_bytes": None}
