@@ -60,6 +60,10 @@ class Case:
         return torch.randint(self.classes, (self.N,), generator=torch.Generator().manual_seed(2)).to(self.place.device)
 
     @property
+    def of_images(self) -> bool:
+        return len(self.net.shape) == 3
+
+    @property
     def loss(self) -> dict[str, Any]:
         """The engine's name of it: the mean over all samples and positions."""
         options = {"class_axis": "last"} if self.positions > 1 else {}

@@ -11,7 +11,11 @@ and ReLUs whose input is a rounding error from zero, take some digits of float32
 
 
 class Differs(Exception):
-    """A peer's result is another than ours."""
+    """A peer's result is another than ours: `by` how much, if it has the same names and shapes."""
+
+    def __init__(self, message: str, by: float | None = None) -> None:
+        super().__init__(message)
+        self.by = by
 
 
 def worst_error(ours: Results, theirs: Results) -> float:
@@ -31,7 +35,7 @@ def check(ours: Results, theirs: Results, dtype: torch.dtype) -> float:
     """
     error = worst_error(ours, theirs)
     if not error <= TOLERANCES[dtype]:
-        raise Differs(f"differs from ours by {error:.1e}")
+        raise Differs(f"differs from ours by {error:.1e}", error)
     return error
 
 

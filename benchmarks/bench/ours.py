@@ -17,12 +17,12 @@ def _program(case: Case) -> engine.Program:
     return engine.load(torch.jit.script(case.module), device=case.place.device)
 
 
-def ours(case: Case, work: Work) -> Job:
+def ours(case: Case, work: Work, *, channels_last: bool = False) -> Job:
     program = _program(case)
     requests = [{"name": request.name, "options": request.options} for request in work.requests]
 
     def run(labels: Tensor | None = None) -> engine.Analysis:
-        return engine.analyze(program, case.inputs, case.targets, requests, loss=case.loss)
+        return engine.analyze(program, case.inputs, case.targets, requests, loss=case.loss, channels_last=channels_last)
 
     def read(analysis: engine.Analysis) -> Results:
         if analysis.plan.streamed:

@@ -48,6 +48,14 @@ def rounds(cell: Cell) -> str:
 
 def remarks(cells: list[Cell], skipped: dict[str, str]) -> Iterator[str]:
     """Who could not, and why: a line for each reason; and what is wrong."""
+    kinks = [
+        f"{title(c)}, `{c.work}`, {TITLES[who]}: {c.errors[who]:.0e} in float32, {error:.0e} in float64"
+        for c in cells
+        for who, error in c.in_float64.items()
+    ]
+    if kinks:
+        yield "\nDifferences where a ReLU's input is a rounding error from zero, gone in float64:\n"
+        yield from (f"- {line}" for line in kinks)
     wrong = [f"{title(c)}, {c.work}, {TITLES[who]}: {said}" for c in cells for who, said in c.wrong.items()]
     if wrong:
         yield "\n## Wrong, and therefore not timed\n"

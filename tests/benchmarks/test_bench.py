@@ -90,3 +90,21 @@ def test_growth_is_a_straight_line_and_how_far_off_times_are():
     assert slope > 0
     assert deviation == pytest.approx(max(abs(start + slope * x - y) / y for x, y in ((8, 1), (32, 4), (128, 20))))
     assert 0.01 < deviation < 0.5
+
+
+def test_who_differs_by_more_than_rounding_is_asked_again_in_float64():
+    program = """
+import json, torch
+from benchmarks.bench import cells, equality
+from benchmarks.bench.cases import Case, Place
+from benchmarks.bench.works import WORKS
+case = Case("3c3d", 2, 10, Place(torch.device("cpu"), torch.float32))
+found = [cells._error_in_float64("backpack", case, WORKS["batch_grad"])]
+equality.TOLERANCES[torch.float64] = 0.0
+found.append(cells._error_in_float64("backpack", case, WORKS["batch_grad"]))
+print(json.dumps([*found, torch.get_default_dtype() == torch.float32]))
+"""
+    agreed, refused, restored = json.loads(run(["-c", program]).stdout)
+    assert 0 < agreed < 1e-13
+    assert refused is None
+    assert restored
