@@ -236,6 +236,23 @@ def test_a_cpu_without_such_products_refuses_them(monkeypatch):
         engine.analyze(net(), *batch(), ["grad"], precision="bf16")
 
 
+def test_threads_lay_one_program_out_one_after_another():
+    program, (x, y) = engine.load(torch.jit.script(net(torch.float64))), batch(torch.float64)
+    expected, found = engine.analyze(program, x, y, ["variance"], channels_last=True)["variance"], []
+
+    def analyze():
+        found.extend(engine.analyze(program, x, y, ["variance"], channels_last=True)["variance"] for _ in range(3))
+
+    threads = [threading.Thread(target=analyze) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(found) == 12
+    assert all(torch.equal(each[name], expected[name]) for each in found for name in expected)
+    assert all(p.tensor.is_contiguous() for p in program.parameters.values())
+
+
 def test_channels_last_without_images_is_refused():
     with pytest.raises(engine.EngineError, match="there is none") as refused:
         engine.analyze(nn.Linear(3, 2), torch.ones(2, 3), torch.tensor([0, 1]), ["grad"], channels_last=True)

@@ -1,7 +1,8 @@
 """Backward passes to the taps: one for the loss's gradient, one per column of the square root of its Hessian.
 
-Each is reduced by every extension that asked for it before the next is made. The samples come in one part, or in
-several, each with a forward pass of its own; the loss is always that of the whole batch.
+Each is reduced by every extension that asked for it before the next is made; through a program's head, columns go
+together. The samples come in one part, or in several, each with a forward pass of its own; the loss is always that of
+the whole batch.
 """
 
 import math

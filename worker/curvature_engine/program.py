@@ -1,5 +1,6 @@
 """A loaded model: a front end on a device, what is known of it, and its forward passes."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -69,6 +70,8 @@ class Program:
         self.verdicts = Verdicts()
         self._channels_last = pays(device, front.operators(), asks_layout=front.asks_layout)
         self._asked = False
+        self._layout = threading.RLock()
+        """Held within `channels_last`: two threads that exchange the parameters' memory would restore each other's."""
         self._usual: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -85,15 +88,16 @@ class Program:
         """
         if tells(self.front.operators(), asks_layout=self.front.asks_layout):
             raise _layout_shows("the model asks how its tensors lie in memory")
-        images = {id(t): t for p in self.parameters.values() for t in p.tensors if has_image_layout(t)}
-        self._usual, places = [(t, t.data) for t in images.values()], self._parameter_places
-        self._asked = True
-        try:
-            with _holding([(t, channels_last(data)) for t, data in self._usual]):
-                self._parameter_places = places | {t.untyped_storage().data_ptr() for t in images.values()}
-                yield
-        finally:
-            self._asked, self._usual, self._parameter_places = False, [], places
+        with self._layout:
+            images = {id(t): t for p in self.parameters.values() for t in p.tensors if has_image_layout(t)}
+            self._usual, places = [(t, t.data) for t in images.values()], self._parameter_places
+            self._asked = True
+            try:
+                with _holding([(t, channels_last(data)) for t, data in self._usual]):
+                    self._parameter_places = places | {t.untyped_storage().data_ptr() for t in images.values()}
+                    yield
+            finally:
+                self._asked, self._usual, self._parameter_places = False, [], places
 
     @contextmanager
     def usual_layout(self) -> Iterator[None]:
