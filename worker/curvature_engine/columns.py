@@ -1,10 +1,12 @@
 """What one column, propagated back through a part, contributes to every parameter."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvature_engine.closed_form import ClosedForm
 from curvature_engine.contributions import Absent, Contribution, Fallback, Materialised
@@ -14,10 +16,15 @@ from curvature_engine.orders import Order
 from curvature_engine.precision import accumulation_dtype
 from curvature_engine.program import Parameter
 from curvature_engine.stacked import Stacked
+from curvature_engine import streaming
+from curvature_engine.streaming import Arrivals, Stream
 from curvature_engine.tape import backward
 from curvature_engine.tasks import Part
 from curvature_engine.unfolded import Unfolded
 from curvature_engine.verification import Verification
+
+Take = Callable[[str, Contribution], None]
+"""Takes a parameter's contribution, whose gradients may be let go when it returns."""
 
 
 class Columns:
@@ -40,6 +47,27 @@ class Columns:
         self._unfolded = Unfolded(kept_bytes)
         self._order, self._selected, self._methods = order, selected, methods
         self._part, self._gradient = part, gradient
+        self._ways: dict[Hashable, Stream] = {}
+
+    def take(self, cotangent: Tensor, take: Take) -> None:
+        """Have every parameter's contribution under a cotangent taken: where that pays, as its gradients arrive."""
+        if not self._streams or (self._methods.at_hand and cotangent is self._gradient()):
+            for name, contribution in self.contributions(cotangent):
+                take(name, contribution)
+            return
+        outputs = self._part.outputs
+        self._stream(self._way(get_gradient_edge(outputs), self._needed), outputs, cotangent, self._selected, {}, take)
+
+    def take_with_gradient(self, leaves: Sequence[Tensor], take: Take, taken: set[int]) -> list[Tensor | None] | None:
+        """`take` under the loss's gradient, which the same pass brings to `leaves`; None where that does not pay.
+
+        Where gradients lay that may have been kept is added to `taken`.
+        """
+        if not self._streams or self._methods.at_hand:
+            return None
+        outputs = self._part.outputs
+        way = self._way(get_gradient_edge(outputs), self._needed, leaves)
+        return self._stream(way, outputs, self._gradient(), self._selected, {}, take, taken)
 
     def ordinary_gradient(self, leaves: Sequence[Tensor], *, keep: bool) -> list[Tensor | None]:
         """The loss's gradient in parameters; with `keep` those at the taps, which the same pass meets, are at hand."""
@@ -64,7 +92,10 @@ class Columns:
     @property
     def _needed(self) -> list[int]:
         """The taps at which gradients are needed."""
-        return sorted({u.tap_index for uses in self._methods.uses.values() for u in uses})
+        return self._needed_for(self._methods.uses)
+
+    def _needed_for(self, names: Collection[str]) -> list[int]:
+        return sorted({u.tap_index for name in names for u in self._methods.uses[name]})
 
     def stacked(self, passed: Passed, k: int) -> Iterator[tuple[str, Stacked]]:
         """What k columns contribute to the parameters in the head alone."""
@@ -75,20 +106,34 @@ class Columns:
             stacked = [(u, u.arranged_gradients(passed.taps[u.tap_index])) for u in uses]
             yield name, Stacked(stacked, parameter.tensor, k, self._part.n, self._order.budget.block_bytes)
 
-    def one_of(
-        self, passed: Passed, column: int, cotangent: Tensor, names: Collection[str]
-    ) -> Iterator[tuple[str, Contribution]]:
-        """What one of the columns that went through the head together contributes to some parameters.
+    def take_one_of(self, passed: Passed, column: int, cotangent: Tensor, names: Collection[str], take: Take) -> None:
+        """As `take`, of one of the columns that went through the head together, and for some parameters.
 
         Under `verify` it is checked for all parameters.
         """
+        known = self._in_head(passed, column, names)
+        rest = [i for i in self._needed_for(names) if i not in known]
+        end = None if self.head is None else self.head.end
+        if self._streams and rest and end is not None and passed.behind is not None:
+            self._stream(self._way(end, rest), end, passed.behind[column], names, known, take)
+            return
+        for name, contribution in self._one_of(passed, column, cotangent, names):
+            take(name, contribution)
+
+    def _in_head(self, passed: Passed, column: int, names: Collection[str]) -> dict[int, Tensor | None]:
+        """The gradients at the head's taps that some parameters need, of one of the columns."""
+        taps = self._part.forward.tape.taps
+        inside = (i for i in self._needed_for(names) if i in passed.taps)
+        return {i: taps[i].shaped([passed.taps[i][column]])[0] for i in inside}
+
+    def _one_of(
+        self, passed: Passed, column: int, cotangent: Tensor, names: Collection[str]
+    ) -> Iterator[tuple[str, Contribution]]:
         verification = self._verification(cotangent)
         if verification is not None:
             names = self._selected
-        needed = {u.tap_index for name in names for u in self._methods.uses[name]}
-        taps = self._part.forward.tape.taps
-        gradients = {i: taps[i].shaped([passed.taps[i][column]])[0] for i in needed if i in passed.taps}
-        rest = sorted(needed - gradients.keys())
+        gradients = self._in_head(passed, column, names)
+        rest = [i for i in self._needed_for(names) if i not in gradients]
         if self.head is None or self.head.end is None or passed.behind is None:
             gradients |= dict.fromkeys(rest)
         elif rest:
@@ -113,6 +158,54 @@ class Columns:
                 verification.check(name, contribution)
             yield name, contribution
         self._heed(verification)
+
+    @cached_property
+    def _streams(self) -> bool:
+        """Whether gradients are reduced as they arrive: where they are large, and nothing else goes back meanwhile."""
+        order, taps = self._order, self._part.forward.tape.taps
+        if self._part.outputs.device.type != "cpu" or order.verify or order.against:
+            return False
+        if "fallback" in self._methods.by_parameter.values():
+            return False
+        itemsize = self._part.outputs.element_size()
+        return sum(math.prod(taps[i].shapes[0]) for i in self._needed) * itemsize >= streaming.LEAST_BYTES
+
+    def _way(self, start: GradientEdge, numbers: Sequence[int], leaves: Sequence[Tensor] = ()) -> Stream:
+        """The way from an edge to some taps and to leaves; columns go the same ways."""
+        key = *numbers, *(id(leaf) for leaf in leaves)
+        if key not in self._ways:
+            taps = self._part.forward.tape.taps
+            self._ways[key] = Stream(start, {i: taps[i] for i in numbers}, leaves)
+        return self._ways[key]
+
+    def _stream(
+        self,
+        way: Stream,
+        start: Tensor | GradientEdge,
+        cotangent: Tensor,
+        names: Collection[str],
+        known: dict[int, Tensor | None],
+        take: Take,
+        taken: set[int] | None = None,
+    ) -> list[Tensor | None]:
+        uses = {name: {u.tap_index for u in self._methods.uses[name]} for name in self._selected if name in names}
+
+        def ready(name: str, gradients: dict[int, Tensor | None]) -> None:
+            take(name, self.closed(name, self._selected[name], gradients))
+
+        arrivals = Arrivals(uses, ready)
+
+        def receive(number: int, gradient: Tensor | None) -> None:
+            if taken is not None and gradient is not None:
+                taken.add(gradient.untyped_storage().data_ptr())
+            arrivals.receive(number, gradient)
+
+        for number, gradient in known.items():
+            arrivals.receive(number, gradient)
+        found = way.back(start, cotangent, receive)
+        for name in (name for name, numbers in uses.items() if not numbers):
+            ready(name, {})
+        return found
 
     def _verification(self, cotangent: Tensor) -> Verification | None:
         return Verification(self._part.outputs, self._selected, cotangent) if self._order.verify else None

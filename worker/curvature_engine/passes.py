@@ -7,15 +7,16 @@ the whole batch.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from curvature_engine.averaged_factors import AveragedFactors
 from curvature_engine.chain import edge_key, reached_edges
-from curvature_engine.columns import Columns
+from curvature_engine.columns import Columns, Take
 from curvature_engine.contributions import Contribution
 from curvature_engine.errors import EngineError
 from curvature_engine.extensions import WHOLE, Accumulator, Setting
@@ -30,6 +31,8 @@ from curvature_engine.residuals import Residuals, affine, find_bends
 from curvature_engine.results import Group
 from curvature_engine.stores import Layout, ResultStore
 from curvature_engine.tasks import Part, Share, Task, chosen_samples
+
+T = TypeVar("T")
 
 
 class BackwardPasses:
@@ -120,13 +123,11 @@ class BackwardPasses:
 
     def compute(self) -> None:
         """Add the current part to every result."""
-        self._add_gradient()
         shares = [share for task in self._tasks if (share := task.share(self._part)) is not None]
         first = [s for s in shares if s.columns == "gradient"]
         exact = [s for s in shares if s.columns == "exact"]
         sampled = [s for s in shares if s.columns == "sampled"]
-        if first:
-            self._column(self._gradient, first)
+        self._first_order(first)
         self._methods.at_hand = {}
         if exact:
             make = self._bound.root_column if self._any_root else self._bound.exact_column
@@ -261,16 +262,33 @@ class BackwardPasses:
             self._order.part is not None,
         )
 
-    def _add_gradient(self) -> None:
-        if not any(r.extension.name == "grad" for r in self._order.requests):
-            return
-        leaves = [t for p in self._selected.values() for t in p.tensors]
-        keep = any(t.request.extension.columns == "gradient" for t in self._tasks)
-        gradients = self._columns.ordinary_gradient(leaves, keep=keep)
-        at_hand = (g for g in self._methods.at_hand.values() if g is not None)
-        saved = (t for tap in self._part.forward.tape.taps for t in tap.saved)
-        kept = [self._gradient, *leaves, *at_hand, *saved]
-        place, taken = 0, {t.untyped_storage().data_ptr() for t in kept}
+    def _first_order(self, shares: list[Share]) -> None:
+        """Take the loss's gradient, that of the whole where it is asked for, by one pass together."""
+        if any(r.extension.name == "grad" for r in self._order.requests):
+            leaves = [t for p in self._selected.values() for t in p.tensors]
+            taken = {t.untyped_storage().data_ptr() for t in [self._gradient, *leaves, *self._saved]}
+            gradients = None
+            if shares:
+                with torch.no_grad():
+                    gradients = self._columns.take_with_gradient(leaves, self._taking(shares), taken)
+            if gradients is not None:
+                self._advance()
+                shares = []
+            else:
+                gradients = self._columns.ordinary_gradient(leaves, keep=bool(shares))
+                at_hand = (g for g in self._methods.at_hand.values() if g is not None)
+                taken.update(t.untyped_storage().data_ptr() for t in at_hand)
+            self._add_gradient(gradients, taken)
+        if shares:
+            self._column(self._gradient, shares)
+
+    @property
+    def _saved(self) -> Iterator[Tensor]:
+        return (t for tap in self._part.forward.tape.taps for t in tap.saved)
+
+    def _add_gradient(self, gradients: Sequence[Tensor | None], taken: set[int]) -> None:
+        """Add what came to the parameters' tensors; `taken` is the memory of others."""
+        place = 0
         for name, parameter in self._selected.items():
             total = _sum_of(gradients[place : place + len(parameter.tensors)], parameter.tensor, taken)
             place += len(parameter.tensors)
@@ -278,14 +296,21 @@ class BackwardPasses:
 
     def _column(self, cotangent: Tensor, shares: list[Share]) -> None:
         with torch.no_grad():
-            # One that writes gradients out comes first, so that the others find theirs made.
-            shares = sorted(shares, key=lambda share: not share.accumulator.writes)
-            expected = _expected(shares)
-            for name, contribution in self._columns.contributions(cotangent):
-                contribution.expect(expected)
-                for share in shares:
-                    share.take(name, contribution)
+            self._columns.take(cotangent, self._taking(shares))
         self._advance()
+
+    @staticmethod
+    def _taking(shares: list[Share]) -> Take:
+        # One that writes gradients out comes first, so that the others find theirs made.
+        shares = sorted(shares, key=lambda share: not share.accumulator.writes)
+        expected = _expected(shares)
+
+        def take(name: str, contribution: Contribution) -> None:
+            contribution.expect(expected)
+            for share in shares:
+                share.take(name, contribution)
+
+        return take
 
     def _sweep(self, make: Callable[[int], Tensor], count: int, shares: list[Share]) -> None:
         """Take columns, several at once where that is faster."""
@@ -306,11 +331,14 @@ class BackwardPasses:
             for name, stacked in self._columns.stacked(passed, len(columns)):
                 left[name] = [share for share in shares if not share.take_stacked(name, stacked)]
             names = [name for name in self._selected if left[name]]
+
+            def take(name: str, contribution: Contribution) -> None:
+                contribution.expect(_expected(left[name]))
+                for share in left[name]:
+                    share.take(name, contribution)
+
             for v, column in enumerate(columns):
-                for name, contribution in self._columns.one_of(passed, v, column, names):
-                    contribution.expect(_expected(left[name]))
-                    for share in left[name]:
-                        share.take(name, contribution)
+                self._columns.take_one_of(passed, v, column, names, take)
                 self._advance()
 
     def _advance(self) -> None:
@@ -392,7 +420,7 @@ def _count_columns(requests: Sequence[Request], exact: int) -> dict[str, int]:
 
 
 def _fill(group: Group, accumulator: Accumulator) -> None:
-    found = accumulator.state() if accumulator.setting.part else accumulator.finish()
+    found = _in_order(accumulator.state() if accumulator.setting.part else accumulator.finish(), accumulator)
     group.missing = accumulator.missing
     if group.kind != "tensor":
         group.by_parameter = found
@@ -400,3 +428,9 @@ def _fill(group: Group, accumulator: Accumulator) -> None:
     whole = found[WHOLE]
     assert isinstance(whole, Tensor)
     group.tensors[group.label] = whole
+
+
+def _in_order(found: dict[str, T], accumulator: Accumulator) -> dict[str, T]:
+    """Results in the model's order, in which they did not come; what belongs to no parameter comes last."""
+    places = {name: i for i, name in enumerate(accumulator.setting.parameters)}
+    return {name: found[name] for name in sorted(found, key=lambda name: places.get(name, len(places)))}

@@ -39,7 +39,8 @@ class _NoiseScale(Accumulator):
         return Sketch("materialised", contribution.multiply_adds(), shapes)
 
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
-        return {**_scales(self._sums, self.setting.N)}
+        in_order = {name: self._sums[name] for name in self.setting.parameters if name in self._sums}
+        return {**_scales(in_order, self.setting.N)}
 
     def state(self) -> dict[str, Tensor | KroneckerFactors]:
         means = {companion(name, "mean"): m.mean for name, m in self._moments.items()}
