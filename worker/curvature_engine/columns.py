@@ -22,6 +22,7 @@ from curvature_engine.tape import backward
 from curvature_engine.tasks import Part
 from curvature_engine.unfolded import Unfolded
 from curvature_engine.verification import Verification
+from curvature_engine.watched import Derivation
 
 Take = Callable[[str, Contribution], None]
 """Takes a parameter's contribution, whose gradients may be let go when it returns."""
@@ -166,6 +167,8 @@ class Columns:
         if self._part.outputs.device.type != "cpu" or order.verify or order.against:
             return False
         if "fallback" in self._methods.by_parameter.values():
+            return False
+        if any(isinstance(u.use.watched.index, Derivation) for uses in self._methods.uses.values() for u in uses):
             return False
         itemsize = self._part.outputs.element_size()
         return sum(math.prod(taps[i].shapes[0]) for i in self._needed) * itemsize >= streaming.LEAST_BYTES

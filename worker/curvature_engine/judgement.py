@@ -15,7 +15,16 @@ from torch import Tensor
 from curvature_engine.errors import EngineError
 from curvature_engine.parameters import Parameter
 from curvature_engine.precision import accumulation_dtype
-from curvature_engine.probe import Attribution, Code, TapVerdict, Verdict, attribute, predicts, scaled
+from curvature_engine.probe import (
+    Attribution,
+    Code,
+    TapVerdict,
+    Verdict,
+    attribute,
+    digits_of_elements,
+    predicts,
+    scaled,
+)
 from curvature_engine.sample_axes import SampleAxes
 from curvature_engine.sample_strides import sample_numbers
 from curvature_engine.tape import Tap, Tape, Use, backward
@@ -25,6 +34,8 @@ from curvature_engine.watched import pull_back
 TOLERANCE = {torch.float64: (1e-9, 1e-12), torch.float32: (1e-3, 1e-5)}
 HALF_TOLERANCE = (5e-2, 1e-2)
 _CHUNK_ROWS = 4096
+_CHUNK_ELEMENTS = 2**22
+"""Of what summing some rows takes beside them: a convolution's patches are its images many times over."""
 
 
 def judge(outputs: Tensor, tape: Tape, parameters: Mapping[str, Parameter]) -> Verdict:
@@ -40,12 +51,12 @@ def judge(outputs: Tensor, tape: Tape, parameters: Mapping[str, Parameter]) -> V
         first = backward(outputs, [*edges, *leaves], u)
         base, totals = first[: len(edges)], first[len(edges) :]
         code = Code.for_gradients(outputs.shape[0], base)
-        others = [backward(outputs, edges, scaled(u, f)) for f in code.factors(outputs.device)] if edges else []
+        factors = code.factors(outputs.device) if edges else []
+        digits = [digits_of_elements(base, backward(outputs, edges, scaled(u, f)), code) for f in factors]
     verdicts, start = [], 0
     for tap in tape.taps:
         stop = start + len(tap.edges)
-        here, there = tap.shaped(base[start:stop]), [tap.shaped(other[start:stop]) for other in others]
-        verdict = attribute(tap, here, there, code)
+        verdict = attribute(tap, tap.shaped(base[start:stop]), [tap.shaped(d[start:stop]) for d in digits], code)
         if not verdict.pure and not tap.static:
             raise EngineError(
                 "coupled_samples",
@@ -184,19 +195,22 @@ def _mismatched(
         if any(tap.rule is None or not tap.intact for _, tap, _ in own):
             continue
         consumed = [(tap, use, g) for i, tap, use in own if (g := arrived[i]) is not None]
-        if not _agree(consumed, torch.stack(parts).sum(0) if parts else None, parameter.tensor):
+        expected = (parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)) if parts else None
+        if not _agree(consumed, expected, parameter.tensor):
             wrong.add(name)
     return frozenset(wrong)
 
 
 def _agree(consumed: Sequence[tuple[Tap, Use, Tensor]], expected: Tensor | None, parameter: Tensor) -> bool:
     """Whether the uses' summed closed forms are the gradient that autograd expects."""
-    total = _total(consumed, parameter)
-    expected = torch.zeros_like(total) if expected is None else expected.to(total.dtype)
-    if not expected.numel() or not bool(torch.isfinite(expected).all()):
+    if expected is not None and not (expected.numel() and bool(torch.isfinite(expected).all())):
         return True
+    total = _total(consumed, parameter)
+    if not total.numel():
+        return True
+    expected = torch.zeros_like(total) if expected is None else expected.to(total.dtype)
     of_sum, of_terms = TOLERANCE.get(parameter.dtype, HALF_TOLERANCE)
-    worst = (total - expected).abs().max()
+    worst = (total - expected).abs_().max()
     if bool(worst <= of_sum * expected.abs().max()):
         return True
     # The terms may cancel (a bias of attention's keys has no gradient but rounding): measure by what was summed.
@@ -205,12 +219,14 @@ def _agree(consumed: Sequence[tuple[Tap, Use, Tensor]], expected: Tensor | None,
 
 def _total(consumed: Sequence[tuple[Tap, Use, Tensor]], parameter: Tensor, *, magnitudes: bool = False) -> Tensor:
     """Σ over uses and rows, of the terms or of their magnitudes: [*parameter.shape]."""
-    total = torch.zeros(parameter.shape, dtype=accumulation_dtype(parameter.dtype), device=parameter.device)
+    total = None
     for tap, use, g in consumed:
-        part = _summed(tap, use.role, g, magnitudes) if g.numel() else None
-        if part is not None:
-            part = pull_back(part, use.watched.index, total.shape)[0]
-            total += part.abs() if magnitudes else part
+        if g.numel():
+            part = pull_back(_summed(tap, use.role, g, magnitudes), use.watched.index, parameter.shape)[0]
+            part = part.abs() if magnitudes else part
+            total = part if total is None else total + part
+    if total is None:
+        return torch.zeros(parameter.shape, dtype=accumulation_dtype(parameter.dtype), device=parameter.device)
     return total
 
 
@@ -225,9 +241,12 @@ def _summed(tap: Tap, role: str, g: Tensor, magnitudes: bool) -> Tensor:
     sized = [rule.magnitude(t) if magnitudes else t for t in floats]
     saved = [whole.arrange(t, rule.row_axes) for t in sized]
     arranged = whole.arrange(rows.abs() if magnitudes else rows, rule.row_axes)
+    one = [s[:, :1] for s in saved], arranged[:, :1]
+    held = max(rule.working_elements(role, *one), rule.into_elements(role, *one))
+    size = max(1, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // max(1, held)))
     total = None
-    for first in range(0, R, _CHUNK_ROWS):
-        chunk = slice(first, first + _CHUNK_ROWS)
+    for first in range(0, R, size):
+        chunk = slice(first, first + size)
         part = rule.per_sample(role, [s[:, chunk] for s in saved], arranged[:, chunk])
         total = part if total is None else total + part
     assert total is not None

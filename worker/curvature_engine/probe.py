@@ -30,6 +30,7 @@ UNREADABLE = -3  # one does, but too small or too large for its precision to be 
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 _HALF_TOLERANCE = 2.0**-6
 _MOST_DERIVED = 4096
+_PIECE_ELEMENTS = 2**18
 
 
 @dataclass(frozen=True)
@@ -153,56 +154,88 @@ def scaled(u: Tensor, factors: Tensor) -> Tensor:
     return u * factors.to(u.dtype).view(-1, *[1] * (u.dim() - 1))
 
 
-def samples_of_elements(base: Tensor, others: Sequence[Tensor], code: Code) -> Tensor:
-    """The sample that each element belongs to, or `UNKNOWN`, `MIXED`, `UNREADABLE`.
+def digits_of_elements(
+    base: Sequence[Tensor | None], others: Sequence[Tensor | None], code: Code
+) -> list[Tensor | None]:
+    """One digit of the sample that each element of some gradients belongs to, or `UNKNOWN`, `MIXED`, `UNREADABLE`.
 
-    `base` is the gradient under the plain cotangent, `others` those under the cotangents scaled digit by digit.
+    `base` are the gradients under the plain cotangent, `others` those under the cotangent scaled by that digit. Digits
+    are bytes, made a piece at a time: of large nets' gradients nothing else of their size is to be held.
     """
+    return [
+        None if plain is None else _digits(plain, torch.zeros_like(plain) if other is None else other, code)
+        for plain, other in zip(base, others, strict=True)
+    ]
+
+
+def _digits(base: Tensor, other: Tensor, code: Code) -> Tensor:
     if base.is_complex():
-        base, others = torch.view_as_real(base), [torch.view_as_real(o) for o in others]
-    info = torch.finfo(base.dtype)
+        parts = _digits(torch.view_as_real(base), torch.view_as_real(other), code)
+        return torch.where((parts == MIXED).any(-1), MIXED, parts.max(-1).values)
+    floors = _floors(base)
+    digits = torch.empty(base.shape, dtype=torch.int8, device=base.device)
+    for plain, sent, found in zip(_pieces(base), _pieces(other), _pieces(digits), strict=True):
+        found.copy_(_digits_of_piece(plain, sent, code, *floors))
+    return digits
+
+
+def _digits_of_piece(base: Tensor, other: Tensor, code: Code, blurred: float, negligible: float) -> Tensor:
     tolerance = _TOLERANCE.get(base.dtype, _HALF_TOLERANCE)
-    blurred, negligible = _floors(base)
     # Nothing can be read off NaN, and the result shows it; what is lost in rounding may go to any sample.
     silent = (base.abs() <= negligible) | ~torch.isfinite(base)
-    unreadable = ~silent & (base.abs() < blurred)
-    mixed = torch.zeros_like(silent)
-    sample = torch.zeros(base.shape, dtype=torch.int64, device=base.device)
-    unit = 1
-    for other in others:
-        ratio = other.to(accumulation_dtype(other.dtype)) / base
-        digit = torch.log2(ratio).round()
-        nominal = torch.exp2(digit)
-        # A ratio that is no power of two, or out of range, is a sum of several samples' parts.
-        fits = ((ratio - nominal).abs() <= tolerance * nominal) & (digit >= 0) & (digit < code.levels)
-        loud = other.abs() > max(negligible, info.tiny) * 2.0**code.levels
-        mixed |= torch.where(silent, torch.isfinite(base) & loud, ~fits)
-        unreadable |= ~silent & ~torch.isfinite(other)
-        sample += digit.nan_to_num(0.0, 0.0, 0.0).clamp(0, code.levels - 1).long() * unit
-        unit *= code.levels
-    mixed |= ~silent & (sample >= code.N)
-    sample = torch.where(silent, UNKNOWN, sample)
-    sample = torch.where(mixed, MIXED, sample)
-    return torch.where(unreadable, UNREADABLE, sample)
+    unreadable = ~silent & ((base.abs() < blurred) | ~torch.isfinite(other))
+    ratio = other.to(accumulation_dtype(other.dtype)) / base
+    digit = torch.log2(ratio).round()
+    nominal = torch.exp2(digit)
+    # A ratio that is no power of two, or out of range, is a sum of several samples' parts.
+    fits = ((ratio - nominal).abs() <= tolerance * nominal) & (digit >= 0) & (digit < code.levels)
+    loud = other.abs() > max(negligible, torch.finfo(base.dtype).tiny) * 2.0**code.levels
+    mixed = torch.where(silent, torch.isfinite(base) & loud, ~fits)
+    digit = digit.nan_to_num(0.0, 0.0, 0.0).clamp(0, code.levels - 1).to(torch.int8)
+    digit = torch.where(silent, UNKNOWN, digit)
+    digit = torch.where(mixed, MIXED, digit)
+    return torch.where(unreadable, UNREADABLE, digit)
+
+
+def samples_of_elements(digits: Sequence[Tensor], code: Code) -> Tensor:
+    """The sample that each element belongs to, from its digits; or `UNKNOWN`, `MIXED`, `UNREADABLE`."""
+    samples = torch.zeros(digits[0].shape, dtype=torch.int32, device=digits[0].device)
+    for place, found in enumerate(digits):
+        samples.add_(found, alpha=code.levels**place)
+    samples.masked_fill_(samples >= code.N, MIXED)
+    # In a silent element all digits are unknown, unless something is loud.
+    for flag in (UNKNOWN, MIXED, UNREADABLE):
+        for found in digits:
+            samples.masked_fill_(found == flag, flag)
+    return samples
+
+
+def _pieces(x: Tensor) -> tuple[Tensor, ...]:
+    """Views of a tensor, none so large that temporary values of its size would matter."""
+    if x.numel() <= _PIECE_ELEMENTS or x.device.type != "cpu":
+        return (x,)
+    axis = max(range(x.dim()), key=lambda a: x.shape[a])
+    return torch.split(x, max(1, x.shape[axis] * _PIECE_ELEMENTS // x.numel()), axis)
 
 
 def _floors(gradient: Tensor) -> tuple[float, float]:
     """(below this, rounding to denormals shows; below this, an element is lost in its neighbours' rounding)."""
     info = torch.finfo(gradient.dtype)
     blurred = info.tiny * (8 if gradient.dtype == torch.float16 else 2.0**24)
-    largest = float(gradient.abs().nan_to_num(0.0, 0.0, 0.0).max()) if gradient.numel() else 0.0
+    pieces = _pieces(gradient) if gradient.numel() else ()
+    largest = max((float(p.abs().nan_to_num(0.0, 0.0, 0.0).max()) for p in pieces), default=0.0)
     return blurred, min(blurred, info.eps**2 * largest)
 
 
 def attribute(
-    tap: Tap, base: Sequence[Tensor | None], others: Sequence[Sequence[Tensor | None]], code: Code
+    tap: Tap, base: Sequence[Tensor | None], digits: Sequence[Sequence[Tensor | None]], code: Code
 ) -> TapVerdict:
-    """Judge one tap from its gradients under the plain and the scaled cotangents (one per output edge)."""
+    """Judge one tap from its gradients under the plain cotangent, and their elements' digits (one per output edge)."""
     pure, samples = True, None
     for edge, plain in enumerate(base):
         if plain is None:
             continue
-        samples = samples_of_elements(plain, [o for s in others if (o := s[edge]) is not None], code)
+        samples = samples_of_elements([d for found in digits if (d := found[edge]) is not None], code)
         pure = pure and not bool((samples == MIXED).any())
     if samples is None:
         return TapVerdict(None, pure, reached=False)
@@ -217,13 +250,13 @@ def _samples_of_rows(samples: Tensor, row_axes: int) -> Tensor | None:
     axes = samples.shape[:row_axes]
     R = math.prod(axes)
     if not samples.numel():
-        return samples.new_full(axes, UNKNOWN)
+        return samples.new_full(axes, UNKNOWN, dtype=torch.int64)
     flat = samples.reshape(R, -1)
     highest = flat.max(1).values
     if not bool(((flat == highest[:, None]) | (flat < 0)).all()):
         return None
     unreadable = (highest < 0) & (flat == UNREADABLE).any(1)
-    return None if bool(unreadable.any()) else highest.view(axes)
+    return None if bool(unreadable.any()) else highest.view(axes).long()
 
 
 def find_order(rows: Tensor, N: int) -> Attribution | None:
