@@ -74,3 +74,27 @@ def test_cost_and_memory_do_not_depend_on_free_memory_and_grow_with_the_columns(
     assert many.columns == {"gradient": 0, "exact": 0, "sampled": 500}
     assert many.gradients == pytest.approx(500 * one.gradients)
     assert many.peak_bytes == one.peak_bytes
+
+
+def sequences(N):
+    module = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(6)), torch.nn.Linear(32, 2))
+    return engine.load(torch.jit.script(module)), torch.randn(N, 10, 32), torch.randn(N, 10, 2)
+
+
+def test_a_forward_pass_counts_what_lies_behind_views():
+    program, x, targets = sequences(64)
+    plan = engine.plan(program, x, targets, ["variance"], loss="mse")
+    assert plan.forward_bytes >= 64 * 10 * (6 * 32 + 2) * 4
+
+
+def test_a_batch_goes_whole_where_the_plan_fits_and_not_where_it_does_not():
+    program, x, targets = sequences(512)
+    free = engine.plan(program, x, targets, ["variance"], loss="mse")
+    fitting = free.forward_bytes * 39 // 10  # more than a quarter of it goes to the forward pass
+    whole = engine.plan(program, x, targets, ["variance"], loss="mse", budget_bytes=fitting)
+    assert (whole.chunks, whole.whole_reason) == (1, None)
+    assert whole.peak_bytes <= fitting
+    less = engine.plan(program, x, targets, ["variance"], loss="mse", budget_bytes=free.forward_bytes * 5 // 2)
+    assert less.chunks > 1
+    assert less.peak_bytes <= less.budget_bytes
+    assert engine.plan(program, x, targets, ["variance"], loss="mse", budget_bytes=fitting) == whole

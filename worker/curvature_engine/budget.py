@@ -46,8 +46,13 @@ class Budget:
 
     @property
     def forward_bytes(self) -> int:
-        """For the graph of one forward pass: a quarter, since gradients and rearranged inputs are as large again."""
+        """For the graph of one chunk's forward pass: a quarter, since gradients and rearranged inputs come on top."""
         return self.total_bytes // 4
+
+    @property
+    def whole_bytes(self) -> int:
+        """For the graph of the whole batch's, if the gradients at its taps fit beside it: half."""
+        return self.total_bytes // 2
 
     @property
     def idle_bytes(self) -> int:

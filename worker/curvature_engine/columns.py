@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from curvature_engine import streaming
 from curvature_engine.closed_form import ClosedForm
 from curvature_engine.contributions import Absent, Contribution, Fallback, Materialised
 from curvature_engine.heads import Head, Passed, find_head
@@ -16,7 +17,6 @@ from curvature_engine.orders import Order
 from curvature_engine.precision import accumulation_dtype
 from curvature_engine.program import Parameter
 from curvature_engine.stacked import Stacked
-from curvature_engine import streaming
 from curvature_engine.streaming import Arrivals, Stream
 from curvature_engine.tape import backward
 from curvature_engine.tasks import Part
@@ -172,6 +172,19 @@ class Columns:
             return False
         itemsize = self._part.outputs.element_size()
         return sum(math.prod(taps[i].shapes[0]) for i in self._needed) * itemsize >= streaming.LEAST_BYTES
+
+    def waiting_bytes(self, all_bytes: int) -> int:
+        """What is held at a time of the gradients at all taps, which take `all_bytes`."""
+        verdict = self._methods.verdict
+        if not self._streams or verdict is None or verdict.strides is None:  # confirming one may have all at hand
+            return all_bytes
+        way = self._way(get_gradient_edge(self._part.outputs), self._needed)
+        by_parameter = ({u.tap_index for u in uses} for uses in self._methods.uses.values())
+        kept = set(way.last).union(*(numbers for numbers in by_parameter if len(numbers) > 1))
+        itemsize = accumulation_dtype(self._part.outputs.dtype).itemsize
+        sizes = {i: math.prod(self._part.forward.tape.taps[i].shapes[0]) * itemsize for i in self._needed}
+        passing = max((size for i, size in sizes.items() if i not in kept), default=0)
+        return min(all_bytes, passing + sum(sizes[i] for i in kept))
 
     def _way(self, start: GradientEdge, numbers: Sequence[int], leaves: Sequence[Tensor] = ()) -> Stream:
         """The way from an edge to some taps and to leaves; columns go the same ways."""

@@ -15,7 +15,7 @@ from curvature_engine.openings import OPENINGS, Elementary
 from curvature_engine.operators import ROUTERS
 from curvature_engine.sample_axes import SampleAxes
 from curvature_engine.sums import Sums
-from curvature_engine.tape import Tape
+from curvature_engine.tape import Tape, shallow_tensors
 
 Decision = bool | int
 
@@ -60,7 +60,7 @@ class Run:
         self.routed_by_data = False
         self.used_dropout = False
         self.kept_bytes = 0
-        """What the operators' results take that are no views: about what a graph keeps of them."""
+        """What the operators' results take: about what a graph keeps of them."""
         self._overlay: dict[tuple[int, str], Any] = {}
         self._of_batch_attributes: set[tuple[int, str]] = set()
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
@@ -245,7 +245,7 @@ class Run:
     def _count(self, result: Any, arguments: Sequence[Any]) -> None:
         """Count the memory of a new result, and stop where it is more than allowed."""
         for tensor in (result,) if isinstance(result, Tensor) else result if isinstance(result, tuple | list) else ():
-            if isinstance(tensor, Tensor) and not tensor._is_view() and all(tensor is not a for a in arguments):
+            if isinstance(tensor, Tensor) and _is_new(tensor, arguments):
                 self.kept_bytes += tensor.nbytes
         if self.limit_bytes is not None and self.kept_bytes > self.limit_bytes:
             raise TooLarge(self.limit_bytes)
@@ -323,6 +323,14 @@ _GUARDED = frozenset(
         "alpha_dropout_",
     ]
 )
+
+
+def _is_new(tensor: Tensor, arguments: Sequence[Any]) -> bool:
+    """Whether a result lies in memory of its own; some operators return a view of it, such as linear on sequences."""
+    if not tensor._is_view():
+        return all(tensor is not a for a in arguments)
+    base = tensor._base
+    return all(a is not base and a._base is not base for a in shallow_tensors(arguments))
 
 
 def _uses_the_batch(call: OperatorCall, arguments: list[Any]) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from curvature_engine.errors import EngineError
 from curvature_engine.parameters import Parameter
-from curvature_engine.precision import accumulation_dtype
+from curvature_engine.precision import accumulation_dtype, all_finite
 from curvature_engine.probe import (
     Attribution,
     Code,
@@ -69,7 +69,7 @@ def judge(outputs: Tensor, tape: Tape, parameters: Mapping[str, Parameter]) -> V
         start = stop
     uses = uses_by_parameter(tape, verdicts)
     mismatched = _mismatched(tape, uses, parameters, base, totals)
-    finite = all(bool(torch.isfinite(g).all()) for g in first if g is not None)
+    finite = all(all_finite(g) for g in first if g is not None)
     serving = {i for each in uses.values() for i, *_ in each}
     confirmable = all(
         v.attribution is not None or tap.static or i not in serving

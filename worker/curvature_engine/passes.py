@@ -24,12 +24,13 @@ from curvature_engine.losses import BoundLoss
 from curvature_engine.methods import Methods
 from curvature_engine.orders import Order
 from curvature_engine.precision import accumulation_dtype
-from curvature_engine.probe import Code, Verdict
+from curvature_engine.probe import Verdict
 from curvature_engine.program import Parameter
 from curvature_engine.requests import Request
 from curvature_engine.residuals import Residuals, affine, find_bends
 from curvature_engine.results import Group
 from curvature_engine.stores import Layout, ResultStore
+from curvature_engine.tape import Tape
 from curvature_engine.tasks import Part, Share, Task, chosen_samples
 
 T = TypeVar("T")
@@ -221,9 +222,19 @@ class BackwardPasses:
         }
         return sum(nbytes for place, nbytes in own.items() if place not in known)
 
-    def probe_digits(self) -> int:
-        """How many cotangents tell the current part's samples apart."""
-        return len(Code(self._part.n, 64).factors(torch.device("cpu")))
+    def waiting_bytes(self) -> int:
+        """What is held at a time of the gradients at the current part's taps, for one cotangent."""
+        return self._columns.waiting_bytes(self.tap_bytes())
+
+    @property
+    def tape(self) -> Tape:
+        """Of the current part's forward pass."""
+        return self._part.forward.tape
+
+    @property
+    def outputs(self) -> Tensor:
+        """The current part's."""
+        return self._part.outputs
 
     @staticmethod
     def _check_differentiable(outputs: Tensor) -> None:

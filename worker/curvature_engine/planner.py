@@ -4,10 +4,11 @@ Costs count multiplications and additions with parameters: of reductions, and of
 that consume parameters (twice what writing their gradients out costs). What happens between them is not counted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
+import torch
 from torch import Tensor
 
 from curvature_engine.budget import Budget
@@ -18,9 +19,11 @@ from curvature_engine.losses import BoundLoss
 from curvature_engine.passes import BackwardPasses
 from curvature_engine.plans import ParameterPlan, Plan, RequestPlan
 from curvature_engine.precision import accumulation_dtype, dtype_name
+from curvature_engine.probe import Code
 from curvature_engine.program import Parameter
 from curvature_engine.requests import Request
 from curvature_engine.stores import ResultStore
+from curvature_engine.tape import Tape
 from curvature_engine.version import __version__
 
 LEAST_FILE_BYTES = 2**20
@@ -154,17 +157,14 @@ class Planner:
     def _held_bytes(self, work: BackwardPasses | None, outputs: Tensor, parts: Sequence[RequestPlan]) -> int:
         """The most that is held at a time beside results: graph, gradients at the taps, one parameter's intermediates.
 
-        The probe sends cotangents back three times (plain, and by digits of the samples' numbers) and compares the
-        summed contributions with every parameter's gradient.
+        Where gradients are reduced as they arrive, those count that wait for others.
         """
         if work is None:
             return self._division.forward_bytes
-        gradients = work.tap_bytes()
-        parameters = sum(_bytes(p, [p.tensor.shape]) for p in self._selected.values())
         intermediates = max((p.peak_bytes for r in parts for p in r.parameters), default=0)
         columns = 3 * outputs.nbytes
-        probing = (2 + work.probe_digits()) * gradients + parameters if work.methods else 0
-        computing = gradients + work.arranged_bytes() + work.kept_bytes + intermediates + columns
+        probing = probed_bytes(work.tape, work.outputs, self._selected.values()) if work.methods else 0
+        computing = work.waiting_bytes() + work.arranged_bytes() + work.kept_bytes + intermediates + columns
         return self._division.forward_bytes + max(probing, computing)
 
     def _stream(self, parts: Sequence[RequestPlan], held: int) -> tuple[list[RequestPlan], int]:
@@ -178,6 +178,18 @@ class Planner:
                 streamed.add(part.label)
                 resident -= part.result_bytes
         return [replace(p, streamed=p.label in streamed) for p in parts], resident
+
+
+def probed_bytes(tape: Tape, outputs: Tensor, parameters: Iterable[Parameter]) -> int:
+    """What probing a part holds.
+
+    The gradients at its taps under the plain cotangent and under one that is scaled by a digit of the samples' numbers,
+    the digits, a byte each; and the parameters' gradients, with which summed contributions are compared.
+    """
+    elements = sum(prod(shape) for tap in tape.taps for shape in tap.shapes)
+    digits = len(Code(outputs.shape[0] if outputs.dim() else 1, 64).factors(torch.device("cpu")))
+    gradients = elements * accumulation_dtype(outputs.dtype).itemsize
+    return 2 * gradients + digits * elements + 3 * sum(_bytes(p, [p.tensor.shape]) for p in parameters)
 
 
 def _intermediate_bytes(sketch: Sketch, contribution: Contribution, result_bytes: int) -> int:

@@ -15,7 +15,7 @@ from curvature_engine.losses import BoundLoss, LossSpec
 from curvature_engine.orders import Order
 from curvature_engine.parts import path_digest, whole_batch_required
 from curvature_engine.passes import BackwardPasses
-from curvature_engine.planner import Planner
+from curvature_engine.planner import Planner, probed_bytes
 from curvature_engine.plans import Plan, size
 from curvature_engine.program import Forward, Inputs, Parameter
 from curvature_engine.tape import Tape
@@ -50,12 +50,10 @@ class Preparer:
             forward = self._forward(inputs, graph=False)
             return self._prepared(inputs, targets, forward, Division(_one(self._select(forward)), forward.kept_bytes))
         if limits.samples is None:
-            try:
-                forward = self._forward(inputs, self.order.budget.forward_bytes)
-                division = Division(_one(self._select(forward)), forward.kept_bytes)
-                return self._prepared(inputs, targets, forward, division)
-            except TooLarge:
-                pass
+            fitting = self._fitting(inputs)
+            if fitting is not None:
+                division = Division(_one(self._select(fitting)), fitting.kept_bytes)
+                return self._prepared(inputs, targets, fitting, division)
         whole = self._forward(inputs, graph=False, summed=True)
         division = self._divide(inputs, whole, limits)
         if division.reason is not None:
@@ -66,6 +64,21 @@ class Preparer:
             )
             whole = self._forward(inputs)
         return self._prepared(inputs, targets, whole, division)
+
+    def _fitting(self, inputs: Inputs) -> Forward | None:
+        """The whole batch's forward pass; None where it leaves too little of the budget for what comes after it.
+
+        That is known as far as shapes say it: gradients at the taps, of which the probe holds two and their digits,
+        the parameters' own, and a block. A quarter of the budget always fits.
+        """
+        budget = self.order.budget
+        try:
+            forward = self._forward(inputs, budget.whole_bytes)
+        except TooLarge:
+            return None
+        probing = probed_bytes(forward.tape, self._select(forward), self.selected.values())
+        fits = forward.kept_bytes + probing + budget.block_bytes <= budget.total_bytes
+        return forward if fits or forward.kept_bytes <= budget.forward_bytes else None
 
     @property
     def needs_backward(self) -> bool:

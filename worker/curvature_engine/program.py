@@ -39,7 +39,7 @@ class Forward:
     readings: tuple[Any, ...] = ()
     """Numbers that the program read from the batch's tensors, decisions aside."""
     kept_bytes: int = 0
-    """What its results take that are no views: about what its graph keeps."""
+    """What its results take: about what its graph keeps."""
     samples: SampleAxes = field(default_factory=SampleAxes)
     """Where the samples are proved to lie in the outputs."""
     sums: tuple[Sums, ...] = ()

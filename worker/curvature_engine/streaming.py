@@ -30,6 +30,9 @@ class Stream:
         start: where cotangents go in.
         taps: number → tap; the first edge counts.
         leaves: tensors whose gradients are wanted, too.
+
+    Attributes:
+        last: numbers of the taps at which the way ends: their gradients come when all others have.
     """
 
     def __init__(self, start: GradientEdge, taps: Mapping[int, Tap], leaves: Sequence[Tensor] = ()) -> None:
@@ -37,13 +40,13 @@ class Stream:
         nodes = {tap.edges[0].node for tap in taps.values()}
         passed = nodes & _leading_on(start.node, nodes | {get_gradient_edge(leaf).node for leaf in leaves})
         self._passed: dict[Node, list[int]] = {}
-        self._last: list[int] = []
+        self.last: list[int] = []
         for number, tap in taps.items():
             node = tap.edges[0].node
             if node in passed:
                 self._passed.setdefault(node, []).append(number)
             else:
-                self._last.append(number)
+                self.last.append(number)
 
     def back(self, start: Tensor | GradientEdge, cotangent: Tensor, receive: Receive) -> list[Tensor | None]:
         """Send a cotangent back; every tap's gradient is received once. Returns the leaves' gradients.
@@ -51,7 +54,7 @@ class Stream:
         Raises:
             EngineError: as `backward`; or whatever `receive` raises.
         """
-        ends = [self._taps[number].edges[0] for number in self._last]
+        ends = [self._taps[number].edges[0] for number in self.last]
         failures: list[BaseException] = []
 
         def receiving(numbers: Sequence[int]) -> Callable[[Sequence[Any]], None]:
@@ -73,7 +76,7 @@ class Stream:
                     raise
                 error = failures.pop()  # as it was: autograd's own errors have another meaning
                 raise error from None
-        for number in self._last:
+        for number in self.last:
             receive(number, self._shaped(number, found.pop(0)))
         return found
 
