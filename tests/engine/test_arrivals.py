@@ -147,6 +147,15 @@ def test_memory_that_runs_out_while_gradients_arrive(streamed, monkeypatch):
     assert any("began again" in warning for warning in found.warnings)
 
 
+def test_a_layer_that_the_backward_pass_leaves_out_is_no_zero(streamed, monkeypatch):
+    program, x = deep()
+    hooked = streaming._hooked
+    monkeypatch.setattr(streaming, "_hooked", lambda hooks: hooked(dict(list(hooks.items())[1:])))
+    with pytest.raises(engine.EngineError, match="did not come by the layers of") as refused:
+        engine.analyze(program, x, torch.randint(0, 3, (5,)), ["batch_l2"])
+    assert refused.value.code == "verification_failed"
+
+
 @pytest.mark.parametrize("name", ["cnn", "attention", "lstm", "sequence_first", "tied_embedding"])
 def test_the_probe_finds_the_same_a_piece_at_a_time(name, monkeypatch):
     program, inputs, targets = case(name)

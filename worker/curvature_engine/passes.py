@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +18,8 @@ from curvature_engine.chain import edge_key, reached_edges
 from curvature_engine.columns import Columns, Take
 from curvature_engine.contributions import Contribution
 from curvature_engine.errors import EngineError
-from curvature_engine.extensions import WHOLE, Accumulator, Setting
+from curvature_engine.extensions import Setting
+from curvature_engine.filling import fill
 from curvature_engine.losses import BoundLoss
 from curvature_engine.methods import Methods
 from curvature_engine.orders import Order
@@ -32,8 +32,6 @@ from curvature_engine.results import Group
 from curvature_engine.stores import Layout, ResultStore
 from curvature_engine.tape import Tape
 from curvature_engine.tasks import Part, Share, Task, chosen_samples
-
-T = TypeVar("T")
 
 
 class BackwardPasses:
@@ -174,7 +172,7 @@ class BackwardPasses:
                 group.by_parameter = group.tensors = store.files[label]
                 group.missing = task.accumulator.missing
             else:
-                _fill(group, task.accumulator)
+                fill(group, task.accumulator)
 
     def method(self, request: Request, key: str) -> str:
         """How a result came about: a parameter's method, or for several together the least of theirs."""
@@ -428,20 +426,3 @@ def _count_columns(requests: Sequence[Request], exact: int) -> dict[str, int]:
         "exact": exact,
         "sampled": max(draws, default=0),
     }
-
-
-def _fill(group: Group, accumulator: Accumulator) -> None:
-    found = _in_order(accumulator.state() if accumulator.setting.part else accumulator.finish(), accumulator)
-    group.missing = accumulator.missing
-    if group.kind != "tensor":
-        group.by_parameter = found
-        return
-    whole = found[WHOLE]
-    assert isinstance(whole, Tensor)
-    group.tensors[group.label] = whole
-
-
-def _in_order(found: dict[str, T], accumulator: Accumulator) -> dict[str, T]:
-    """Results in the model's order, in which they did not come; what belongs to no parameter comes last."""
-    places = {name: i for i, name in enumerate(accumulator.setting.parameters)}
-    return {name: found[name] for name in sorted(found, key=lambda name: places.get(name, len(places)))}

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from curvature_engine.errors import EngineError
 from curvature_engine.tape import Tap, backward
 
 LEAST_BYTES = 2**23
@@ -55,12 +56,14 @@ class Stream:
             EngineError: as `backward`; or whatever `receive` raises.
         """
         ends = [self._taps[number].edges[0] for number in self.last]
+        waiting = {number for numbers in self._passed.values() for number in numbers}
         failures: list[BaseException] = []
 
         def receiving(numbers: Sequence[int]) -> Callable[[Sequence[Any]], None]:
             def hook(gradients: Sequence[Any]) -> None:
                 try:
                     for number in numbers:
+                        waiting.remove(number)
                         receive(number, self._shaped(number, gradients[self._taps[number].edges[0].output_nr]))
                 except BaseException as error:
                     failures.append(error)
@@ -76,6 +79,14 @@ class Stream:
                     raise
                 error = failures.pop()  # as it was: autograd's own errors have another meaning
                 raise error from None
+        if waiting:  # never expected: a node before the end of the way goes on to it
+            names = ", ".join(sorted(self._taps[number].parameters for number in waiting))
+            raise EngineError(
+                "verification_failed",
+                f"the backward pass did not come by the layers of {names}; no result is given",
+                param=names,
+                remedy="please report this model",
+            )
         for number in self.last:
             receive(number, self._shaped(number, found.pop(0)))
         return found
