@@ -92,6 +92,22 @@ def test_a_gradient_is_let_go_before_the_next_but_one(streamed, monkeypatch):
     assert held == [0] * 14
 
 
+@pytest.mark.parametrize(("extensions", "kept"), [(["variance"], 0), (["diag_ggn_exact"], 4)])
+def test_inputs_stay_arranged_for_further_columns_alone(extensions, kept, streamed, monkeypatch):
+    held = []
+
+    class Watched(engine.passes.BackwardPasses):
+        def compute(self):
+            super().compute()
+            uses = {id(u.arranged): u.arranged for each in self._methods.uses.values() for u in each}
+            held.append(sum(a._saved is not None for a in uses.values()))
+
+    monkeypatch.setattr(engine.preparation, "BackwardPasses", Watched)
+    module = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Conv1d(5, 4, 3), nn.Flatten(), nn.Linear(24, 3))
+    engine.analyze(torch.jit.script(module), torch.randn(6, 5, 8), torch.randint(0, 3, (6,)), extensions)
+    assert held == [kept]
+
+
 def test_a_plan_counts_what_is_held(streamed, monkeypatch):
     program, x = deep()
     targets = torch.randint(0, 3, (5,))

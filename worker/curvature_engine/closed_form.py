@@ -75,7 +75,7 @@ class ClosedForm(Contribution):
         return max(1, min(self._N, min(self._budget_bytes, _block_bytes(self._like.device)) // most))
 
     def select(self, samples: Tensor) -> Contribution:
-        uses = [(replace(p, saved=tuple(s[samples] for s in p.saved)), g[samples]) for p, g in self.uses]
+        uses = [(replace(p, chosen=tuple(s[samples] for s in p.saved)), g[samples]) for p, g in self.uses]
         return ClosedForm(uses, self._like, len(samples), self._budget_bytes, self._relief)
 
     @property

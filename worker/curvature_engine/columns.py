@@ -34,6 +34,7 @@ class Columns:
     Args:
         gradient: gives the part's rows of the loss's gradient, always the same tensor.
         kept_bytes: how much of what rules make of saved inputs may be kept for the next column.
+        once: whether there is no next column, so that saved inputs need not stay arranged.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class Columns:
         part: Part,
         gradient: Callable[[], Tensor],
         kept_bytes: int,
+        *,
+        once: bool,
     ) -> None:
-        self._unfolded = Unfolded(kept_bytes)
+        self._unfolded, self._once = Unfolded(kept_bytes), once
         self._order, self._selected, self._methods = order, selected, methods
         self._part, self._gradient = part, gradient
         self._ways: dict[Hashable, Stream] = {}
@@ -209,7 +212,13 @@ class Columns:
         def ready(name: str, gradients: dict[int, Tensor | None]) -> None:
             take(name, self.closed(name, self._selected[name], gradients))
 
-        arrivals = Arrivals(uses, ready)
+        arranged = {u.tap_index: u.arranged for each in self._methods.uses.values() for u in each}
+
+        def done(number: int) -> None:
+            if self._once:
+                arranged[number].let_go()
+
+        arrivals = Arrivals(uses, ready, done)
 
         def receive(number: int, gradient: Tensor | None) -> None:
             if taken is not None and gradient is not None:

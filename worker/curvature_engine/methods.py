@@ -9,7 +9,7 @@ from curvature_engine.errors import EngineError
 from curvature_engine.judgement import confirm, judge, proved_strides, random_cotangent, reproducible, uses_by_parameter
 from curvature_engine.orders import Order
 from curvature_engine.precision import all_finite
-from curvature_engine.prepared_uses import PreparedUse, prepare_use
+from curvature_engine.prepared_uses import Arranged, PreparedUse
 from curvature_engine.probe import Verdict
 from curvature_engine.products import exactly
 from curvature_engine.program import Parameter
@@ -102,7 +102,7 @@ class Methods:
         """Take each parameter's closed form where its taps have rows, and nothing speaks against it."""
         by_parameter = uses_by_parameter(part.forward.tape, verdict.taps)
         self.uses.clear()
-        arranged: dict[int, tuple[Tensor, ...]] = {}
+        arranged: dict[int, Arranged] = {}
         for name in self._selected:
             uses = by_parameter.get(name, ())
             closed = all(
@@ -125,7 +125,8 @@ class Methods:
             for i, tap, use in uses:
                 attribution = verdict.taps[i].attribution
                 assert attribution is not None
-                prepared.append(prepare_use(tap, i, use, attribution, arranged))
+                saved = arranged.setdefault(i, Arranged(tap, attribution))
+                prepared.append(PreparedUse(tap, i, use, attribution, saved))
             self.uses[name] = prepared
 
     def _verdict(self, part: Part, gradient: Callable[[], Tensor]) -> Verdict:

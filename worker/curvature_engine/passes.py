@@ -98,7 +98,9 @@ class BackwardPasses:
         bound = self._bound  # not itself, which then would live until a cycle is looked for, and the graph with it
         self._of_loss = cache(lambda: part.rows(bound.gradient()))
         self._methods.enter(part, self._of_loss)
-        self._columns = Columns(self._order, self._selected, self._methods, part, self._of_loss, self.kept_bytes)
+        self._columns = Columns(
+            self._order, self._selected, self._methods, part, self._of_loss, self.kept_bytes, once=self._is_single
+        )
         if any(r.extension.columns == "averaged" for r in self._order.requests):
             self._averaged = self._prepare_averaged()
 
@@ -191,7 +193,7 @@ class BackwardPasses:
     @property
     def kept_bytes(self) -> int:
         """What may be kept between columns."""
-        if sum(self.columns.values()) <= 1:
+        if self._is_single:
             return 0
         needed = sum(
             p.tap.rule.unfolded_elements(p.use.role, p.saved) * accumulation_dtype(self._part.outputs.dtype).itemsize
@@ -200,6 +202,10 @@ class BackwardPasses:
             if p.tap.rule is not None
         )
         return min(self._order.budget.block_bytes, needed)
+
+    @property
+    def _is_single(self) -> bool:
+        return sum(self.columns.values()) <= 1
 
     def tap_bytes(self) -> int:
         """What the gradients at the current part's taps take, for one cotangent."""

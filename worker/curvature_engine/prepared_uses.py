@@ -9,15 +9,48 @@ from curvature_engine.probe import Attribution
 from curvature_engine.tape import Tap, Use
 
 
+class Arranged:
+    """A tap's saved inputs, arranged sample-major [N, T, …]; made when they are looked at, and again if let go."""
+
+    def __init__(self, tap: Tap, attribution: Attribution) -> None:
+        self._tap, self._attribution = tap, attribution
+        self._saved: tuple[Tensor, ...] | None = None
+
+    @property
+    def saved(self) -> tuple[Tensor, ...]:
+        """The inputs, at least in float32 where they are floating-point numbers."""
+        if self._saved is None:
+            rule = self._tap.rule
+            assert rule is not None
+            self._saved = tuple(
+                self._attribution.arrange(
+                    t.to(accumulation_dtype(t.dtype)) if t.is_floating_point() else t, rule.row_axes
+                )
+                for t in rule.rows(self._tap.saved)
+            )
+        return self._saved
+
+    def let_go(self) -> None:
+        """Hold them no longer."""
+        self._saved = None
+
+
 @dataclass(frozen=True)
 class PreparedUse:
-    """One use of a parameter, its saved inputs arranged sample-major: [N, T, …] each."""
+    """One use of a parameter, its saved inputs arranged sample-major."""
 
     tap: Tap
     tap_index: int
     use: Use
     attribution: Attribution
-    saved: tuple[Tensor, ...]
+    arranged: Arranged
+    chosen: tuple[Tensor, ...] | None = None
+    """Saved inputs of some samples, in place of all."""
+
+    @property
+    def saved(self) -> tuple[Tensor, ...]:
+        """The tap's saved inputs, [N, T, …] each."""
+        return self.arranged.saved if self.chosen is None else self.chosen
 
     @property
     def scatters(self) -> bool:
@@ -38,20 +71,3 @@ class PreparedUse:
         g = rule.canonical(g.to(accumulation_dtype(g.dtype)).reshape(k, *self.tap.shapes[0]))
         more = replace(self.attribution, N=k * self.attribution.N, R=k * self.attribution.R)
         return more.arrange(g, 1 + rule.row_axes)
-
-
-def prepare_use(
-    tap: Tap, tap_index: int, use: Use, attribution: Attribution, arranged: dict[int, tuple[Tensor, ...]] | None = None
-) -> PreparedUse:
-    """Arrange a tap's saved inputs once; every column uses them again, and in `arranged` the tap's other uses."""
-    rule = tap.rule
-    assert rule is not None
-    saved = None if arranged is None else arranged.get(tap_index)
-    if saved is None:
-        saved = tuple(
-            attribution.arrange(t if not t.is_floating_point() else t.to(accumulation_dtype(t.dtype)), rule.row_axes)
-            for t in rule.rows(tap.saved)
-        )
-    if arranged is not None:
-        arranged[tap_index] = saved
-    return PreparedUse(tap, tap_index, use, attribution, saved)

@@ -103,13 +103,17 @@ class Arrivals:
     Args:
         waits: parameter → its taps' numbers; of parameters that are complete at once, the first comes first.
         ready: takes a parameter, and gradients by their taps' numbers, its own among them.
+        done: is told the number of every tap that nobody waits for any more.
     """
 
     def __init__(
-        self, waits: Mapping[str, Collection[int]], ready: Callable[[str, dict[int, Tensor | None]], None]
+        self,
+        waits: Mapping[str, Collection[int]],
+        ready: Callable[[str, dict[int, Tensor | None]], None],
+        done: Callable[[int], None],
     ) -> None:
         self._waits = {name: set(numbers) for name, numbers in waits.items()}
-        self._ready = ready
+        self._ready, self._done = ready, done
         self._missing = {name: len(numbers) for name, numbers in self._waits.items()}
         self._users: dict[int, list[str]] = {}
         for name, numbers in self._waits.items():
@@ -130,6 +134,7 @@ class Arrivals:
                     self._left[other] -= 1
                     if not self._left[other]:
                         del self._gradients[other]
+                        self._done(other)
 
 
 @contextmanager
