@@ -87,6 +87,10 @@ class Rule(ABC):
         """
         yield self.per_sample(role, saved, g)
 
+    def is_product(self, role: str, g: Tensor) -> bool:
+        """Whether `products` gives anything where `unfold` does."""
+        return False
+
     def products(
         self, role: str, saved: Sequence[Tensor], g: Tensor, unfolded: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]] | None:
