@@ -79,6 +79,8 @@ class Kronecker(Accumulator):
         self._B: dict[str, Tensor] = {}
         self._A: dict[str, Tensor] = {}
         self._positions: dict[str, int] = {}
+        self._divided: set[str] = set()
+        """Parameters whose A was divided by its count as it was made: in one part, which knows its count."""
         self._met: set[str] = set()
         # Of the current part: B, biases with the B of a weight, and why there is no form (None: there is).
         self._current: dict[str, Tensor] = {}
@@ -195,9 +197,12 @@ class Kronecker(Accumulator):
         blocks = self._blocks()
         inputs, self._A = self._A, {}
         return {
-            name: self._pair(B, inputs[name].div_(self._count(name)) if name in inputs else None)
+            name: self._pair(B, self._averaged(name, inputs[name]) if name in inputs else None)
             for name, B in blocks.items()
         }
+
+    def _averaged(self, parameter: str, A: Tensor) -> Tensor:
+        return A if parameter in self._divided else A.div_(self._count(parameter))
 
     def state(self) -> dict[str, Tensor | KroneckerFactors]:
         """B, and A before the division by its count of positions, or of samples."""
@@ -300,9 +305,13 @@ class Kronecker(Accumulator):
         # Padding rows of zeros (irregular attributions) do not count as positions.
         rows = sum(positions(p) for p in uses)
         form = averaged_moment if self._approximation == "reduce" else summed_moment
-        A = form(uses, self.setting.budget_bytes, joint=joint)
-        self._A[parameter] = self._A[parameter].add_(A) if parameter in self._A else A
         self._positions[parameter] = self._positions.get(parameter, 0) + rows
+        factor = 1.0
+        if len(self.rows) == self.setting.N and not self.setting.part:  # there is no other part
+            self._divided.add(parameter)
+            factor = 1 / self._count(parameter)
+        A = form(uses, self.setting.budget_bytes, joint=joint, factor=factor)
+        self._A[parameter] = self._A[parameter].add_(A) if parameter in self._A else A
 
     @staticmethod
     def _pair(B: Tensor, A: Tensor | None) -> KroneckerFactors:

@@ -155,6 +155,11 @@ class Rule(ABC):
             total = add_product(rows, rows, total)
         return total
 
+    def scaled_input_moment(self, saved: Sequence[Tensor], budget_bytes: int, factor: float) -> Tensor | None:
+        """`input_moment` times a factor."""
+        found = self.input_moment(saved, budget_bytes)
+        return found if found is None or factor == 1 else found.mul_(factor)
+
     def input_moment_cost(self, saved: Sequence[Tensor], budget_bytes: int) -> tuple[int, int]:
         """What `input_moment` takes, from shapes alone: multiplications and additions, and bytes beside the result."""
         x = self.factor_inputs([s[:1] for s in saved])
