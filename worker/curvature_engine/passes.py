@@ -356,7 +356,9 @@ class BackwardPasses:
             for name, parameter in self._selected.items()
         }
         tasks = [t.accumulator for t in self.tasks(ResultStore()) if t.request.extension.columns == "averaged"]
-        return AveragedFactors(outputs, self._bound, tape.links, contributions, tasks, self._order.budget)
+        assert self.verdict is not None
+        budget = self._order.budget
+        return AveragedFactors(outputs, self._bound, tape.links, contributions, tasks, budget, self.verdict)
 
 
 def _expected(shares: Sequence[Share]) -> Counter[str]:

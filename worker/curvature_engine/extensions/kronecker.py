@@ -86,6 +86,7 @@ class Kronecker(Accumulator):
         self._current: dict[str, Tensor] = {}
         self._twins: dict[str, tuple[str, float]] = {}
         self._reasons: dict[str, str | None] = {}
+        self._weights: dict[str, str] | None = None
 
     @classmethod
     def foresee(cls, uses: Sequence[ForeseenUse]) -> str | None:
@@ -97,6 +98,7 @@ class Kronecker(Accumulator):
     def start(self, rows: Sequence[int]) -> None:
         super().start(rows)
         self._close_part()
+        self._weights = None
 
     def add(self, parameter: str, contribution: Contribution) -> None:
         if self._takes(parameter, contribution):
@@ -242,9 +244,13 @@ class Kronecker(Accumulator):
 
     def _weight_of(self, bias: str) -> str | None:
         """The weight whose block takes in this bias."""
-        return next(
-            (w for w in self.setting.uses if w != bias and self._bias_of(w) == bias and self._has_form(w)), None
-        )
+        if self._weights is None:
+            self._weights = {}
+            for weight in self.setting.uses:
+                found = self._bias_of(weight)
+                if found is not None and found != weight and found not in self._weights and self._has_form(weight):
+                    self._weights[found] = weight
+        return self._weights.get(bias)
 
     def _has_form(self, weight: str) -> bool:
         uses = list(self.setting.uses[weight])

@@ -6,7 +6,7 @@ linear layer, images of a convolution.) From them it makes the samples' gradient
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -39,6 +39,11 @@ class Rule(ABC):
     def whole(self) -> bool:
         """Whether `pieces` gives the consumed tensor's gradients in one piece."""
         return type(self).pieces is Rule.pieces
+
+    @property
+    def key(self) -> Hashable | None:
+        """What tells it apart from its kind: rules with one key treat tensors of one shape alike; None: unknown."""
+        return None
 
     def canonical(self, g: Tensor) -> Tensor:
         """The output's gradient with the row axes first."""
