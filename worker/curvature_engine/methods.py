@@ -70,6 +70,8 @@ class Methods:
     def of(self, request: Request, key: str) -> str:
         """A parameter's method, or for several together the least of theirs."""
         against = self._order.against.get(request.label)
+        if against is None and key in self.by_parameter:
+            return self.by_parameter[key]
         found: set[str] = set()
         for methods in (self.by_parameter, {} if against is None else against.work.methods):
             found.update([methods[key]] if key in methods else methods.values())

@@ -133,16 +133,22 @@ class IndexCrossEntropy(CrossEntropy):
     ) -> None:
         super().__init__(outputs, targets, class_axis, weight)
         self._read_indices(targets, ignore_index)
-        self._on_label = (1.0 - label_smoothing) * self.label_weights
-        self._on_each = self.weights * (label_smoothing / self.C)
+        self._on_label = self.mass = self.label_weights
         self._smooth = label_smoothing > 0.0
-        self.mass = self._on_label + self._on_each.sum() * self.counts
+        if self._smooth:
+            self._on_label = (1.0 - label_smoothing) * self.label_weights
+            self._on_each = self.weights * (label_smoothing / self.C)
+            self.mass = self._on_label + self._on_each.sum() * self.counts
         self.Z = self.total_weight if reduction == "mean" else 1.0
 
     def _terms(self, log_p: Tensor) -> Tensor:
-        terms = -self._on_label * log_p.gather(1, self.labels[:, None]).squeeze(1)
+        terms = log_p.gather(1, self.labels[:, None]).squeeze(1).neg_()
+        if not self._alike or self._smooth:
+            terms *= self._on_label
         if self._smooth:
-            terms = terms - (log_p * self._on_each[:, None]).sum(1)
+            terms -= (log_p * self._on_each[:, None]).sum(1)
+        if self._alike:
+            return terms
         return torch.where(self.counts > 0, terms, 0.0)
 
     def _minus_target(self, scaled: Tensor) -> Tensor:
