@@ -27,6 +27,7 @@ class Rule(ABC):
         bias_scale: what the operator multiplies its bias by.
         inputs_first: whether the consumed weight is [in, out, …] in place of [out, in, …].
         scatters: whether a sample's gradient is zero but for the elements that it picked.
+        key: all that it follows from, the same for rules that are alike; None where that is not known.
     """
 
     row_axes: int
@@ -34,16 +35,12 @@ class Rule(ABC):
     bias_scale: float = 1
     inputs_first: bool = False
     scatters: bool = False
+    key: Hashable | None = None
 
     @property
     def whole(self) -> bool:
         """Whether `pieces` gives the consumed tensor's gradients in one piece."""
         return type(self).pieces is Rule.pieces
-
-    @property
-    def key(self) -> Hashable | None:
-        """What tells it apart from its kind: rules with one key treat tensors of one shape alike; None: unknown."""
-        return None
 
     def canonical(self, g: Tensor) -> Tensor:
         """The output's gradient with the row axes first."""
