@@ -64,12 +64,9 @@ class AveragedFactors:
         layout, rule = station.layout, prepared.tap.rule
         known = None if rule is None or not layout.plain else rule.key
         key = "arrangement", prepared.tap_index, prepared.use.role, known, layout.N, layout.D, station.socket.shape
-        found: Arrangement | None = None if known is None else self._verdict.derived.get(key)
-        if found is None:
-            found = Arrangement.of(prepared, station.arranged(prepared))
-            if known is not None:
-                self._verdict.note(key, found)
-        return found
+        if known is None:
+            return Arrangement.of(prepared, station.arranged(prepared))
+        return self._verdict.derived.recall(key, lambda: Arrangement.of(prepared, station.arranged(prepared)))
 
 
 def _wanted(

@@ -151,7 +151,7 @@ class Columns:
             uses, parameter.tensor, self._part.n, order.budget.block_bytes, order.relief, self._unfolded, block
         )
         if block is None:
-            verdict.note(key, contribution.block)
+            verdict.derived.recall(key, lambda: contribution.block)
         return contribution
 
     def _fallbacks(self, cotangent: Tensor) -> dict[str, Contribution]:

@@ -147,11 +147,13 @@ class Run:
             self.values[target] = value
             self.tainted[target] = tainted
 
-    def release(self, slot: int) -> None:
-        """Let go of a value that no later step reads: its memory serves the next."""
-        value, self.values[slot] = self.values[slot], None
-        if type(value) is Tensor:
-            self.samples.release(value, held=2)
+    def release(self, slots: Sequence[int]) -> None:
+        """Let go of values that no later step reads: their memory serves the next."""
+        values, release = self.values, self.samples.release
+        for slot in slots:
+            value, values[slot] = values[slot], None
+            if type(value) is Tensor:
+                release(value, held=2)
 
     def decide(self, decision: Decision) -> None:
         """Note a branch taken or a loop's number of rounds: they name the path."""
@@ -245,8 +247,12 @@ class Run:
     def _count(self, result: Any, arguments: Sequence[Any]) -> None:
         """Count the memory of a new result, and stop where it is more than allowed."""
         for tensor in (result,) if isinstance(result, Tensor) else result if isinstance(result, tuple | list) else ():
-            if isinstance(tensor, Tensor) and not tensor._is_view() and all(tensor is not a for a in arguments):
-                self.kept_bytes += tensor.nbytes
+            if isinstance(tensor, Tensor) and not tensor._is_view():
+                for argument in arguments:
+                    if argument is tensor:
+                        break
+                else:
+                    self.kept_bytes += tensor.nbytes
         if self.limit_bytes is not None and self.kept_bytes > self.limit_bytes:
             raise TooLarge(self.limit_bytes)
 

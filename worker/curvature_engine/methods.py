@@ -132,7 +132,7 @@ class Methods:
 
     def _verdict(self, part: Part, gradient: Callable[[], Tensor]) -> Verdict:
         verdicts, forward, outputs = self._order.program.verdicts, part.forward, part.outputs
-        path = self._path(part)
+        path = self.path(part)
         verdict = None if forward.routed_by_data or self._order.verify else verdicts.get(path)
         found = THIS_JOB if path in self._order.judged else KEPT_VERDICT
         with exactly(outputs.device):
@@ -153,7 +153,7 @@ class Methods:
             self.distrust()
         return verdict
 
-    def _path(self, part: Part) -> Hashable:
+    def path(self, part: Part) -> Hashable:
         """What a verdict holds for: this program, which keeps it, in this version, on such a device, inputs and way."""
         forward, outputs = part.forward, part.outputs
         return (

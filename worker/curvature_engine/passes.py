@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ from curvature_engine.residuals import Residuals, affine, find_bends
 from curvature_engine.results import Group
 from curvature_engine.stores import Layout, ResultStore
 from curvature_engine.tasks import Part, Share, Task, chosen_samples
+
+T = TypeVar("T")
 
 
 class BackwardPasses:
@@ -78,6 +81,12 @@ class BackwardPasses:
     def verdict(self) -> Verdict | None:
         """On the current part's path."""
         return self._methods.verdict
+
+    def recall(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What follows from the current part's path and from nothing else than is in the key; made once."""
+        if self.verdict is not None:
+            return self.verdict.derived.recall(key, make)
+        return self._order.program.derived.recall((self._methods.path(self._part), key), make)
 
     @property
     def verified(self) -> bool:
