@@ -205,3 +205,23 @@ def test_classes_may_stand_last_and_few_samples_be_summed_at_a_time(numbers, opt
     counted = second.mass > 0
     assert torch.equal(found.argmin(1)[counted], labels[counted])
     assert labels.unique().numel() > 2
+
+
+def mixed(z: int) -> int:
+    """SplitMix64's finaliser, in whole numbers."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, -(2**63), -7])
+@pytest.mark.parametrize("draw", [0, 63])
+def test_draws_are_what_they_have_always_been(seed, draw):
+    """A result is known by its seed: another release must not draw otherwise."""
+    gamma, samples = 0x9E3779B97F4A7C15, [0, 1, 12345, 2**40]
+    start = mixed((mixed((seed + gamma) % 2**64) + 2 * draw) * gamma % 2**64 + gamma & 2**64 - 1)
+    expected = [
+        [(mixed((mixed((start + n * gamma) % 2**64) + (t + 1) * gamma) % 2**64) >> 11) * 2.0**-53 for t in range(3)]
+        for n in samples
+    ]
+    assert draws.uniform(seed, torch.tensor(samples), torch.arange(3), draw).tolist() == expected

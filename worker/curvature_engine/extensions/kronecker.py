@@ -278,6 +278,11 @@ class Kronecker(Accumulator):
         return bias if bias and taps == sorted(p.tap_index for p in self.setting.uses.get(bias, ())) else None
 
     def _obstacle(self, contribution: ClosedForm) -> str | None:
+        if (single := contribution.single()) is not None:
+            prepared, g, rule = single
+            if rule.factor_outputs(prepared.use.role, g[:1]) is None:
+                return _no_form([prepared.tap.name])
+            return self._obstacle_in_rows([prepared]) if prepared.use.role == "weight" else None
         uses = [p for p, _ in contribution.uses]
         outputs = [p.tap.rule.factor_outputs(p.use.role, g[:1]) for p, g in contribution.uses if p.tap.rule is not None]
         if any(o is None for o in outputs):
