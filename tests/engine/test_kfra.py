@@ -362,7 +362,7 @@ def test_results_share_no_memory():
 @pytest.mark.parametrize(
     ("layer", "activation", "passes"),
     [
-        # One for an activation's diagonal, save ReLU's; a second where it is not known to be one; products by themselves.
+        # One for an activation's diagonal, save ReLU's; a second where it is not known to be one; none for products.
         (lambda: nn.Linear(6, 6), nn.ReLU, 0),
         (lambda: nn.Linear(6, 6, bias=False), nn.Tanh, 2),
         (lambda: nn.Linear(6, 6), nn.Softsign, 4),
@@ -414,17 +414,19 @@ class Scaling(nn.Module):
         return self.last(torch.relu(torch.addmm(self.b, x, self.W, alpha=self.alpha, beta=self.beta)))
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)), lambda: Scaling(2.0, 0.5)])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)), lambda: Scaling(2.0, 0.5)]
+)
 def test_what_is_kept_serves_batches_of_its_kind_only(make):
     """What a warm program gives is what a new one gives, whatever came before."""
     torch.manual_seed(0)
     module = make().double()
     warm = engine.load(torch.jit.script(module))
-    for N, approximation, parameters in [(4, "expand", "*"), (4, "reduce", "*"), (7, "expand", "*"), (4, "expand", "*b*")]:
+    for N, approximation, chosen in [(4, "expand", "*"), (4, "reduce", "*"), (7, "expand", "*"), (4, "expand", "*b*")]:
         x, y = torch.randn(N, 6, dtype=torch.float64), torch.randint(0, 3, (N,))
         request = [{"name": "kfra", "options": {"approximation": approximation}}]
-        found = engine.analyze(warm, x, y, request, parameters=parameters)["kfra"]
-        new = engine.analyze(torch.jit.script(module), x, y, request, parameters=parameters)["kfra"]
+        found = engine.analyze(warm, x, y, request, parameters=chosen)["kfra"]
+        new = engine.analyze(torch.jit.script(module), x, y, request, parameters=chosen)["kfra"]
         assert found.keys() == new.keys()
         for name, (B, A) in new.items():
             assert torch.equal(found[name].B, B)

@@ -1,6 +1,5 @@
 """Rules are found once for calls of such shapes: a call that is otherwise must get another."""
 
-import pytest
 import torch
 from tests.engine.reference import Reference
 from torch import Tensor, nn
@@ -52,7 +51,8 @@ def test_convolutions_that_differ_in_numbers_alone():
 class Product(nn.Module):
     def __init__(self, alpha: float, beta: float):
         super().__init__()
-        self.W, self.b, self.alpha, self.beta = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.ones(4)), alpha, beta
+        self.W, self.b = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.ones(4))
+        self.alpha, self.beta = alpha, beta
 
     def forward(self, x):
         return torch.addmm(self.b, torch.tanh(x), self.W, alpha=self.alpha, beta=self.beta)

@@ -74,3 +74,26 @@ def test_cost_and_memory_do_not_depend_on_free_memory_and_grow_with_the_columns(
     assert many.columns == {"gradient": 0, "exact": 0, "sampled": 500}
     assert many.gradients == pytest.approx(500 * one.gradients)
     assert many.peak_bytes == one.peak_bytes
+
+
+@pytest.mark.parametrize("requests", [["grad"], ["grad", "outputs"], ["batch_l2"]], ids=" ".join)
+def test_a_kept_plan_serves_its_kind_only(requests):
+    """A warm program plans what a new one does, whatever it planned before."""
+    script, (x,), targets = case("mlp")
+    warm = engine.load(script)
+    kinds = [
+        {},
+        {"parameters": "*bias"},
+        {"budget_bytes": 10**6},
+        {"reduction": "sum"},
+        {"extensions": [*requests, "variance"]},
+        {"extensions": [{"name": "grad", "label": "g"}]},
+        {},
+    ]
+    for kind in kinds:
+        asked = kind.get("extensions", requests)
+        options = {name: value for name, value in kind.items() if name != "extensions"}
+        for n in (len(x), len(x) - 1):
+            found = engine.analyze(warm, x[:n], targets[:n], asked, loss="cross_entropy", **options)
+            assert found.plan == engine.plan(script, x[:n], targets[:n], asked, loss="cross_entropy", **options)
+            found.plan.columns.clear()  # what one caller does to his is of no consequence for others
