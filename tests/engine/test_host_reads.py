@@ -7,8 +7,8 @@ from torch import nn
 
 import curvature_engine as engine
 
-TARGETS = "losses/classes.py:_read_indices (_local_scalar_dense)"
-"""Whether every class exists, and what the loss divides by: before anything is sent back."""
+TARGETS = "losses/classes.py:_read_indices (equal)"
+"""Whether every class exists: before anything is sent back."""
 ENDS = {"analysis.py:_analysis (_local_scalar_dense)", "precision.py:all_finite (_local_scalar_dense)"}
 """Whether loss and outputs are finite: when everything else was asked of the device."""
 OF_EXTENSION = {

@@ -362,11 +362,11 @@ def test_results_share_no_memory():
 @pytest.mark.parametrize(
     ("layer", "activation", "passes"),
     [
-        # One for an activation's diagonal; a second where it is not known to be one; products by themselves.
-        (lambda: nn.Linear(6, 6), nn.ReLU, 2),
+        # One for an activation's diagonal, save ReLU's; a second where it is not known to be one; none for products.
+        (lambda: nn.Linear(6, 6), nn.ReLU, 0),
         (lambda: nn.Linear(6, 6, bias=False), nn.Tanh, 2),
         (lambda: nn.Linear(6, 6), nn.Softsign, 4),
-        (lambda: InPlace(nn.Linear(6, 6)), nn.Identity, 2),
+        (lambda: InPlace(nn.Linear(6, 6)), nn.Identity, 0),
     ],
 )
 def test_known_operators_are_not_asked(layer, activation, passes, monkeypatch):
@@ -400,6 +400,37 @@ def test_a_kept_verdict_serves_the_next_batch():
     targets = targets_for(module(*inputs), "mse")
     first, second = (engine.analyze(program, inputs, targets, ["kfra"], loss="mse") for _ in range(2))
     assert torch.equal(first["kfra"]["0.weight"].B, second["kfra"]["0.weight"].B)
+
+
+class Scaling(nn.Module):
+    """A product with its rows' own bias, scaled by numbers that the caller may change."""
+
+    def __init__(self, alpha: float, beta: float):
+        super().__init__()
+        self.W, self.b, self.last = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(4)), nn.Linear(4, 3)
+        self.alpha, self.beta = alpha, beta
+
+    def forward(self, x):
+        return self.last(torch.relu(torch.addmm(self.b, x, self.W, alpha=self.alpha, beta=self.beta)))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)), lambda: Scaling(2.0, 0.5)]
+)
+def test_what_is_kept_serves_batches_of_its_kind_only(make):
+    """What a warm program gives is what a new one gives, whatever came before."""
+    torch.manual_seed(0)
+    module = make().double()
+    warm = engine.load(torch.jit.script(module))
+    for N, approximation, chosen in [(4, "expand", "*"), (4, "reduce", "*"), (7, "expand", "*"), (4, "expand", "*b*")]:
+        x, y = torch.randn(N, 6, dtype=torch.float64), torch.randint(0, 3, (N,))
+        request = [{"name": "kfra", "options": {"approximation": approximation}}]
+        found = engine.analyze(warm, x, y, request, parameters=chosen)["kfra"]
+        new = engine.analyze(torch.jit.script(module), x, y, request, parameters=chosen)["kfra"]
+        assert found.keys() == new.keys()
+        for name, (B, A) in new.items():
+            assert torch.equal(found[name].B, B)
+            assert A is None or torch.equal(found[name].A, A)
 
 
 def test_half_precision_is_near_double():

@@ -102,6 +102,14 @@ RESTS = {
 }
 
 
+def _used(norm):
+    """A normalisation with statistics and weights that are not where they begin."""
+    for tensor in (*norm.parameters(), *norm.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.uniform_(0.5, 2)
+    return norm.eval()
+
+
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("rest", RESTS)
 def test_numbers_equal_brute_force(every_format, rest, channels):
@@ -120,6 +128,8 @@ def test_numbers_equal_brute_force(every_format, rest, channels):
         lambda: nn.ConvTranspose2d(4, 4, 3, stride=2, padding=1, output_padding=1, groups=2),
         lambda: nn.Conv2d(4, 20, 3, padding="same"),
         lambda: nn.GroupNorm(2, 4),
+        lambda: _used(nn.BatchNorm2d(4)),
+        lambda: _used(nn.BatchNorm2d(4, affine=False)),
         lambda: nn.PReLU(4),
     ],
 )
@@ -130,6 +140,27 @@ def test_rules_equal_brute_force_on_such_images(every_format, make):
     )
     check(module, inputs, traced(module, inputs), hessian=True)
     assert every_format
+
+
+def test_batch_norm_in_training_mode_is_still_refused(every_format):
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)).train()
+    with pytest.raises(engine.EngineError, match="batch normalisation runs in training mode"):
+        engine.analyze(torch.jit.script(net), torch.randn(4, 2, 8, 8), torch.arange(4) % 3, ["grad"], eval=False)
+    assert every_format
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+def test_a_batch_norm_of_large_inputs_in_float32(mean):
+    """Few samples are normalised at a time; what is far from zero keeps its digits."""
+    torch.manual_seed(0)
+    norm = _used(nn.BatchNorm2d(3))
+    norm.running_mean.fill_(mean)
+    net = nn.Sequential(norm, nn.Flatten(), nn.Linear(3 * 150 * 150, 3))
+    inputs, targets = mean + torch.randn(4, 3, 150, 150), torch.arange(4) % 3
+    found = engine.analyze(torch.jit.script(net), inputs, targets, ["batch_grad"], verify=True)["batch_grad"]
+    exact = engine.analyze(torch.jit.script(net.double()), inputs.double(), targets, ["batch_grad"])["batch_grad"]
+    for name, tensor in exact.items():
+        assert (found[name] - tensor).abs().max() < 1e-3 * tensor.abs().max(), name
 
 
 def test_factors_equal_those_channels_first(every_format, monkeypatch):
@@ -181,7 +212,8 @@ def test_the_caller_keeps_his_inputs():
         ("cpu", "conv2d max_pool2d flatten", True, False),
         ("cuda", "conv2d max_pool2d flatten", False, False),
         ("cpu", "linear relu", False, False),
-        ("cpu", "conv2d batch_norm", False, False),
+        ("cpu", "conv2d batch_norm", False, True),
+        ("cpu", "conv2d native_batch_norm", False, False),
         ("cpu", "conv2d as_strided", False, False),
     ],
 )

@@ -205,3 +205,51 @@ def test_classes_may_stand_last_and_few_samples_be_summed_at_a_time(numbers, opt
     counted = second.mass > 0
     assert torch.equal(found.argmin(1)[counted], labels[counted])
     assert labels.unique().numel() > 2
+
+
+def mixed(z: int) -> int:
+    """SplitMix64's finaliser, in whole numbers."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, -(2**63), -7])
+@pytest.mark.parametrize("draw", [0, 63])
+def test_draws_are_what_they_have_always_been(seed, draw):
+    """A result is known by its seed: another release must not draw otherwise."""
+    gamma, samples = 0x9E3779B97F4A7C15, [0, 1, 12345, 2**40]
+    start = mixed((mixed((seed + gamma) % 2**64) + 2 * draw) * gamma % 2**64 + gamma & 2**64 - 1)
+    expected = [
+        [(mixed((mixed((start + n * gamma) % 2**64) + (t + 1) * gamma) % 2**64) >> 11) * 2.0**-53 for t in range(3)]
+        for n in samples
+    ]
+    assert draws.uniform(seed, torch.tensor(samples), torch.arange(3), draw).tolist() == expected
+
+
+@pytest.mark.parametrize("weight", [None, [1.0, 0.5, 0.0, 2.0]])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize(
+    ("labels", "ignore_index"),
+    [([0, 1, 3, 3], -100), ([0, 1, 3, 3], 2), ([0, 2, 3, 2], 2), ([0, -100, 3, 1], -100), ([0, 7, 3, 1], 7)],
+)
+def test_targets_that_all_count_and_others(labels, ignore_index, smoothing, weight):
+    outputs = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    targets, options = torch.tensor(labels), {"label_smoothing": smoothing, "ignore_index": ignore_index}
+    given = {"name": "cross_entropy", "options": {**options, "weight": weight}}
+    weights = None if weight is None else torch.tensor(weight, dtype=torch.float64)
+    for reduction in ("mean", "sum"):
+        expected = F.cross_entropy(outputs, targets, weights, reduction=reduction, **options)
+        loss = LossSpec.parse(given, reduction).bind(outputs, targets)
+        torch.testing.assert_close(loss.contributions().sum(), expected.detach(), rtol=1e-13, atol=1e-15)
+        (gradient,) = torch.autograd.grad(expected, outputs)
+        torch.testing.assert_close(loss.gradient(), gradient, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("label", [-1, 4, -100])
+def test_a_class_that_is_none_is_refused(label):
+    outputs, targets = torch.randn(3, 4), torch.tensor([0, label, 3])
+    given = {"name": "cross_entropy", "options": {"ignore_index": -7}}
+    with pytest.raises(engine.EngineError, match=f"got {label}") as caught:
+        LossSpec.parse(given, "mean").bind(outputs, targets)
+    assert caught.value.code == "invalid_targets"

@@ -8,6 +8,9 @@ from tests.engine.models import CASES, build, targets_for, torchscript
 from tests.engine.reference import Reference
 
 import curvature_engine as engine
+from curvature_engine.extensions import EXTENSIONS
+from curvature_engine.losses import LOSSES
+from curvature_engine.options import complete_options
 
 BY_NAME = {case.name: case for case in CASES}
 FIRST_ORDER = {"batch_grad": 1, "batch_l2": 2, "batch_dot": 2, "sum_grad_squared": 2, "variance": 2}
@@ -186,3 +189,10 @@ def test_one_sample_has_no_noise_scale():
     module = torch.nn.Linear(3, 2)
     with pytest.raises(engine.EngineError, match="at least two samples; got 1; give a larger batch"):
         engine.analyze(torch.jit.script(module), torch.randn(1, 3), torch.tensor([1]), ["gradient_noise_scale"])
+
+
+@pytest.mark.parametrize("entry", [*EXTENSIONS.values(), *LOSSES.values()], ids=lambda entry: entry.summary)
+def test_defaults_fit_as_they_are_declared(entry):
+    """Nobody looks at them again where they are taken."""
+    defaults = {name: schema["default"] for name, schema in entry.options.items()}
+    assert complete_options("it", entry.options, defaults, "it") == complete_options("it", entry.options, {}, "it")

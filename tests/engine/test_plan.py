@@ -98,3 +98,26 @@ def test_a_batch_goes_whole_where_the_plan_fits_and_not_where_it_does_not():
     assert less.chunks > 1
     assert less.peak_bytes <= less.budget_bytes
     assert engine.plan(program, x, targets, ["variance"], loss="mse", budget_bytes=fitting) == whole
+
+
+@pytest.mark.parametrize("requests", [["grad"], ["grad", "outputs"], ["batch_l2"]], ids=" ".join)
+def test_a_kept_plan_serves_its_kind_only(requests):
+    """A warm program plans what a new one does, whatever it planned before."""
+    script, (x,), targets = case("mlp")
+    warm = engine.load(script)
+    kinds = [
+        {},
+        {"parameters": "*bias"},
+        {"budget_bytes": 10**6},
+        {"reduction": "sum"},
+        {"extensions": [*requests, "variance"]},
+        {"extensions": [{"name": "grad", "label": "g"}]},
+        {},
+    ]
+    for kind in kinds:
+        asked = kind.get("extensions", requests)
+        options = {name: value for name, value in kind.items() if name != "extensions"}
+        for n in (len(x), len(x) - 1):
+            found = engine.analyze(warm, x[:n], targets[:n], asked, loss="cross_entropy", **options)
+            assert found.plan == engine.plan(script, x[:n], targets[:n], asked, loss="cross_entropy", **options)
+            found.plan.columns.clear()  # what one caller does to his is of no consequence for others

@@ -49,6 +49,21 @@ def test_any_number_of_classes(classes, rank):
     torch.testing.assert_close(hessians(loss.root_column, rank), expected, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}, {"weight": [1.0, 0.5, 2.0, 0.0, 3.0]}])
+@pytest.mark.parametrize(("shape", "axis"), [((4, 5), None), ((4, 5, 1), None), ((4, 1, 5), "last"), ((4, 5, 2), None)])
+def test_several_columns_at_once_are_those_one_by_one(shape, axis, options):
+    torch.manual_seed(0)
+    outputs = 3.0 * torch.randn(shape, dtype=torch.float64)
+    positions = torch.tensor([1, 4, -100, 0])
+    targets = positions.view(4, *[1] * (len(shape) - 2)).expand([n for n in shape if n != 5])
+    loss = bound(outputs, targets, options={**options, "class_axis": axis})
+    one, several = (loss.root_column, loss.root_columns), (loss.exact_column, loss.exact_columns)
+    for (make, make_several), count in zip((one, several), (loss.rank, loss.columns), strict=True):
+        columns = torch.stack([make(v) for v in range(count)])
+        for first, stop in ((0, count), (1, 3), (count - 1, count)):
+            torch.testing.assert_close(make_several(first, stop), columns[first:stop], rtol=1e-13, atol=1e-16)
+
+
 @pytest.mark.parametrize("peak", [0, 3, 6])
 @pytest.mark.parametrize("height", [0.0, 10.0, 30.0, 90.0, 200.0])
 def test_nothing_cancels_under_a_peaked_softmax(peak, height):
@@ -61,11 +76,12 @@ def test_nothing_cancels_under_a_peaked_softmax(peak, height):
     rest = torch.stack([p[:, [i for i in range(7) if i != k]].sum(1) for k in range(7)], 1)  # 1 − p
     expected.diagonal(dim1=1, dim2=2).copy_(p * rest)
     loss = bound(rounded, torch.zeros(4, dtype=torch.long), "sum")
-    found = hessians(lambda v: loss.root_column(v).double(), loss.rank)
+    columns = loss.root_columns(0, loss.rank).double()
     scale = expected.diagonal(dim1=1, dim2=2).sqrt()
     # What float32 has no normal numbers for is as good as zero.
     allowed = 2e-6 * scale[:, :, None] * scale[:, None, :] + 1e-36
-    assert bool(((found - expected).abs() <= allowed).all())
+    for make in (lambda v: loss.root_column(v).double(), lambda v: columns[v]):
+        assert bool(((hessians(make, loss.rank) - expected).abs() <= allowed).all())
     summed = loss.summed_hessian().double()
     assert bool(((summed - expected.sum(0)).abs() <= allowed.sum(0)).all())
 
@@ -74,6 +90,7 @@ def test_a_probability_of_zero_makes_no_undefined_number():
     outputs = torch.tensor([[0.0, 0.0, -1e4, -1e4], [-1e4, -1e4, 0.0, 0.0], [0.0, -1e4, -1e4, -1e4]])
     loss = bound(outputs, torch.zeros(3, dtype=torch.long), "sum")
     found = hessians(loss.root_column, loss.rank)
+    torch.testing.assert_close(hessians(lambda v: loss.root_columns(v, v + 1)[0], loss.rank), found)
     expected = torch.zeros(3, 4, 4)
     block = torch.tensor([[0.25, -0.25], [-0.25, 0.25]])
     expected[0, :2, :2], expected[1, 2:, 2:] = block, block
@@ -87,6 +104,7 @@ def test_an_undefined_output_stays_undefined():
     columns = torch.stack([loss.root_column(v) for v in range(loss.rank)])
     assert columns[:, 1].isnan().any(0)[1:].all()
     assert columns[:, [0, 2]].isfinite().all()
+    assert torch.equal(loss.root_columns(0, loss.rank).isnan().any(2), columns.isnan().any(2))
 
 
 DIAGONALS = ["diag_ggn_exact", "batch_diag_ggn_exact", "diag_hessian", "batch_diag_hessian", "saliency"]

@@ -315,39 +315,46 @@ class _Analyzer:
     # Provenance
 
     def _finish(self, groups: dict[str, Group], prepared: Prepared, error: RoundingError | None) -> None:
-        bound, work = prepared.bound, prepared.work
+        work = prepared.work
         for request in self.requests:
             group = groups[request.label]
-            sampled = request.extension.columns == "sampled"
-            against = self.order.against.get(request.label)
             if group.file is None:
                 group.fill(group.by_parameter)
+            common = self._provenance(request, prepared)
+            by_columns = request.extension.accumulator is not None
             for key, dtype in _formats(group).items():
                 parameter = key.rpartition("#")[0] or key if self.order.part is not None else key
                 parameter = parameter if parameter in group.by_parameter else parameter.rpartition("/")[0]
-                by_columns = request.extension.accumulator is not None
                 group.provenance[key] = {
                     "method": work.method(request, parameter) if work is not None and by_columns else "autograd",
-                    "reduction": self.spec.reduction,
-                    "Z": bound.Z,
-                    "scale": request.options.get("scale", "loss"),
-                    "approximation": request.options.get("approximation"),
-                    "seed": self.seed if sampled else None,
-                    "mc_samples": request.options.get("mc_samples") if sampled else None,
+                    **common,
                     "dtype": dtype_name(dtype),
-                    "device": str(self.program.device),
-                    "engine_version": __version__,
-                    "samples_per_chunk": prepared.plan.samples_per_chunk,
-                    "halvings": self._restarts + self.order.relief.halvings,
-                    "verified": work is not None
-                    and work.verified
-                    and work.verification is not None
-                    and (against is None or against.work.verified),
-                    "verification": None if work is None else work.verification_of(request),
-                    "precision": self.order.precision,
-                    "channels_last": self.order.channels_last,
                     "precision_error": None if error is None else error.of(parameter),
                 }
+
+    def _provenance(self, request: Request, prepared: Prepared) -> dict[str, Any]:
+        """What holds for all tensors of a request."""
+        work, sampled = prepared.work, request.extension.columns == "sampled"
+        against = self.order.against.get(request.label)
+        return {
+            "reduction": self.spec.reduction,
+            "Z": prepared.bound.Z,
+            "scale": request.options.get("scale", "loss"),
+            "approximation": request.options.get("approximation"),
+            "seed": self.seed if sampled else None,
+            "mc_samples": request.options.get("mc_samples") if sampled else None,
+            "device": str(self.program.device),
+            "engine_version": __version__,
+            "samples_per_chunk": prepared.plan.samples_per_chunk,
+            "halvings": self._restarts + self.order.relief.halvings,
+            "verified": work is not None
+            and work.verified
+            and work.verification is not None
+            and (against is None or against.work.verified),
+            "verification": None if work is None else work.verification_of(request),
+            "precision": self.order.precision,
+            "channels_last": self.order.channels_last,
+        }
 
 
 def _check_part(part: DataSetPart | None, requests: Sequence[Request], spec: LossSpec) -> None:
@@ -371,14 +378,14 @@ def _check_names(selected: dict[str, Parameter]) -> None:
 @contextmanager
 def _differentiable(selected: dict[str, Parameter]) -> Iterator[None]:
     """Have the parameters asked for require gradients, as long as it lasts."""
-    restore = [(t, t.requires_grad) for p in selected.values() for t in p.tensors]
+    restore = [t for p in selected.values() for t in p.tensors if not t.requires_grad]
     try:
-        for tensor, _ in restore:
+        for tensor in restore:
             tensor.requires_grad_(True)
         yield
     finally:
-        for tensor, required in restore:
-            tensor.requires_grad_(required)
+        for tensor in restore:
+            tensor.requires_grad_(False)
 
 
 def _formats(group: Group) -> dict[str, torch.dtype]:

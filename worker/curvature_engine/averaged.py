@@ -1,7 +1,6 @@
 """An averaged matrix where a parameter's layer ends, and its sums over the positions that share the parameter."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,29 +9,55 @@ from curvature_engine.prepared_uses import PreparedUse
 
 
 @dataclass(frozen=True)
-class Averaged:
-    """B̄ [D, D] in a layer's output, for one use of a parameter, whose form may move and scale the output.
+class Arrangement:
+    """Where a use of a parameter has its layer's outputs, whose form may move and scale them.
 
     Attributes:
-        arranged: where the layer's rules have a sample's elements: [1, T, …], numbers of B̄'s rows as float64.
+        places: which of B̄'s rows is a group's output at a position, [groups, T, out].
+        factor: what it is multiplied by.
+        whole: whether they are all of B̄'s rows in their order, at one position of one group.
     """
 
+    places: Tensor
+    factor: float
+    whole: bool
+
+    @classmethod
+    def of(cls, prepared: PreparedUse, arranged: Tensor) -> "Arrangement":
+        """The arrangement of a use whose layer's rules have a sample's elements so: [1, T, …], numbers of B̄'s rows."""
+        rule = prepared.tap.rule
+        assert rule is not None
+        marks = torch.cat([arranged, torch.ones_like(arranged)])
+        both = rule.factor_outputs(prepared.use.role, marks)
+        assert both is not None
+        factor = float(both[0, 1, 0, 0])
+        places = both[:, 0] / factor if factor != 0 else arranged.reshape(both[:, 0].shape)
+        places = places.round().long()
+        rows = torch.arange(arranged.numel(), device=places.device)
+        return cls(places, factor, places.shape[:2] == (1, 1) and torch.equal(places[0, 0], rows))
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """B̄ [D, D] in a layer's output, for one use of a parameter."""
+
     B: Tensor
-    prepared: PreparedUse
-    arranged: Tensor
+    arrangement: Arrangement
 
     def moment(self) -> Tensor:
         """Σ_t B̄_tt, [groups, out, out]: a tensor of its own."""
-        places, factor = self._form
-        if places.shape[1] == 1:
-            found = [_picked(self.B, p) for p in places[:, 0]]
+        places = self.arrangement.places
+        if self.arrangement.whole:
+            found = [self.B.clone()]
+        elif places.shape[1] == 1:
+            found = [self.B.index_select(0, p).index_select(1, p) for p in places[:, 0]]
         else:
             found = [self.B[p[:, :, None], p[:, None, :]].sum(0) for p in places]
-        return _scaled(found, factor)
+        return _scaled(found, self.arrangement.factor)
 
     def summed(self) -> Tensor:
         """Σ_tt′ B̄_tt′, [groups, out, out]: a tensor of its own."""
-        places, factor = self._form
+        places = self.arrangement.places
         if places.shape[1] == 1:
             return self.moment()
         found = []
@@ -41,26 +66,7 @@ class Averaged:
             for position in group:
                 rows += self.B[position]
             found.append(torch.stack([rows[:, position] for position in group]).sum(0))
-        return _scaled(found, factor)
-
-    @cached_property
-    def _form(self) -> tuple[Tensor, float]:
-        """Which of B̄'s rows is a group's output at a position, [groups, T, out], and what it is multiplied by."""
-        rule = self.prepared.tap.rule
-        assert rule is not None
-        marks = torch.cat([self.arranged, torch.ones_like(self.arranged)])
-        both = rule.factor_outputs(self.prepared.use.role, marks)
-        assert both is not None
-        factor = float(both[0, 1, 0, 0])
-        places = both[:, 0] / factor if factor != 0 else self.arranged.reshape(both[:, 0].shape)
-        return places.round().long(), factor
-
-
-def _picked(B: Tensor, places: Tensor) -> Tensor:
-    """Rows and columns of B, in a tensor of its own."""
-    if len(places) == len(B) and torch.equal(places, torch.arange(len(B), device=places.device)):
-        return B.clone()
-    return B.index_select(0, places).index_select(1, places)
+        return _scaled(found, self.arrangement.factor)
 
 
 def _scaled(groups: list[Tensor], factor: float) -> Tensor:

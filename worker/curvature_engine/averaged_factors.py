@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from curvature_engine.averaged import Averaged
-from curvature_engine.averaging import Averaging
+from curvature_engine.averaged import Arrangement, Averaged
+from curvature_engine.averaging import Averaging, Station
 from curvature_engine.budget import Budget
 from curvature_engine.chain import EdgeKey, Links, edge_key, unsupported_chain
 from curvature_engine.chain_steps import Step, trace_chain
@@ -16,6 +16,7 @@ from curvature_engine.contributions import Contribution
 from curvature_engine.extensions import Accumulator
 from curvature_engine.losses import BoundLoss
 from curvature_engine.prepared_uses import PreparedUse
+from curvature_engine.probe import Verdict
 
 
 class AveragedFactors:
@@ -25,6 +26,7 @@ class AveragedFactors:
         links: the operators on record.
         contributions: by parameter, with the shapes that their parts will have, and no numbers.
         accumulators: of the requests, to say which parameters have a form.
+        verdict: on the batch's path.
 
     Raises:
         EngineError: `unsupported_model` where there is no chain to those parameters' layers, or not the memory.
@@ -38,8 +40,9 @@ class AveragedFactors:
         contributions: Mapping[str, Contribution],
         accumulators: Sequence[Accumulator],
         budget: Budget,
+        verdict: Verdict,
     ) -> None:
-        self._contributions = contributions
+        self._contributions, self._verdict = contributions, verdict
         self._wanted = _wanted(contributions, accumulators)
         steps: Sequence[Step] = trace_chain(outputs, links, frozenset(self._wanted))
         self._averaging = Averaging(outputs, bound, steps, budget)
@@ -51,13 +54,19 @@ class AveragedFactors:
                 accumulator.note_missing(name, contribution)
         with torch.no_grad():
             for station in self._averaging.run():
-                arranged: dict[int, Tensor] = {}
                 for name, prepared in self._wanted.get(station.socket.key, ()):
-                    if prepared.tap_index not in arranged:
-                        arranged[prepared.tap_index] = station.arranged(prepared)
-                    averaged = Averaged(station.B, prepared, arranged[prepared.tap_index])
+                    averaged = Averaged(station.B, self._arrangement(station, prepared))
                     for accumulator in accumulators:
                         accumulator.add_averaged(name, self._contributions[name], averaged)
+
+    def _arrangement(self, station: Station, prepared: PreparedUse) -> Arrangement:
+        """Where a use has its layer's outputs. The shapes say it where samples come one after another."""
+        layout, rule = station.layout, prepared.tap.rule
+        known = None if rule is None or not layout.plain else rule.key
+        key = "arrangement", prepared.tap_index, prepared.use.role, known, layout.N, layout.D, station.socket.shape
+        if known is None:
+            return Arrangement.of(prepared, station.arranged(prepared))
+        return self._verdict.derived.recall(key, lambda: Arrangement.of(prepared, station.arranged(prepared)))
 
 
 def _wanted(

@@ -15,6 +15,8 @@ from curvature_engine.precision import accumulation_dtype
 from curvature_engine.prepared_uses import PreparedUse
 from curvature_engine.reductions import Assemble, Moments, Outer, SumSquared
 from curvature_engine.rules import Rule
+from curvature_engine.tiles import assemble as assemble_tiles
+from curvature_engine.tiles import pay, tiles
 from curvature_engine.unfolded import Unfolded
 from curvature_engine.watched import Derivation, pull_back
 
@@ -67,6 +69,7 @@ class ClosedForm(Contribution):
         self._like, self._N, self._budget_bytes = like, N, budget_bytes
         self.shape = tuple(like.shape)
         self.block = self._fitting_block() if block is None else block
+        self._span = self._fitting_span()
 
     def _fitting_block(self) -> int:
         """How many samples' gradients fit, with what making them takes."""
@@ -74,9 +77,22 @@ class ClosedForm(Contribution):
         most = max(max(1, self._like.numel()) * element, self._working_bytes(element))
         return max(1, min(self._N, min(self._budget_bytes, _block_bytes(self._like.device)) // most))
 
+    def _fitting_span(self) -> int:
+        """How many samples' inputs are unfolded at a time for sums over tiles, which take next to no memory."""
+        single = self.single()
+        self._tiled = single is not None and pay(self._like) and single[2].is_product(single[0].use.role, single[1])
+        if not self._tiled:
+            return self.block
+        working = self._working_bytes(accumulation_dtype(self._like.dtype).itemsize)
+        return max(1, self.block, min(self._N, min(self._budget_bytes, _CACHED_BYTES) // working))
+
     def select(self, samples: Tensor) -> Contribution:
         uses = [(replace(p, chosen=tuple(s[samples] for s in p.saved)), g[samples]) for p, g in self.uses]
         return ClosedForm(uses, self._like, len(samples), self._budget_bytes, self._relief)
+
+    @property
+    def _height(self) -> int:
+        return self.shape[0] if self.shape else 1
 
     @property
     def samples_per_block(self) -> int:
@@ -98,7 +114,7 @@ class ClosedForm(Contribution):
 
     def working_bytes(self) -> int:
         element = accumulation_dtype(self._like.dtype).itemsize
-        return self.block * (2 * self._like.numel() * element + self._working_bytes(element))
+        return 2 * self.block * self._like.numel() * element + self._span * self._working_bytes(element)
 
     def is_reduced(self, reduction: str) -> bool:
         single = self.single()
@@ -146,9 +162,9 @@ class ClosedForm(Contribution):
         """Make room, or take fewer samples at a time from now on, if that may help against an error; else raise it."""
         if memory_ran_out(error) and PAGES.drop():
             return
-        if self.block == 1 or self._relief is None or not memory_ran_out(error):
+        if max(self.block, self._span) == 1 or self._relief is None or not memory_ran_out(error):
             raise error
-        self.block //= 2
+        self.block, self._span = max(1, self.block // 2), max(1, self._span // 2)
         self._relief.halvings += 1
 
     def _sweep(self, names: Collection[str]) -> None:
@@ -163,7 +179,7 @@ class ClosedForm(Contribution):
         if single is None or sum(self._expected.values()) > 1:
             return None
         prepared, g, rule = single
-        assemble = partial(rule.assemble, prepared.use.role)
+        assemble = partial(assemble_tiles, rule, prepared.use.role, self._height)
         fused = fused_squares(prepared, g, self.block, self._unfold)
         if fused is not None:
             return fused, assemble
@@ -217,16 +233,21 @@ class ClosedForm(Contribution):
             yield from ((first, 0, block) for first, block in self._hot_blocks())
             return
         prepared, g, rule = single
-        for first in range(0, self._N, self.block):
-            block = slice(first, first + self.block)
-            saved, role = tuple(s[block] for s in prepared.saved), prepared.use.role
+        role = prepared.use.role
+        for first in range(0, self._N, self._span):
+            block = slice(first, first + self._span)
+            saved = tuple(s[block] for s in prepared.saved)
             unfolded = self._unfold(prepared, first)
+            pairs = rule.products(role, saved, g[block], unfolded) if self._tiled else None
+            if pairs is not None:
+                yield from tiles(first, pairs)
+                continue
             for piece, gradients in enumerate(rule.pieces(role, saved, g[block], unfolded)):
                 yield first, piece, gradients
 
     def _unfold(self, prepared: PreparedUse, first: int) -> Tensor | None:
         """What the rule makes of the inputs of a block of samples, which columns to come may use again."""
-        rule, block = prepared.tap.rule, slice(first, first + self.block)
+        rule, block = prepared.tap.rule, slice(first, first + self._span)
         assert rule is not None
 
         def make() -> Tensor | None:
@@ -234,14 +255,14 @@ class ClosedForm(Contribution):
 
         if self._unfolded is None:
             return make()
-        return self._unfolded.get((prepared.tap_index, prepared.use.role, first, self.block), make)
+        return self._unfolded.get((prepared.tap_index, prepared.use.role, first, self._span), make)
 
     def _assemble(self, pieces: list[Tensor]) -> Tensor:
         single = self.single()
         if single is None:
             return super()._assemble(pieces)
         prepared, _, rule = single
-        return rule.assemble(prepared.use.role, pieces)
+        return assemble_tiles(rule, prepared.use.role, self._height, pieces)
 
     def scaled(self, factor: float) -> Contribution:
         if factor == 1.0:

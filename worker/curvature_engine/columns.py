@@ -1,7 +1,7 @@
 """What one column, propagated back through a part, contributes to every parameter."""
 
 import math
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -142,8 +142,9 @@ class Columns:
             gradients |= dict.fromkeys(rest)
         elif rest:
             gradients |= self._part.at_taps(rest, passed.behind[column], self.head.end)
+        arranged: dict[int, Tensor] = {}
         for name in names:
-            contribution = self.closed(name, self._selected[name], gradients)
+            contribution = self.closed(name, self._selected[name], gradients, arranged)
             if verification is not None:
                 verification.check(name, contribution)
             yield name, contribution
@@ -156,8 +157,9 @@ class Columns:
         gradients = at_hand if at_hand.keys() >= set(needed) else self._part.at_taps(needed, cotangent)
         fallbacks = self._fallbacks(cotangent)
         verification = self._verification(cotangent)
+        arranged: dict[int, Tensor] = {}
         for name, parameter in self._selected.items():
-            contribution = fallbacks.get(name) or self.closed(name, parameter, gradients)
+            contribution = fallbacks.get(name) or self.closed(name, parameter, gradients, arranged)
             if verification is not None:
                 verification.check(name, contribution)
             yield name, contribution
@@ -210,7 +212,7 @@ class Columns:
         uses = {name: {u.tap_index for u in self._methods.uses[name]} for name in self._selected if name in names}
 
         def ready(name: str, gradients: dict[int, Tensor | None]) -> None:
-            take(name, self.closed(name, self._selected[name], gradients))
+            take(name, self.closed(name, self._selected[name], gradients, {}))
 
         arranged = {u.tap_index: u.arranged for each in self._methods.uses.values() for u in each}
 
@@ -252,13 +254,17 @@ class Columns:
             return Absent(parameter.tensor, n)
         return ClosedForm(uses, parameter.tensor, n, self._order.budget.block_bytes)
 
-    def closed(self, name: str, parameter: Parameter, gradients: dict[int, Tensor | None]) -> Contribution:
-        """A parameter's closed form, from the gradients at its taps."""
+    def closed(
+        self, name: str, parameter: Parameter, gradients: Mapping[int, Tensor | None], arranged: dict[int, Tensor]
+    ) -> Contribution:
+        """A parameter's closed form, from the gradients at its taps; `arranged` keeps them for other parameters."""
         uses = []
         for prepared in self._methods.uses[name]:
-            g = gradients[prepared.tap_index]
+            tap, g = prepared.tap_index, gradients[prepared.tap_index]
             if g is not None:
-                uses.append((prepared, prepared.arranged_gradient(g)))
+                if tap not in arranged:
+                    arranged[tap] = prepared.arranged_gradient(g)
+                uses.append((prepared, arranged[tap]))
         if not uses:
             return Absent(parameter.tensor, self._part.n)
         order, verdict = self._order, self._methods.verdict
@@ -269,7 +275,7 @@ class Columns:
             uses, parameter.tensor, self._part.n, order.budget.block_bytes, order.relief, self._unfolded, block
         )
         if block is None:
-            verdict.note(key, contribution.block)
+            verdict.derived.recall(key, lambda: contribution.block)
         return contribution
 
     def _fallbacks(self, cotangent: Tensor) -> dict[str, Contribution]:

@@ -19,6 +19,7 @@ def _signed(value: int) -> int:
 _GAMMA = _signed(0x9E3779B97F4A7C15)
 _FIRST = _signed(0xBF58476D1CE4E5B9)
 _SECOND = _signed(0x94D049BB133111EB)
+_ALL = 2**64 - 1
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
@@ -30,6 +31,14 @@ def _mix(z: Tensor) -> Tensor:
     z = (z ^ _shift_right(z, 30)) * _FIRST
     z = (z ^ _shift_right(z, 27)) * _SECOND
     return z ^ _shift_right(z, 31)
+
+
+def _mix_number(z: int) -> int:
+    """`_mix` of one number, as a 64-bit pattern."""
+    z &= _ALL
+    z = (z ^ (z >> 30)) * _FIRST & _ALL
+    z = (z ^ (z >> 27)) * _SECOND & _ALL
+    return z ^ (z >> 31)
 
 
 def uniform(seed: int, samples: Tensor, positions: Tensor, draw: int, stream: int = 0) -> Tensor:
@@ -45,9 +54,8 @@ def uniform(seed: int, samples: Tensor, positions: Tensor, draw: int, stream: in
     Returns:
         [N, T] in float64.
     """
-    z = _mix(samples.new_full((), seed, dtype=torch.int64) + _GAMMA)
-    z = _mix((z + draw * 2 + stream) * _GAMMA + _GAMMA)
-    z = _mix(z + samples.long()[:, None] * _GAMMA)
+    start = _mix_number((_mix_number(seed + _GAMMA) + draw * 2 + stream) * _GAMMA + _GAMMA)
+    z = _mix(samples.long()[:, None] * _GAMMA + _signed(start))
     z = _mix(z + (positions.long()[None, :] + 1) * _GAMMA)
     return _shift_right(z, 11).double() * 2.0**-53
 

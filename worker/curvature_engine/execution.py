@@ -147,11 +147,13 @@ class Run:
             self.values[target] = value
             self.tainted[target] = tainted
 
-    def release(self, slot: int) -> None:
-        """Let go of a value that no later step reads: its memory serves the next."""
-        value, self.values[slot] = self.values[slot], None
-        if type(value) is Tensor:
-            self.samples.release(value, held=2)
+    def release(self, slots: Sequence[int]) -> None:
+        """Let go of values that no later step reads: their memory serves the next."""
+        values, release = self.values, self.samples.release
+        for slot in slots:
+            value, values[slot] = values[slot], None
+            if type(value) is Tensor:
+                release(value, held=2)
 
     def decide(self, decision: Decision) -> None:
         """Note a branch taken or a loop's number of rounds: they name the path."""

@@ -70,6 +70,8 @@ class Methods:
     def of(self, request: Request, key: str) -> str:
         """A parameter's method, or for several together the least of theirs."""
         against = self._order.against.get(request.label)
+        if against is None and key in self.by_parameter:
+            return self.by_parameter[key]
         found: set[str] = set()
         for methods in (self.by_parameter, {} if against is None else against.work.methods):
             found.update([methods[key]] if key in methods else methods.values())
@@ -131,7 +133,7 @@ class Methods:
 
     def _verdict(self, part: Part, gradient: Callable[[], Tensor]) -> Verdict:
         verdicts, forward, outputs = self._order.program.verdicts, part.forward, part.outputs
-        path = self._path(part)
+        path = self.path(part)
         verdict = None if forward.routed_by_data or self._order.verify else verdicts.get(path)
         found = THIS_JOB if path in self._order.judged else KEPT_VERDICT
         with exactly(outputs.device):
@@ -152,7 +154,7 @@ class Methods:
             self.distrust()
         return verdict
 
-    def _path(self, part: Part) -> Hashable:
+    def path(self, part: Part) -> Hashable:
         """What a verdict holds for: this program, which keeps it, in this version, on such a device, inputs and way."""
         forward, outputs = part.forward, part.outputs
         return (

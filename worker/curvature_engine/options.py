@@ -41,10 +41,9 @@ def complete_options(owner: str, options: Options, given: Mapping[str, Any], whe
                 param=f"{where}.{option}",
                 remedy=f"it takes: {', '.join(options) or 'none'}",
             )
-    complete = {name: given.get(name, schema["default"]) for name, schema in options.items()}
-    for option, value in complete.items():
+    for option, value in given.items():  # defaults fit as they are declared
         _check(owner, option, value, options[option], where)
-    return complete
+    return {name: given.get(name, schema["default"]) for name, schema in options.items()}
 
 
 def _check(owner: str, option: str, value: Any, schema: Mapping[str, Any], where: str) -> None:

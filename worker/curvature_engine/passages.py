@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ _ELEMENTWISE = frozenset(
     for name in ("Relu", "LeakyRelu", "Hardtanh", "Elu", "Gelu", "Silu", "Mish", "Sigmoid", "Tanh", "Softplus")
 )
 """Nodes that are elementwise, which need not be asked."""
+_RELU = frozenset({"ReluBackward0"})
+_ROWS = 1024
+"""Of a matrix that are made at a time."""
 _PRODUCT, _PRODUCT_AND_SUM = frozenset({"MmBackward0"}), frozenset({"AddmmBackward0"})
 
 
@@ -95,15 +99,32 @@ class Passage:
 
 def average_diagonal(passage: Passage, B: Tensor, N: int) -> Tensor:
     """B ⊙ 1/N Σ_n d_n d_nᵀ, in blocks of rows."""
-    d = passage(B.new_ones(N, len(B)))
-    if not passage.step.is_node(_ELEMENTWISE):
-        u = passage.random()
-        passage.check(passage(u.expand(N, -1)), d * u)
-    d, result = d.to(B.dtype), torch.empty_like(B)
-    for first in range(0, len(B), 1024):
-        rows = slice(first, first + 1024)
+    d = _passed_by_relu(passage)
+    if d is None:
+        d = passage(B.new_ones(N, len(B)))
+        if not passage.step.is_node(_ELEMENTWISE):
+            u = passage.random()
+            passage.check(passage(u.expand(N, -1)), d * u)
+    d = d.to(B.dtype)
+    if len(B) <= _ROWS:
+        return (d.T @ (d / N)).mul_(B)
+    result = torch.empty_like(B)
+    for first in range(0, len(B), _ROWS):
+        rows = slice(first, first + _ROWS)
         torch.addmm(result[rows], d[:, rows].T, d, beta=0, alpha=1 / N, out=result[rows]).mul_(B[rows])
     return result
+
+
+def _passed_by_relu(passage: Passage) -> Tensor | None:
+    """What a ReLU passes on of each sample's elements, [N, D]; None for other operators."""
+    node: Any = passage.step.target.edge.node
+    if not passage.step.is_node(_RELU):
+        return None
+    try:
+        alive: Tensor = (node._saved_result <= 0).logical_not_()  # NaN passes, as in autograd
+    except RuntimeError:  # it has been edited since: autograd says so as ever
+        return None
+    return passage.before.gathered(alive.reshape(-1))
 
 
 def conjugate(passage: Passage, B: Tensor, N: int, block_bytes: int) -> Tensor:

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ from curvature_engine.results import Group
 from curvature_engine.stores import Layout, ResultStore
 from curvature_engine.tape import Tape
 from curvature_engine.tasks import Part, Share, Task, chosen_samples
+
+T = TypeVar("T")
 
 
 class BackwardPasses:
@@ -80,6 +83,12 @@ class BackwardPasses:
     def verdict(self) -> Verdict | None:
         """On the current part's path."""
         return self._methods.verdict
+
+    def recall(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What follows from the current part's path and from nothing else than is in the key; made once."""
+        if self.verdict is not None:
+            return self.verdict.derived.recall(key, make)
+        return self._order.program.derived.recall((self._methods.path(self._part), key), make)
 
     @property
     def verified(self) -> bool:
@@ -131,8 +140,7 @@ class BackwardPasses:
         self._first_order(first)
         self._methods.at_hand = {}
         if exact:
-            make = self._bound.root_column if self._any_root else self._bound.exact_column
-            self._sweep(make, self.columns["exact"], exact)
+            self._sweep(exact)
         for m in range(self.columns["sampled"] if sampled else 0):
             column = self._part.rows(self._bound.sampled_column(self._order.seed, m))
             self._column(column, [s for s in sampled if m < s.accumulator.setting.draws])
@@ -327,28 +335,32 @@ class BackwardPasses:
 
         return take
 
-    def _sweep(self, make: Callable[[int], Tensor], count: int, shares: list[Share]) -> None:
-        """Take columns, several at once where that is faster."""
+    def _sweep(self, shares: list[Share]) -> None:
+        """Take exact columns, several at once where that is faster."""
+        count, bound = self.columns["exact"], self._bound
         size = min(count, self._columns.together)
         for first in range(0, count, size):
-            columns = [self._part.rows(make(v)) for v in range(first, min(count, first + size))]
-            if len(columns) == 1:
-                self._column(columns[0], shares)
+            stop = min(count, first + size)
+            if stop - first == 1:
+                column = bound.root_column(first) if self._any_root else bound.exact_column(first)
+                self._column(self._part.rows(column), shares)
             else:
-                self._several(columns, shares)
+                columns = (bound.root_columns if self._any_root else bound.exact_columns)(first, stop)
+                self._several(self._part.rows_of_several(columns), shares)
 
-    def _several(self, columns: Sequence[Tensor], shares: list[Share]) -> None:
+    def _several(self, columns: Tensor, shares: list[Share]) -> None:
         head = self._columns.head
         assert head is not None
         with torch.no_grad():
-            passed = head.back(torch.stack(list(columns)))
+            passed = head.back(columns)
             left = dict.fromkeys(self._selected, shares)
             for name, stacked in self._columns.stacked(passed, len(columns)):
                 left[name] = [share for share in shares if not share.take_stacked(name, stacked)]
             names = [name for name in self._selected if left[name]]
+            expected = {name: _expected(left[name]) for name in names}
 
             def take(name: str, contribution: Contribution) -> None:
-                contribution.expect(_expected(left[name]))
+                contribution.expect(expected.get(name, {}))
                 for share in left[name]:
                     share.take(name, contribution)
 
@@ -392,14 +404,17 @@ class BackwardPasses:
         reached, nothing = reached_edges(outputs), outputs.new_zeros(())
         taps = {u.tap_index: u.tap for uses in self._methods.uses.values() for u in uses}
         shapes = {i: nothing.expand(t.shapes[0]) if edge_key(t.edges[0]) in reached else None for i, t in taps.items()}
+        arranged: dict[int, Tensor] = {}
         contributions = {
-            name: self._columns.closed(name, parameter, shapes)
+            name: self._columns.closed(name, parameter, shapes, arranged)
             if name in self._methods.uses
             else self.contribution(name)
             for name, parameter in self._selected.items()
         }
         tasks = [t.accumulator for t in self.tasks(ResultStore()) if t.request.extension.columns == "averaged"]
-        return AveragedFactors(outputs, self._bound, tape.links, contributions, tasks, self._order.budget)
+        assert self.verdict is not None
+        budget = self._order.budget
+        return AveragedFactors(outputs, self._bound, tape.links, contributions, tasks, budget, self.verdict)
 
 
 def _expected(shares: Sequence[Share]) -> Counter[str]:

@@ -39,15 +39,12 @@ class Planner:
         self._budget, self._requests, self._selected, self._division = budget, requests, selected, division
 
     def plan(self, bound: BoundLoss, outputs: Tensor, work: BackwardPasses | None) -> Plan:
-        """The plan; without `work`, of outputs alone. Batches of a kind share it while their verdict is kept."""
-        if work is None or work.verdict is None or any(r.options.get("against") is not None for r in self._requests):
+        """The plan; without `work`, of outputs alone. Batches of a kind share it."""
+        if work is None or any(r.options.get("against") is not None for r in self._requests):
             return self._made(bound, outputs, work)
         division = tuple(self._division.bounds), self._division.forward_bytes, self._division.reason
         key = "plan", work.kind, self._budget, division, bound.N, tuple(outputs.shape), outputs.dtype
-        found: Plan | None = work.verdict.derived.get(key)
-        if found is None:
-            found = self._made(bound, outputs, work)
-            work.verdict.note(key, found)
+        found: Plan = work.recall(key, lambda: self._made(bound, outputs, work))
         return replace(found, columns=dict(found.columns))
 
     def _made(self, bound: BoundLoss, outputs: Tensor, work: BackwardPasses | None) -> Plan:

@@ -127,7 +127,8 @@ def _check_options(point: EntryPoint, options: Options) -> None:
     """Options are published as JSON schemas, and each has a default that fits."""
     try:
         json.dumps(dict(options), allow_nan=False)
-        complete_options(point.name, options, {}, point.name)
+        defaults = {name: schema["default"] for name, schema in options.items()}
+        complete_options(point.name, options, defaults, point.name)
     except EngineError as error:
         raise _broken(point, f"has options whose defaults do not fit: {error.message}", "correct them") from error
     except (TypeError, ValueError, KeyError, AttributeError) as error:

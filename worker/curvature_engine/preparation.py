@@ -117,7 +117,7 @@ class Preparer:
         plan = planner.plan(bound, outputs, work)
         if order.is_reordered:
             plan = replace(plan, precision=order.precision, channels_last=order.channels_last)
-        path = path_digest(forward.decisions, forward.readings)
+        path = None if order.part is None else path_digest(forward.decisions, forward.readings)
         return Prepared(self, inputs, bound, outputs.detach(), forward.used_dropout, division, work, plan, path, probed)
 
     def _check_part(self, inputs: Inputs, targets: Tensor, forward: Forward, bound: BoundLoss) -> bool:
@@ -186,7 +186,7 @@ class Prepared:
         bound: the loss on the whole batch.
         outputs: of the whole batch, without their graph.
         work: the backward passes, in the first chunk; None where only outputs are wanted.
-        path: what tells the path taken through the program from others.
+        path: of a part of a data set, what tells the path taken through the program from others.
         probed: of a part of a data set, whether samples are shown not to be coupled.
     """
 
@@ -198,7 +198,7 @@ class Prepared:
     division: Division
     work: BackwardPasses | None
     plan: Plan
-    path: str
+    path: str | None
     probed: bool
 
     def parts(self) -> Iterator[BackwardPasses]:

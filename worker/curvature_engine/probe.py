@@ -13,9 +13,9 @@ are those samples' in every batch (`sample_axes`).
 
 import math
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 _HALF_TOLERANCE = 2.0**-6
 _MOST_DERIVED = 4096
 _PIECE_ELEMENTS = 2**18
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,20 @@ class TapVerdict:
     reached: bool = True
 
 
+class Derived(dict[Hashable, Any]):
+    """What followed from something, under what else it depends on."""
+
+    def recall(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What is under a key, or is made now and kept there."""
+        found: T | None = self.get(key)
+        if found is None:
+            found = make()
+            if len(self) >= _MOST_DERIVED:
+                self.clear()
+            self[key] = found
+        return found
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the probe found about one path through a program."""
@@ -93,14 +109,8 @@ class Verdict:
     """Whether every operator that the batch enters has rows to confirm; else the next batch is judged anew."""
     strides: tuple[int | None, ...] | None = None
     """Where the operators prove the samples to lie in every tap, if they do: then there is nothing to confirm."""
-    derived: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What followed from it, under what else it depends on: for batches to come, if the verdict is kept."""
-
-    def note(self, key: Hashable, value: Any) -> None:
-        """Keep what follows from the verdict and from nothing else than is in the key."""
-        if len(self.derived) >= _MOST_DERIVED:
-            self.derived.clear()
-        self.derived[key] = value
+    derived: Derived = field(default_factory=Derived, compare=False, repr=False)
+    """What followed from it and from nothing else than is in the key: for batches to come, if the verdict is kept."""
 
 
 class Verdicts:

@@ -17,7 +17,7 @@ from curvature_engine.formats import FrontEnd, Inputs, open_model
 from curvature_engine.layouts import ChannelsLast, LayoutShows, pays, tells
 from curvature_engine.memory_format import channels_last, has_image_layout
 from curvature_engine.parameters import Parameter
-from curvature_engine.probe import Verdicts
+from curvature_engine.probe import Derived, Verdicts
 from curvature_engine.sample_axes import SampleAxes
 from curvature_engine.sums import Sums
 from curvature_engine.tape import Tape
@@ -56,6 +56,7 @@ class Program:
         buffers: names of the tensors that are none.
         was_training: whether the file was saved in training mode.
         verdicts: what the probe found, per shapes and path.
+        derived: what follows from shapes and path without a verdict.
     """
 
     def __init__(self, front: FrontEnd, device: torch.device, *, eval: bool) -> None:
@@ -67,7 +68,7 @@ class Program:
         self._parameter_places = frozenset(
             t.untyped_storage().data_ptr() for p in self.parameters.values() for t in p.tensors if t.numel()
         )
-        self.verdicts = Verdicts()
+        self.verdicts, self.derived = Verdicts(), Derived()
         self._channels_last = pays(device, front.operators(), asks_layout=front.asks_layout)
         self._asked = False
         self._layout = threading.RLock()

@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from curvature_engine.calls import OperatorCall
-from curvature_engine.followers import EDITORS, FOLLOWERS, Found, Seen, tensors_among
+from curvature_engine.followers import EDITORS, FOLLOWERS, Found, Seen, elementwise, tensors_among
 
 _LEAST_SAMPLES = 2
 _OWN_REFERENCES = 2
@@ -80,6 +80,11 @@ class SampleAxes:
             self._edited(call, arguments, entered, result)
             return
         follow = FOLLOWERS.get(call.name)
+        if follow is elementwise and len(entered) == 1 and type(result) is Tensor and result.shape == entered[0].shape:
+            stride = held[id(entered[0])][1]
+            if stride != _MIXED:
+                held[id(result)] = result, stride
+                return
         found = None
         if follow is not None and _MIXED not in [held[id(t)][1] for t in entered]:
             found = follow(Seen(held, self.N, call, arguments, entered), result)

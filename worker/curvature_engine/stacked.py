@@ -41,7 +41,7 @@ class Stacked:
     @property
     def needs_inputs(self) -> bool:
         """Whether gradients are made of the layers' inputs, of which there are no more than N."""
-        return any(prepared.saved for prepared, _ in self.uses)
+        return any(prepared.use.role != "bias" for prepared, _ in self.uses)
 
     def as_more_samples(self) -> ClosedForm:
         """The same of k·N samples, for what takes no notice of the layers' inputs, or knows that they are N."""

@@ -38,8 +38,8 @@ def execute(run: Run, steps: Sequence[tuple[Step, str, Sequence[int]]]) -> None:
         for step, at, spent in steps:
             place = at
             step(run)
-            for slot in spent:
-                run.release(slot)
+            if spent:
+                run.release(spent)
     except _PLAIN:
         raise
     except Exception as error:

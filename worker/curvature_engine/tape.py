@@ -17,7 +17,8 @@ from curvature_engine.calls import OperatorCall
 from curvature_engine.chain import Links, anchor
 from curvature_engine.errors import EngineError, first_line, memory_ran_out
 from curvature_engine.operators import FIRST_OUTPUT, MOVERS
-from curvature_engine.rules import RULES, Match, Rule, Through
+from curvature_engine.rules import Match, Rule, Through
+from curvature_engine.rules.matching import find_match
 from curvature_engine.sample_axes import SampleAxes
 from curvature_engine.watched import Derivation, Watched
 
@@ -118,16 +119,16 @@ class Tape:
         """See one operator call, `static` where nothing of the batch entered it; most touch no parameter."""
         if self.touches(arguments):
             self._place, self._samples = call.place, samples
-            self._record(call, arguments, result, static)
+            if static or call.writes or not self._record_simply(call, arguments, result):
+                self._record(call, arguments, result, static)
 
     def touches(self, arguments: Sequence[Any]) -> bool:
         """Whether a parameter, or a gather of one, is among an operator's arguments."""
         watched = self.watched
         for argument in arguments:
-            if isinstance(argument, Tensor):
-                if id(argument) in watched:
-                    return True
-            elif isinstance(argument, list) and any(id(a) in watched for a in argument):
+            if id(argument) in watched:
+                return True
+            if type(argument) is list and any(id(a) in watched for a in argument):
                 return True
         return False
 
@@ -140,6 +141,32 @@ class Tape:
             self._derive(found, [result])
         else:
             self._add("cast", None, tuple(Use(w, "generic") for w in found), [result], (), static=True)
+
+    def _record_simply(self, call: OperatorCall, arguments: Sequence[Any], result: Any) -> bool:
+        """The usual case of `_record` in few steps; False where it is another.
+
+        The batch enters, nothing is edited, and one rule serves for all parameters, which come as they are.
+        """
+        if type(result) is not Tensor or id(result) in self.watched or not result.requires_grad or result.is_complex():
+            return False
+        positions: dict[int, Watched] = {}
+        for place, argument in enumerate(arguments):
+            found = self.watched.get(id(argument))
+            if found is None:
+                if type(argument) is list and any(id(a) in self.watched for a in argument):
+                    return False
+            elif len(found) > 1 or not found[0].intact:
+                return False
+            else:
+                positions[place] = found[0]
+        match = None if _autocasting(result) else find_match(call.name, arguments, positions, result)
+        if match is None or match.through:
+            return False
+        if call.name in _ROWED:
+            self._samples.adopt(result)
+        uses = tuple([Use(positions[place], role) for place, role in match.roles.items()])
+        self._add(call.name, match.rule, uses, [result], match.saved, static=False)
+        return True
 
     def _record(self, call: OperatorCall, arguments: Sequence[Any], result: Any, static: bool) -> None:
         edited = arguments[0] if 0 in call.writes else None
@@ -184,15 +211,8 @@ class Tape:
             return None
         arguments = self._spread(arguments)
         positions = {i: self.watched[id(a)][0] for i, a in enumerate(arguments) if id(a) in self.watched}
-        for matcher in RULES.get(name, ()):
-            match = matcher(name, arguments, positions, output)
-            if (
-                match is not None
-                and match.roles.keys() == positions.keys()
-                and not any(_same_memory(t, edited) for t in match.saved)
-            ):
-                return match
-        return None
+        match = find_match(name, arguments, positions, output)
+        return None if match is None or any(_same_memory(t, edited) for t in match.saved) else match
 
     def _spread(self, arguments: Sequence[Any]) -> list[Any]:
         """Arguments with lists that hold parameters written out, as in `cat([a, p], 1)`."""

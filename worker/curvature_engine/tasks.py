@@ -34,6 +34,10 @@ class Part:
         """Its rows of a column of the whole batch."""
         return column[self.start : self.stop].to(self.outputs.dtype)
 
+    def rows_of_several(self, columns: Tensor) -> Tensor:
+        """Its rows of several columns of the whole batch, [k, N, …]."""
+        return columns[:, self.start : self.stop].to(self.outputs.dtype)
+
     def at_taps(
         self, numbers: Sequence[int], cotangent: Tensor, start: GradientEdge | None = None
     ) -> dict[int, Tensor | None]:

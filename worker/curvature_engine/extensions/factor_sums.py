@@ -18,23 +18,26 @@ def positions(prepared: PreparedUse) -> int:
     return prepared.attribution.R * _rule(prepared).input_positions(prepared.saved)
 
 
-def summed_moment(uses: Sequence[PreparedUse], budget_bytes: int, *, joint: bool) -> Tensor:
-    """Σ x xᵀ over all positions, [groups, in, in]; `joint` with what the bias is multiplied by after x."""
+def summed_moment(uses: Sequence[PreparedUse], budget_bytes: int, *, joint: bool, factor: float = 1) -> Tensor:
+    """Σ x xᵀ over all positions times a factor, [groups, in, in]; `joint` with the bias's factor after x."""
     total: Tensor | None = None
     for prepared in uses:
         rule = _rule(prepared)
-        A = rule.input_moment(prepared.saved, budget_bytes)
+        A = rule.scaled_input_moment(prepared.saved, budget_bytes, factor)
         assert A is not None
         if joint:
-            sums = _sums(prepared, budget_bytes).sum(1)
-            A = _bordered(A, sums * rule.bias_scale, positions(prepared) * rule.bias_scale**2)
+            sums = _sums(prepared, budget_bytes).sum(1) * (factor * rule.bias_scale)
+            A = _bordered(A, sums, positions(prepared) * factor * rule.bias_scale**2)
         total = A if total is None else total.add_(A)
     assert total is not None
     return total
 
 
-def averaged_moment(uses: Sequence[PreparedUse], budget_bytes: int, *, joint: bool) -> Tensor:
-    """Σ x̄ x̄ᵀ over samples, [groups, in, in], of the averages over a sample's positions: of each sample as many."""
+def averaged_moment(uses: Sequence[PreparedUse], budget_bytes: int, *, joint: bool, factor: float = 1) -> Tensor:
+    """Σ x̄ x̄ᵀ over samples times a factor, [groups, in, in], of the averages over a sample's positions.
+
+    Each sample has as many.
+    """
     rows = sum(positions(p) for p in uses)
     x = _sums(uses[0], budget_bytes)  # [groups, n, in]
     for prepared in uses[1:]:
@@ -43,7 +46,7 @@ def averaged_moment(uses: Sequence[PreparedUse], budget_bytes: int, *, joint: bo
     if joint:
         one = sum(positions(p) * _rule(p).bias_scale for p in uses) / rows
         x = torch.cat([x, x.new_full((*x.shape[:2], 1), one)], dim=2)
-    total = Gram(x.shape[0], x.shape[2], x.shape[1], x)
+    total = Gram(x.shape[0], x.shape[2], x.shape[1], x, factor)
     total.add(x)
     return total.finish()
 

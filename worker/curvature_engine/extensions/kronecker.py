@@ -79,11 +79,14 @@ class Kronecker(Accumulator):
         self._B: dict[str, Tensor] = {}
         self._A: dict[str, Tensor] = {}
         self._positions: dict[str, int] = {}
+        self._divided: set[str] = set()
+        """Parameters whose A was divided by its count as it was made: in one part, which knows its count."""
         self._met: set[str] = set()
         # Of the current part: B, biases with the B of a weight, and why there is no form (None: there is).
         self._current: dict[str, Tensor] = {}
         self._twins: dict[str, tuple[str, float]] = {}
         self._reasons: dict[str, str | None] = {}
+        self._weights: dict[str, str] | None = None
 
     @classmethod
     def foresee(cls, uses: Sequence[ForeseenUse]) -> str | None:
@@ -95,6 +98,7 @@ class Kronecker(Accumulator):
     def start(self, rows: Sequence[int]) -> None:
         super().start(rows)
         self._close_part()
+        self._weights = None
 
     def add(self, parameter: str, contribution: Contribution) -> None:
         if self._takes(parameter, contribution):
@@ -195,9 +199,12 @@ class Kronecker(Accumulator):
         blocks = self._blocks()
         inputs, self._A = self._A, {}
         return {
-            name: self._pair(B, inputs[name].div_(self._count(name)) if name in inputs else None)
+            name: self._pair(B, self._averaged(name, inputs[name]) if name in inputs else None)
             for name, B in blocks.items()
         }
+
+    def _averaged(self, parameter: str, A: Tensor) -> Tensor:
+        return A if parameter in self._divided else A.div_(self._count(parameter))
 
     def state(self) -> dict[str, Tensor | KroneckerFactors]:
         """B, and A before the division by its count of positions, or of samples."""
@@ -237,9 +244,13 @@ class Kronecker(Accumulator):
 
     def _weight_of(self, bias: str) -> str | None:
         """The weight whose block takes in this bias."""
-        return next(
-            (w for w in self.setting.uses if w != bias and self._bias_of(w) == bias and self._has_form(w)), None
-        )
+        if self._weights is None:
+            self._weights = {}
+            for weight in self.setting.uses:
+                found = self._bias_of(weight)
+                if found is not None and found != weight and found not in self._weights and self._has_form(weight):
+                    self._weights[found] = weight
+        return self._weights.get(bias)
 
     def _has_form(self, weight: str) -> bool:
         uses = list(self.setting.uses[weight])
@@ -267,6 +278,11 @@ class Kronecker(Accumulator):
         return bias if bias and taps == sorted(p.tap_index for p in self.setting.uses.get(bias, ())) else None
 
     def _obstacle(self, contribution: ClosedForm) -> str | None:
+        if (single := contribution.single()) is not None:
+            prepared, g, rule = single
+            if rule.factor_outputs(prepared.use.role, g[:1]) is None:
+                return _no_form([prepared.tap.name])
+            return self._obstacle_in_rows([prepared]) if prepared.use.role == "weight" else None
         uses = [p for p, _ in contribution.uses]
         outputs = [p.tap.rule.factor_outputs(p.use.role, g[:1]) for p, g in contribution.uses if p.tap.rule is not None]
         if any(o is None for o in outputs):
@@ -300,9 +316,13 @@ class Kronecker(Accumulator):
         # Padding rows of zeros (irregular attributions) do not count as positions.
         rows = sum(positions(p) for p in uses)
         form = averaged_moment if self._approximation == "reduce" else summed_moment
-        A = form(uses, self.setting.budget_bytes, joint=joint)
-        self._A[parameter] = self._A[parameter].add_(A) if parameter in self._A else A
         self._positions[parameter] = self._positions.get(parameter, 0) + rows
+        factor = 1.0
+        if len(self.rows) == self.setting.N and not self.setting.part:  # there is no other part
+            self._divided.add(parameter)
+            factor = 1 / self._count(parameter)
+        A = form(uses, self.setting.budget_bytes, joint=joint, factor=factor)
+        self._A[parameter] = self._A[parameter].add_(A) if parameter in self._A else A
 
     @staticmethod
     def _pair(B: Tensor, A: Tensor | None) -> KroneckerFactors:

@@ -94,4 +94,4 @@ FOLLOWERS: dict[str, Follower] = {
 EDITORS = frozenset(_DROPOUTS.split()) | {name for name, follower in FOLLOWERS.items() if follower is elementwise}
 """Operators that may edit a tracked tensor in place: its shape stays, and each element its sample's."""
 
-__all__ = ["EDITORS", "FOLLOWERS", "Follower", "Found", "Seen", "tensors_among"]
+__all__ = ["EDITORS", "FOLLOWERS", "Follower", "Found", "Seen", "elementwise", "tensors_among"]

@@ -62,6 +62,14 @@ class BoundLoss(ABC):
         """Column v of a square root of each H_n with as few columns as are known to do, whatever root that is."""
         return self.exact_column(v)
 
+    def exact_columns(self, first: int, stop: int) -> Tensor:
+        """Columns `first` … `stop` of `exact_column`, [k, N, …]."""
+        return torch.stack([self.exact_column(v) for v in range(first, stop)])
+
+    def root_columns(self, first: int, stop: int) -> Tensor:
+        """Columns `first` … `stop` of `root_column`, [k, N, …]."""
+        return torch.stack([self.root_column(v) for v in range(first, stop)])
+
     def summed_hessian(self) -> Tensor:
         """Σ_n H_n, [D, D] over the elements of one sample's outputs."""
         D = self.outputs[0].numel()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,7 @@ class ClassLoss(BoundLoss):
 
     Attributes:
         scores: the outputs, [N, C, T].
-        weights: one per class, [C].
-        label_weights: w_y of each term, 0 where it is ignored, [N, T]; one number where all terms count.
+        label_weights: w_y of each term, 0 where it is ignored, [N, T]; where targets are class indices.
     """
 
     expectation: ClassVar[str]
@@ -35,12 +35,15 @@ class ClassLoss(BoundLoss):
                 remedy="return one score per class, or use bce_with_logits for a single logit",
             )
         self._axis = find_class_axis(self.name, outputs, targets, class_axis)
-        moved = self.outputs.movedim(self._axis, 1)
+        moved = self.outputs if self._axis == 1 else self.outputs.movedim(self._axis, 1)
         self._moved_shape = moved.shape
         self.scores = moved.reshape(moved.shape[0], moved.shape[1], -1)
-        self.weights = self._class_weights(weight)
-        self.label_weights = self.outputs.new_ones(())
+        self._weight = weight
+        if weight is not None:
+            _check_weight(self.name, weight, self.C)
         self._has_terms = True
+        self._alike = False
+        """Whether every term counts, and all alike."""
 
     @property
     def C(self) -> int:
@@ -54,19 +57,15 @@ class ClassLoss(BoundLoss):
 
     def _shaped(self, column: Tensor) -> Tensor:
         """[N, C, T] in the outputs' own shape."""
-        return column.reshape(self._moved_shape).movedim(1, self._axis)
+        column = column.reshape(self._moved_shape)
+        return column if self._axis == 1 else column.movedim(1, self._axis)
 
-    def _class_weights(self, weight: Sequence[float] | None) -> Tensor:
-        if weight is None:
+    @cached_property
+    def weights(self) -> Tensor:
+        """One per class, [C]."""
+        if self._weight is None:
             return self.outputs.new_ones(self.C)
-        if len(weight) != self.C:
-            raise EngineError(
-                "invalid_option",
-                f"{self.name}'s weight must hold one number for each of the {self.C} classes; got {len(weight)}",
-                param="loss.weight",
-                remedy="give as many weights as the model has classes",
-            )
-        return torch.tensor(weight, dtype=torch.float64, device=self.outputs.device).to(self.outputs.dtype)
+        return torch.tensor(self._weight, dtype=torch.float64, device=self.outputs.device).to(self.outputs.dtype)
 
     def _read_indices(self, targets: Tensor, ignore_index: int) -> None:
         """Set `labels` [N, T], `counts` [N, T] (0 where ignored) and `label_weights` w_y [N, T] (0 where ignored).
@@ -75,9 +74,15 @@ class ClassLoss(BoundLoss):
         """
         targets = self._shaped_indices(targets)
         labels = targets.reshape(self.N, -1)
+        self.labels = labels.clamp(0, self.C - 1)
+        if self._weight is None and not 0 <= ignore_index < self.C and torch.equal(self.labels, labels):
+            self._alike = True
+            self.counts = self.label_weights = self.outputs.new_ones(labels.shape)
+            self.total_weight = float(labels.numel())
+            self._has_terms = labels.numel() > 0
+            return
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= self.C))
         self.counts = (labels != ignore_index).to(self.outputs.dtype)
-        self.labels = labels.clamp(0, self.C - 1)
         self.label_weights = self.weights[self.labels] * self.counts
         # Weights are finite and not negative: where the sum is zero, none counts.
         self.total_weight = float(torch.where(wrong.any(), math.nan, self.label_weights.double().sum()))
@@ -110,6 +115,16 @@ class ClassLoss(BoundLoss):
                 "index per position",
             )
         return targets
+
+
+def _check_weight(name: str, weight: Sequence[float], C: int) -> None:
+    if len(weight) != C:
+        raise EngineError(
+            "invalid_option",
+            f"{name}'s weight must hold one number for each of the {C} classes; got {len(weight)}",
+            param="loss.weight",
+            remedy="give as many weights as the model has classes",
+        )
 
 
 def along_classes(function: Callable[[Tensor, int], Tensor], x: Tensor) -> Tensor:

@@ -80,15 +80,37 @@ class CrossEntropy(ClassLoss):
         column[:, k:, t] = part * (self.mass[:, t, None] / self.Z).sqrt()
         return self._shaped(column)
 
+    def root_columns(self, first: int, stop: int) -> Tensor:
+        if self.T > 1 or self.C == 1:
+            return super().root_columns(first, stop)
+        p = self._p[:, :, 0]
+        # Sums of what is not negative: in float64 none is further off than one made by itself.
+        after = p.double().flip(1).cumsum(1).flip(1)[:, first + 1 : stop + 1].to(p.dtype)  # [N, k]
+        own = p[:, first:stop]
+        root = torch.where(after == 0, 0.0, (own / (own + after)).sqrt() / after.sqrt())
+        root = root * (self.mass / self.Z).sqrt()
+        columns = (p[:, None, :] * -root[:, :, None]).triu_(first + 1)  # [N, k, C]: of later classes
+        columns.diagonal(first, 1, 2).copy_(after * root)
+        return self._shaped_several(columns.transpose(0, 1))
+
+    def _shaped_several(self, columns: Tensor) -> Tensor:
+        """[k, N, C] in the outputs' own shape, where there is one position."""
+        columns = columns.reshape(-1, *self._moved_shape)
+        return columns if self._axis == 1 else columns.movedim(2, 1 + self._axis)
+
     def summed_hessian(self) -> Tensor:
+        if self.T == 1:
+            p = self._p[:, :, 0]
+            total = (p * (self.mass / -self.Z)).T @ p
+            # Rows add up to zero. From the others, the diagonal's c p (1 − p) loses nothing where p is nearly 1.
+            total.fill_diagonal_(0)
+            total.diagonal().sub_(total.sum(1))
+            return total
         p = self._p.permute(2, 1, 0)  # [T, C, N]
         mass = (self.mass / self.Z).T[:, None]
         blocks = -(p * mass) @ p.mT
-        # Rows add up to zero. From the others, the diagonal's c p (1 − p) loses nothing where p is nearly 1.
         blocks.diagonal(dim1=1, dim2=2).zero_()
         blocks.diagonal(dim1=1, dim2=2).copy_(-blocks.sum(2))
-        if self.T == 1:
-            return blocks[0]
         order = torch.arange(self.C * self.T, device=p.device).view(1, self.C, self.T).expand(self.N, -1, -1)
         order = self._shaped(order)[0].reshape(-1)
         total = blocks.new_zeros(self.C, self.T, self.C, self.T)
@@ -133,16 +155,22 @@ class IndexCrossEntropy(CrossEntropy):
     ) -> None:
         super().__init__(outputs, targets, class_axis, weight)
         self._read_indices(targets, ignore_index)
-        self._on_label = (1.0 - label_smoothing) * self.label_weights
-        self._on_each = self.weights * (label_smoothing / self.C)
+        self._on_label = self.mass = self.label_weights
         self._smooth = label_smoothing > 0.0
-        self.mass = self._on_label + self._on_each.sum() * self.counts
+        if self._smooth:
+            self._on_label = (1.0 - label_smoothing) * self.label_weights
+            self._on_each = self.weights * (label_smoothing / self.C)
+            self.mass = self._on_label + self._on_each.sum() * self.counts
         self.Z = self.total_weight if reduction == "mean" else 1.0
 
     def _terms(self, log_p: Tensor) -> Tensor:
-        terms = -self._on_label * log_p.gather(1, self.labels[:, None]).squeeze(1)
+        terms = log_p.gather(1, self.labels[:, None]).squeeze(1).neg_()
+        if not self._alike or self._smooth:
+            terms *= self._on_label
         if self._smooth:
-            terms = terms - (log_p * self._on_each[:, None]).sum(1)
+            terms -= (log_p * self._on_each[:, None]).sum(1)
+        if self._alike:
+            return terms
         return torch.where(self.counts > 0, terms, 0.0)
 
     def _minus_target(self, scaled: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ linear layer, images of a convolution.) From them it makes the samples' gradient
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -27,6 +27,7 @@ class Rule(ABC):
         bias_scale: what the operator multiplies its bias by.
         inputs_first: whether the consumed weight is [in, out, …] in place of [out, in, …].
         scatters: whether a sample's gradient is zero but for the elements that it picked.
+        key: all that it follows from, the same for rules that are alike; None where that is not known.
     """
 
     row_axes: int
@@ -34,6 +35,7 @@ class Rule(ABC):
     bias_scale: float = 1
     inputs_first: bool = False
     scatters: bool = False
+    key: Hashable | None = None
 
     @property
     def whole(self) -> bool:
@@ -86,6 +88,10 @@ class Rule(ABC):
         `unfolded` is what `unfold` gives.
         """
         yield self.per_sample(role, saved, g)
+
+    def is_product(self, role: str, g: Tensor) -> bool:
+        """Whether `products` gives anything where `unfold` does."""
+        return False
 
     def products(
         self, role: str, saved: Sequence[Tensor], g: Tensor, unfolded: Tensor | None
@@ -150,6 +156,11 @@ class Rule(ABC):
             rows = x.flatten(1, 2)
             total = add_product(rows, rows, total)
         return total
+
+    def scaled_input_moment(self, saved: Sequence[Tensor], budget_bytes: int, factor: float) -> Tensor | None:
+        """`input_moment` times a factor."""
+        found = self.input_moment(saved, budget_bytes)
+        return found if found is None or factor == 1 else found.mul_(factor)
 
     def input_moment_cost(self, saved: Sequence[Tensor], budget_bytes: int) -> tuple[int, int]:
         """What `input_moment` takes, from shapes alone: multiplications and additions, and bytes beside the result."""

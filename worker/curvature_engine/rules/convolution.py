@@ -203,10 +203,13 @@ class DirectConvolutionRule(ConvolutionRule):
             product = torch.bmm(left, windows)
             yield product if T == 1 else product.view(n, T, *product.shape[1:]).sum(1)
 
+    def is_product(self, role: str, g: Tensor) -> bool:
+        return role != "bias" and g.shape[1] == 1 and self._geometry.groups == 1
+
     def products(
         self, role: str, saved: Sequence[Tensor], g: Tensor, unfolded: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]] | None:
-        if role == "bias" or unfolded is None or g.shape[1] != 1 or self._geometry.groups != 1:
+        if unfolded is None or not self.is_product(role, g):
             return None
         left = g[:, 0].flatten(2).mT  # [n, L, out]
         if not self._slides(saved[0].shape[2]):

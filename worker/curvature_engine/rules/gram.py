@@ -28,9 +28,11 @@ class Gram:
     Args:
         rows: how many will come.
         like: whose dtype and device it has.
+        factor: what the sum is multiplied by.
     """
 
-    def __init__(self, groups: int, width: int, rows: int, like: Tensor) -> None:
+    def __init__(self, groups: int, width: int, rows: int, like: Tensor, factor: float = 1) -> None:
+        self._factor = factor
         self._step = max(_NARROWEST, -(-width // _BLOCKS)) if _halved(groups, width, rows) else width
         self._total = like.new_empty(groups, width, width)
         self._empty = True
@@ -40,10 +42,14 @@ class Gram:
         beta = 0 if self._empty else 1
         self._empty = False
         if len(x) != 1:
-            self._total.baddbmm_(x.mT, x, beta=beta)
+            self._total.baddbmm_(x.mT, x, beta=beta, alpha=self._factor)
+            return
+        if self._step >= x.shape[2]:
+            self._total[0].addmm_(x[0].T, x[0], beta=beta, alpha=self._factor)
             return
         for i in range(0, x.shape[2], self._step):
-            self._total[0, i : i + self._step, i:].addmm_(x[0, :, i : i + self._step].T, x[0, :, i:], beta=beta)
+            left, right = x[0, :, i : i + self._step].T, x[0, :, i:]
+            self._total[0, i : i + self._step, i:].addmm_(left, right, beta=beta, alpha=self._factor)
 
     def finish(self) -> Tensor:
         """The sum, [groups, width, width]."""

@@ -132,13 +132,15 @@ class LinearRule(Rule):
         return 1
 
     def input_moment(self, saved: Sequence[Tensor], budget_bytes: int) -> Tensor | None:
+        return self.scaled_input_moment(saved, budget_bytes, 1)
+
+    def scaled_input_moment(self, saved: Sequence[Tensor], budget_bytes: int, factor: float) -> Tensor | None:
         if not saved:
             return None
         rows = saved[0].flatten(0, 1)[None]
-        total = Gram(1, rows.shape[2], rows.shape[1], rows)
+        total = Gram(1, rows.shape[2], rows.shape[1], rows, factor * self._alpha**2)
         total.add(rows)
-        found = total.finish()
-        return found if self._alpha == 1 else found.mul_(self._alpha**2)
+        return total.finish()
 
     def input_moment_cost(self, saved: Sequence[Tensor], budget_bytes: int) -> tuple[int, int]:
         n, T, width = saved[0].shape

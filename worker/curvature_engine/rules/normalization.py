@@ -13,6 +13,9 @@ from torch import Tensor
 from curvature_engine.precision import accumulation_dtype
 from curvature_engine.rules.base import Match, Rule, gives
 
+_HOT_NUMBERS = 2**17
+"""Of a normalised input: with what it is multiplied by, and the product, they stay in a core's own cache."""
+
 
 class AffineRule(Rule):
     """Gradients x̂ g and g, summed over everything that shares a weight.
@@ -41,6 +44,51 @@ class AffineRule(Rule):
         return product.sum(summed)
 
 
+class FrozenNormRule(AffineRule):
+    """The affine part of a normalisation with given statistics, one mean and variance a channel.
+
+    What is normalised is as large as the input, so it is made of few samples at a time, while they lie in the cache.
+
+    Args:
+        mean: [channels].
+        variance: [channels].
+        eps: added to the variance.
+        space: how many axes come after the channels.
+    """
+
+    def __init__(self, mean: Tensor, variance: Tensor, eps: float, space: int) -> None:
+        super().__init__(1, 1, self._normalized)
+        self._mean, self._variance, self._eps, self._space = mean, variance, eps, space
+
+    def rows(self, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (saved[0],) if saved else ()
+
+    def magnitude(self, row: Tensor) -> Tensor:
+        scale, shift = self._scale_and_shift(row.dtype)
+        return (super().magnitude(self._normalized(row)) - shift) / scale
+
+    def per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor:
+        summed = (1, *range(3, g.dim()))
+        if role == "bias":
+            return g.sum(summed)
+        x, size = saved[0], max(1, _HOT_NUMBERS // max(1, g[:1].numel()))
+        parts = [
+            (self._normalized(some) * others).sum(summed)
+            for some, others in zip(torch.split(x, size), torch.split(g, size), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        """X [..., channels, *space], normalised."""
+        scale, shift = self._scale_and_shift(x.dtype)
+        return torch.addcmul(shift, x, scale)
+
+    def _scale_and_shift(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        shape = (-1, *[1] * self._space)
+        scale = torch.rsqrt(self._variance.to(dtype) + self._eps)
+        return scale.view(shape), -(self._mean.to(dtype) * scale).view(shape)
+
+
 @gives(AffineRule)
 def match_batch_norm(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
     """`batch_norm(x, w, b, mean, variance, training, momentum, eps)` in eval mode."""
@@ -49,12 +97,7 @@ def match_batch_norm(name: str, arguments: Sequence[Any], watched: Mapping[int, 
     x, _, _, mean, variance, training, _, eps = arguments[:8]
     if not watched.keys() <= {1, 2} or training or x.dim() < 2:
         return None
-    shape = (1, -1, *[1] * (x.dim() - 2))
-
-    def normalize(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-        return (x - mean.view(shape)) * torch.rsqrt(variance.view(shape) + eps)
-
-    return _match(AffineRule(1, 1, normalize), watched, (x, mean, variance), weight=1)
+    return _match(FrozenNormRule(mean, variance, eps, x.dim() - 2), watched, (x, mean, variance), weight=1)
 
 
 @gives(AffineRule)

@@ -83,8 +83,7 @@ class Compiled:
         run.begin(run.values[slot] for slot in self._inputs)
         for place, step in enumerate(self._steps):
             step(run)
-            for slot in self._spent.get(place, ()):
-                run.release(slot)
+            run.release(self._spent.get(place, ()))
         return [run.values[slot] for slot in self._outputs]
 
     # Slots

@@ -1,0 +1,77 @@
+"""Large convolutions' gradients, made tile by tile."""
+
+import pytest
+import torch
+from tests.engine.reference import Reference
+from torch import nn
+
+import curvature_engine as engine
+from curvature_engine.tiles import pay, tiles
+
+EXTENSIONS = ["sum_grad_squared", "variance", "batch_l2", "diag_ggn_exact"]
+
+
+@pytest.mark.parametrize(("a", "b"), [(3, 4), (300, 700), (1, 200_000), (129, 1024)])
+def test_tiles_are_the_products_rows(a, b):
+    left, right = torch.randn(5, 2, a, dtype=torch.float64), torch.randn(5, 2, b, dtype=torch.float64)
+    found, order = {}, []
+    for first, number, tile in tiles(7, [(left, right), (2 * left, right)]):
+        found.setdefault(number, {})[first] = tile.clone()
+        order.append(number)
+    assert order == sorted(order), "every tile of all samples comes before the next"
+    per_piece = len(found) // 2
+    whole = left.mT @ right
+    for piece, factor in enumerate((1, 2)):
+        own = [found[piece * per_piece + i] for i in range(per_piece)]
+        rows = [torch.cat([tile[first] for first in sorted(tile)]) for tile in own]
+        torch.testing.assert_close(torch.cat(rows, 1), factor * whole, rtol=1e-12, atol=1e-12)
+    assert {first for tile in found.values() for first in tile} <= set(range(7, 12))
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        nn.Conv2d(40, 100, 7, padding=3),
+        nn.Conv2d(30, 90, 7, stride=2, padding=3, bias=False),
+        nn.Conv2d(320, 460, 1),
+        nn.Conv1d(40, 600, 7),
+    ],
+    ids=["rows of the kernel", "strided", "one by one", "1-d"],
+)
+def test_large_convolutions(convolution):
+    torch.manual_seed(0)
+    space = (9,) if isinstance(convolution, nn.Conv1d) else (4, 5)
+    net = nn.Sequential(convolution, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)).double()
+    inputs, targets = torch.randn(6, convolution.in_channels, *space, dtype=torch.float64), torch.arange(6) % 3
+    net(inputs)
+    assert pay(convolution.weight)
+    analysis = engine.analyze(torch.jit.script(net), inputs, targets, EXTENSIONS, verify=True)
+    reference = Reference(net, (inputs,), targets, "cross_entropy", "mean")
+    for name in EXTENSIONS:
+        for parameter, expected in reference.expected(name).items():
+            error = (analysis[name][parameter] - expected).abs().max() / expected.abs().max()
+            assert error < 1e-10, (name, parameter)
+
+
+def test_memory_that_runs_out_halves_what_is_unfolded(monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(40, 100, 7, padding=3), nn.Flatten(), nn.Linear(2000, 3)).double()
+    inputs, targets = torch.randn(6, 40, 4, 5, dtype=torch.float64), torch.arange(6) % 3
+    program = engine.load(torch.jit.script(net))
+    expected = engine.analyze(program, inputs, targets, ["variance"])
+    from curvature_engine.rules.convolution import DirectConvolutionRule as Rule
+
+    seen, unfold = [], Rule.unfold
+
+    def failing(self, role, saved):
+        if role == "weight":
+            seen.append(len(saved[0]))
+            if len(saved[0]) > 2:
+                raise MemoryError("not enough memory")
+        return unfold(self, role, saved)
+
+    monkeypatch.setattr(Rule, "unfold", failing)
+    found = engine.analyze(program, inputs, targets, ["variance"])
+    assert max(seen) > 2 >= seen[-1]
+    for name, tensor in expected["variance"].items():
+        torch.testing.assert_close(found["variance"][name], tensor, rtol=1e-12, atol=0)
