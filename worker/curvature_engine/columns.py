@@ -34,7 +34,8 @@ class Columns:
     Args:
         gradient: gives the part's rows of the loss's gradient, always the same tensor.
         kept_bytes: how much of what rules make of saved inputs may be kept for the next column.
-        once: whether there is no next column, so that saved inputs need not stay arranged.
+        once: whether there is no next column, nor anything else that goes back after it: then neither the graph nor
+            saved inputs that were arranged have to stay.
     """
 
     def __init__(
@@ -229,7 +230,7 @@ class Columns:
 
         for number, gradient in known.items():
             arrivals.receive(number, gradient)
-        found = way.back(start, cotangent, receive)
+        found = way.back(start, cotangent, receive, last=self._once)
         for name in (name for name, numbers in uses.items() if not numbers):
             ready(name, {})
         return found

@@ -108,7 +108,7 @@ class BackwardPasses:
         self._of_loss = cache(lambda: part.rows(bound.gradient()))
         self._methods.enter(part, self._of_loss)
         self._columns = Columns(
-            self._order, self._selected, self._methods, part, self._of_loss, self.kept_bytes, once=self._is_single
+            self._order, self._selected, self._methods, part, self._of_loss, self.kept_bytes, once=self._once
         )
         if any(r.extension.columns == "averaged" for r in self._order.requests):
             self._averaged = self._prepare_averaged()
@@ -214,6 +214,13 @@ class BackwardPasses:
     @property
     def _is_single(self) -> bool:
         return sum(self.columns.values()) <= 1
+
+    @property
+    def _once(self) -> bool:
+        """Whether the one column is the last that goes back."""
+        extensions = [r.extension for r in self._order.requests]
+        further = any(e.residual is not None or e.columns == "averaged" for e in extensions)
+        return self._is_single and not further
 
     def tap_bytes(self) -> int:
         """What the gradients at the current part's taps take, for one cotangent."""

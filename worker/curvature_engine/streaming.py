@@ -49,8 +49,12 @@ class Stream:
             else:
                 self.last.append(number)
 
-    def back(self, start: Tensor | GradientEdge, cotangent: Tensor, receive: Receive) -> list[Tensor | None]:
+    def back(
+        self, start: Tensor | GradientEdge, cotangent: Tensor, receive: Receive, *, last: bool = False
+    ) -> list[Tensor | None]:
         """Send a cotangent back; every tap's gradient is received once. Returns the leaves' gradients.
+
+        Of the `last` one's graph goes what it has passed: gradients behind lie in that memory.
 
         Raises:
             EngineError: as `backward`; or whatever `receive` raises.
@@ -73,7 +77,7 @@ class Stream:
 
         with _hooked({node: receiving(numbers) for node, numbers in self._passed.items()}):
             try:
-                found = backward(start, [*ends, *self._leaves], cotangent)
+                found = backward(start, [*ends, *self._leaves], cotangent, last=last)
             except Exception:
                 if not failures:
                     raise

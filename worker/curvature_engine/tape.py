@@ -283,11 +283,16 @@ class Tape:
 
 
 def backward(
-    outputs: Tensor | GradientEdge, targets: Sequence[Any], cotangent: Tensor, *, create_graph: bool = False
+    outputs: Tensor | GradientEdge,
+    targets: Sequence[Any],
+    cotangent: Tensor,
+    *,
+    create_graph: bool = False,
+    last: bool = False,
 ) -> list[Tensor | None]:
     """One ordinary backward to tensors and edges; None where nothing can arrive.
 
-    `create_graph` makes the result differentiable itself.
+    `create_graph` makes the result differentiable itself. After the `last` one the graph is gone.
 
     Raises:
         EngineError: `unsupported_model` where the program cannot be differentiated, `out_of_memory`.
@@ -299,7 +304,7 @@ def backward(
             cast("Tensor", outputs),
             list(targets),
             cotangent.to(outputs.dtype) if isinstance(outputs, Tensor) else cotangent,
-            retain_graph=True,
+            retain_graph=not last,
             create_graph=create_graph,
             allow_unused=True,
         )
