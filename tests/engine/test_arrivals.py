@@ -1,5 +1,7 @@
 """Gradients at the taps are reduced as they arrive: the same numbers, with less held at a time."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from tests.engine.models import build, targets_for, torchscript
@@ -106,6 +108,44 @@ def test_inputs_stay_arranged_for_further_columns_alone(extensions, kept, stream
     module = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Conv1d(5, 4, 3), nn.Flatten(), nn.Linear(24, 3))
     engine.analyze(torch.jit.script(module), torch.randn(6, 5, 8), torch.randint(0, 3, (6,)), extensions)
     assert held == [kept]
+
+
+@pytest.mark.parametrize(
+    ("extensions", "goes"),
+    [(["variance"], True), (["grad", "diag_ggn_mc"], True), (["variance", "diag_ggn_mc"], False)],
+)
+def test_the_graph_goes_with_the_last_column(extensions, goes, streamed, monkeypatch):
+    class Watched(engine.passes.BackwardPasses):
+        def compute(self):
+            super().compute()
+            kept = nullcontext() if not goes else pytest.raises(RuntimeError, match="second time")
+            leaves = [t for p in self._selected.values() for t in p.tensors]
+            with kept:
+                torch.autograd.grad(self._part.outputs.sum(), leaves)
+
+    monkeypatch.setattr(engine.preparation, "BackwardPasses", Watched)
+    program, x = deep()
+    engine.analyze(program, x, torch.randint(0, 3, (5,)), extensions)
+
+
+def test_one_column_that_second_derivatives_follow_keeps_its_graph(streamed):
+    module = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    x, targets = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 1, dtype=torch.float64)
+    program = engine.load(torch.jit.script(module))
+    found = engine.analyze(program, x, targets, ["diag_hessian"], loss="mse")
+    assert found.plan.columns["exact"] == 1
+    names, parameters = zip(*module.named_parameters(), strict=True)
+
+    def loss(*values):
+        return nn.functional.mse_loss(
+            torch.func.functional_call(module, dict(zip(names, values, strict=True)), x), targets
+        )
+
+    hessian = torch.autograd.functional.hessian(loss, parameters)
+    for i, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+        n = parameter.numel()
+        expected = hessian[i][i].reshape(n, n).diagonal().view_as(parameter)
+        torch.testing.assert_close(found["diag_hessian"][name], expected, rtol=1e-10, atol=1e-13)
 
 
 def test_a_plan_counts_what_is_held(streamed, monkeypatch):

@@ -213,7 +213,9 @@ class BackwardPasses:
 
     @property
     def _is_single(self) -> bool:
-        return sum(self.columns.values()) <= 1
+        """Whether at most one column is reduced; that of the gradient may be wanted for `grad` alone."""
+        reduced = any(r.extension.columns == "gradient" and r.extension.accumulator for r in self._order.requests)
+        return self.columns["exact"] + self.columns["sampled"] + reduced <= 1
 
     @property
     def _once(self) -> bool:
