@@ -75,3 +75,19 @@ def test_memory_that_runs_out_halves_what_is_unfolded(monkeypatch):
     assert max(seen) > 2 >= seen[-1]
     for name, tensor in expected["variance"].items():
         torch.testing.assert_close(found["variance"][name], tensor, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_a_variance_of_many_samples(offset):
+    """Where gradients hardly differ from their mean, the difference of two sums is not taken."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(30, 100, 7, padding=3), nn.Flatten(), nn.Linear(2000, 1)).double()
+    inputs = offset + torch.randn(20, 30, 4, 5, dtype=torch.float64)
+    targets = net(inputs).detach() - offset - torch.randn(20, 1, dtype=torch.float64)
+    found = engine.analyze(torch.jit.script(net), inputs, targets, ["variance", "batch_grad"], loss="mse")
+    alone = engine.analyze(torch.jit.script(net), inputs, targets, ["variance"], loss="mse")["variance"]
+    for name, gradients in found["batch_grad"].items():
+        expected = ((gradients - gradients.mean(0)) ** 2).mean(0)
+        assert (alone[name] - expected).abs().max() < 1e-11 * expected.abs().max(), name
+    share = found["batch_grad"]["0.weight"].var(0, correction=0) / found["batch_grad"]["0.weight"].square().mean(0)
+    assert bool((share < 2**-5).any()) == bool(offset)

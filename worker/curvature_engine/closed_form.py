@@ -13,7 +13,7 @@ from curvature_engine.fused_squares import fused_squares
 from curvature_engine.pages import PAGES
 from curvature_engine.precision import accumulation_dtype
 from curvature_engine.prepared_uses import PreparedUse
-from curvature_engine.reductions import Assemble, Moments, Outer, SumSquared
+from curvature_engine.reductions import Assemble, Moments, Outer, Reduction, SumSquared, UncentredSpread
 from curvature_engine.rules import Rule
 from curvature_engine.tiles import assemble as assemble_tiles
 from curvature_engine.tiles import pay, tiles
@@ -24,6 +24,8 @@ _CACHED_BYTES = 2**24
 """Of gradients that are reduced while they lie in a CPU's cache."""
 _HOT_BYTES = 2**20
 """Of gradients in a buffer that a core's own cache holds: made, reduced, and overwritten by the next."""
+_MANY = 16
+"""Samples of which it is rare that some entry's gradients hardly differ."""
 _LOOK = 8
 """Multiplications and additions that take as long as reading one number from memory."""
 _RESIDENT_BYTES = 2**28
@@ -79,8 +81,8 @@ class ClosedForm(Contribution):
 
     def _fitting_span(self) -> int:
         """How many samples' inputs are unfolded at a time for sums over tiles, which take next to no memory."""
-        single = self.single()
-        self._tiled = single is not None and pay(self._like) and single[2].is_product(single[0].use.role, single[1])
+        single = self.single() if pay(self._like) else None
+        self._tiled = single is not None and single[2].is_product(single[0].use.role, single[1])
         if not self._tiled:
             return self.block
         working = self._working_bytes(accumulation_dtype(self._like.dtype).itemsize)
@@ -173,6 +175,11 @@ class ClosedForm(Contribution):
                 return super()._sweep(names)
             except (RuntimeError, MemoryError) as error:
                 self._halve(error)
+
+    def _reduction(self, name: str) -> Reduction:
+        if name == "moments" and self._tiled and self._N >= _MANY:
+            return UncentredSpread()
+        return super()._reduction(name)
 
     def squares_in_pieces(self) -> tuple[list[Tensor], Assemble] | None:
         single = self.single()

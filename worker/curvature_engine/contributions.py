@@ -127,11 +127,20 @@ class Contribution(ABC):
 
     def _sweep(self, names: Collection[str]) -> None:
         """Make reductions, one block of gradients after another."""
-        reductions = {name: REDUCTIONS[name]() for name in names}
+        found = self._swept({name: self._reduction(name) for name in names})
+        if inexact := [name for name, result in found.items() if result is None]:
+            found |= self._swept({name: REDUCTIONS[name]() for name in inexact})
+        self._found.update({name: result for name, result in found.items() if result is not None})
+
+    def _reduction(self, name: str) -> Reduction:
+        """What makes a reduction, or finds that it takes the usual one."""
+        return REDUCTIONS[name]()
+
+    def _swept(self, reductions: Mapping[str, Reduction]) -> dict[str, Tensor | Moments | None]:
         for first, piece, gradients in self._pieces():
             for reduction in reductions.values():
                 reduction.add(first, piece, gradients)
-        self._found.update({name: reduction.result(self._assemble) for name, reduction in reductions.items()})
+        return {name: reduction.result(self._assemble) for name, reduction in reductions.items()}
 
     def _pieces(self) -> Iterator[tuple[int, int, Tensor]]:
         """(first sample, number of the piece, [n, *piece]): all of the gradients, block by block."""
@@ -154,7 +163,10 @@ class Contribution(ABC):
         for first, block in self._written_into(out, reduced=bool(reductions)):
             for reduction in reductions.values():
                 reduction.add(first, 0, block)
-        self._found.update({name: reduction.result(only) for name, reduction in reductions.items()})
+        for name, reduction in reductions.items():
+            result = reduction.result(only)
+            assert result is not None
+            self._found[name] = result
 
     def scaled(self, factor: float) -> "Contribution":
         """The same times a factor, which goes into what is small where it can."""

@@ -14,6 +14,8 @@ from torch import Tensor
 
 Assemble = Callable[[list[Tensor]], Tensor]
 
+LEAST_SHARE = 2.0**-5
+"""Of the second moment, below which a spread is not taken from the difference: it would lose more than five bits."""
 _BY_ROWS_FROM = 8192
 """Elements from which adding row by row, in one pass over memory each, beats working on a whole block."""
 
@@ -73,8 +75,8 @@ class Reduction(ABC):
         """Take the samples `first` … `first + n`: [n, *piece]; they must not be changed."""
 
     @abstractmethod
-    def result(self, assemble: Assemble) -> Tensor | Moments:
-        """What came of all."""
+    def result(self, assemble: Assemble) -> Tensor | Moments | None:
+        """What came of all; None where that would not be exact enough."""
 
 
 class SumSquared(Reduction):
@@ -145,6 +147,39 @@ class Spread(Reduction):
 
     def result(self, assemble: Assemble) -> Moments:
         return Moments(assemble([g.mean for g in self._groups]), assemble([g.spread for g in self._groups]))
+
+
+class UncentredSpread(Reduction):
+    """Mean and centred sum of squares from Σ g and Σ g²: two passes over memory a sample.
+
+    Its result is None where the spread would be a small difference of large sums somewhere; then it takes a `Spread`.
+    """
+
+    def __init__(self) -> None:
+        self._sums: list[tuple[Tensor, Tensor]] = []
+        self._n = 0
+
+    def add(self, first: int, piece: int, gradients: Tensor) -> None:
+        if piece == len(self._sums):
+            like = gradients[0]
+            self._sums.append((torch.zeros_like(like), torch.zeros_like(like)))
+        if piece == 0:
+            self._n += len(gradients)
+        total, squares = self._sums[piece]
+        for row in gradients:
+            total.add_(row)
+            squares.addcmul_(row, row)
+
+    def result(self, assemble: Assemble) -> Moments | None:
+        means, spreads = [], []
+        for total, squares in self._sums:
+            mean = total.div_(self._n)
+            spread = torch.addcmul(squares, mean, mean, value=-self._n)
+            if bool((spread < squares.mul_(LEAST_SHARE)).any()):
+                return None
+            means.append(mean)
+            spreads.append(spread)
+        return Moments(assemble(means), assemble(spreads))
 
 
 class _Group:

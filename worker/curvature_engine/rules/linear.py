@@ -6,12 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature_engine.reductions import Moments, Outer, write_outer
+from curvature_engine.reductions import LEAST_SHARE, Moments, Outer, write_outer
 from curvature_engine.rules.base import Match, Rule, gives
 from curvature_engine.rules.gram import Gram, gram_multiply_adds
-
-_LEAST_SHARE = 2.0**-5
-"""Of the second moment, below which a spread is not taken from the difference: it would lose more than five bits."""
 
 
 class LinearRule(Rule):
@@ -121,7 +118,7 @@ class LinearRule(Rule):
             return Moments(mean, _centred(a, b))
         second = a.square().T @ b.square()
         spread = torch.addcmul(second, mean, mean, value=-n)
-        if bool((spread < second.mul_(_LEAST_SHARE)).any()):
+        if bool((spread < second.mul_(LEAST_SHARE)).any()):
             spread = _centred(a, b)
         return Moments(mean, spread)
 
