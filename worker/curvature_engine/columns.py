@@ -194,7 +194,7 @@ class Columns:
 
     def _way(self, start: GradientEdge, numbers: Sequence[int], leaves: Sequence[Tensor] = ()) -> Stream:
         """The way from an edge to some taps and to leaves; columns go the same ways."""
-        key = *numbers, *(id(leaf) for leaf in leaves)
+        key = start, *numbers, *(id(leaf) for leaf in leaves)
         if key not in self._ways:
             taps = self._part.forward.tape.taps
             self._ways[key] = Stream(start, {i: taps[i] for i in numbers}, leaves)
