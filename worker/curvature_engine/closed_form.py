@@ -71,7 +71,8 @@ class ClosedForm(Contribution):
         self._like, self._N, self._budget_bytes = like, N, budget_bytes
         self.shape = tuple(like.shape)
         self.block = self._fitting_block() if block is None else block
-        self._span = self._fitting_span()
+        self._tiled = self._is_tiled()
+        self._span = self._fitting_span() if self._tiled else self.block
 
     def _fitting_block(self) -> int:
         """How many samples' gradients fit, with what making them takes."""
@@ -79,12 +80,13 @@ class ClosedForm(Contribution):
         most = max(max(1, self._like.numel()) * element, self._working_bytes(element))
         return max(1, min(self._N, min(self._budget_bytes, _block_bytes(self._like.device)) // most))
 
+    def _is_tiled(self) -> bool:
+        """Whether sums over samples are made tile by tile."""
+        single = self.single() if pay(self._like) else None
+        return single is not None and single[2].is_product(single[0].use.role, single[1])
+
     def _fitting_span(self) -> int:
         """How many samples' inputs are unfolded at a time for sums over tiles, which take next to no memory."""
-        single = self.single() if pay(self._like) else None
-        self._tiled = single is not None and single[2].is_product(single[0].use.role, single[1])
-        if not self._tiled:
-            return self.block
         working = self._working_bytes(accumulation_dtype(self._like.dtype).itemsize)
         return max(1, self.block, min(self._N, min(self._budget_bytes, _CACHED_BYTES) // working))
 
