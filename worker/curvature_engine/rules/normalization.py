@@ -35,8 +35,7 @@ class AffineRule(Rule):
         return (self._normalize(*(t.to(accumulation_dtype(t.dtype)) for t in saved)),) if saved else ()
 
     def magnitude(self, row: Tensor) -> Tensor:
-        # What is left of equal inputs is rounding; normalised ones are about one.
-        return row.abs().clamp(min=1)
+        return _normalized_magnitude(row)
 
     def per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor:
         product = g if role == "bias" else g * saved[0]
@@ -44,7 +43,7 @@ class AffineRule(Rule):
         return product.sum(summed)
 
 
-class FrozenNormRule(AffineRule):
+class FrozenNormRule(Rule):
     """The affine part of a normalisation with given statistics, one mean and variance a channel.
 
     What is normalised is as large as the input, so it is made of few samples at a time, while they lie in the cache.
@@ -57,7 +56,7 @@ class FrozenNormRule(AffineRule):
     """
 
     def __init__(self, mean: Tensor, variance: Tensor, eps: float, space: int) -> None:
-        super().__init__(1, 1, self._normalized)
+        self.row_axes = 1
         self._mean, self._variance, self._eps, self._space = mean, variance, eps, space
 
     def rows(self, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -65,7 +64,7 @@ class FrozenNormRule(AffineRule):
 
     def magnitude(self, row: Tensor) -> Tensor:
         scale, shift = self._scale_and_shift(row.dtype)
-        return (super().magnitude(self._normalized(row)) - shift) / scale
+        return (_normalized_magnitude(self._normalized(row)) - shift) / scale
 
     def per_sample(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor:
         summed = (1, *range(3, g.dim()))
@@ -89,7 +88,7 @@ class FrozenNormRule(AffineRule):
         return scale.view(shape), -(self._mean.to(dtype) * scale).view(shape)
 
 
-@gives(AffineRule)
+@gives(FrozenNormRule)
 def match_batch_norm(name: str, arguments: Sequence[Any], watched: Mapping[int, Any], output: Tensor) -> Match | None:
     """`batch_norm(x, w, b, mean, variance, training, momentum, eps)` in eval mode."""
     if name == "_native_batch_norm_legit_no_training":
@@ -147,6 +146,11 @@ def match_group_norm(name: str, arguments: Sequence[Any], watched: Mapping[int, 
     if not watched.keys() <= {first, first + 1}:
         return None
     return _match(AffineRule(1, 1, lambda x: F.group_norm(x, groups, None, None, eps)), watched, (x,), weight=first)
+
+
+def _normalized_magnitude(row: Tensor) -> Tensor:
+    # What is left of equal inputs is rounding; normalised ones are about one.
+    return row.abs().clamp(min=1)
 
 
 def _match(rule: Rule, watched: Mapping[int, Any], saved: tuple[Tensor, ...], *, weight: int) -> Match:
