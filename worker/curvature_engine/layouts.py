@@ -15,6 +15,7 @@ from torch import Tensor
 from curvature_engine.calls import OperatorCall
 from curvature_engine.memory_format import channels_last, has_image_layout
 
+LAST = torch.channels_last
 _IMAGE_AXES = 4
 _FORMATS = frozenset((torch.float32,))
 """Of others, kernels gain nothing by it."""
@@ -83,6 +84,8 @@ class ChannelsLast:
             return call.invoke(arguments)
         if call.name == "batch_norm" and not self._every and source.dim() == _IMAGE_AXES:
             return _affine(call, arguments)
+        if call.name in _CONVOLUTIONS and source.dim() == _IMAGE_AXES:
+            arguments = _with_weight_in_order(source, arguments)
         try:
             result = call.invoke(arguments)
         except RuntimeError:
@@ -108,6 +111,17 @@ def _affine(call: OperatorCall, arguments: Sequence[Any]) -> Any:
     scale = scale if weight is None else scale * weight
     shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
     return torch.addcmul(shift[:, None, None], x, scale[:, None, None])
+
+
+def _with_weight_in_order(x: Tensor, arguments: Sequence[Any]) -> Sequence[Any]:
+    """A convolution's arguments with a weight larger than its images channels last, too.
+
+    Else every pass, forward or back, would bring it into that order anew, which takes longer than the products.
+    """
+    weight = arguments[1]
+    if weight.dim() != _IMAGE_AXES or weight.numel() <= x.numel() or weight.is_contiguous(memory_format=LAST):
+        return arguments
+    return [x, weight.contiguous(memory_format=LAST), *arguments[2:]]
 
 
 def _may_share(call: OperatorCall) -> bool:

@@ -6,7 +6,7 @@ from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting, Sketch
 from curvature_engine.extensions.first_order import sketch_of_squares
 from curvature_engine.extensions.schemas import MC_SAMPLES, SUBSAMPLING
-from curvature_engine.extensions.squared_columns import SquaredOuters, SquaredPieces
+from curvature_engine.extensions.squared_columns import SquaredOuters, SquaredPieces, WaitingColumns, squares
 from curvature_engine.stacked import Stacked
 
 
@@ -19,12 +19,18 @@ class Diagonal(Accumulator):
         super().__init__(setting)
         self._sums: dict[str, Tensor] = {}
         self._outers, self._pieces = SquaredOuters(), SquaredPieces()
+        self._waiting = WaitingColumns(setting.columns, setting.budget_bytes // 4)
 
     def add(self, parameter: str, contribution: Contribution) -> None:
-        if self.setting.columns > 1 and (
-            self._outers.take(parameter, contribution) or self._pieces.take(parameter, contribution)
-        ):
-            return
+        if self.setting.columns > 1:
+            if self._outers.take(parameter, contribution):
+                return
+            if self._waiting.take(parameter, contribution):
+                if self._waiting.full(parameter):
+                    self._put(parameter, squares(self._waiting.release(parameter)))
+                return
+            if self._pieces.take(parameter, contribution):
+                return
         self._put(parameter, contribution.sum_squared())
 
     def add_stacked(self, parameter: str, stacked: Stacked) -> bool:
@@ -34,6 +40,8 @@ class Diagonal(Accumulator):
         return True
 
     def stop(self) -> None:
+        for parameter, waiting in self._waiting.release_all():
+            self._put(parameter, squares(waiting))
         for parameter, total in self._pieces.release().items():
             self._put(parameter, total)
         for parameter, squares in self._outers.release().items():

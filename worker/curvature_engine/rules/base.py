@@ -102,6 +102,10 @@ class Rule(ABC):
         """
         return None
 
+    def by_position(self, role: str, g: Tensor) -> Tensor | None:
+        """The factor of g in `products`, the same for all pieces, [n, rows, a]; None where there may be none."""
+        return None
+
     def assemble(self, role: str, pieces: list[Tensor]) -> Tensor:
         """Something of every piece, [*piece], as a tensor of the consumed one's shape."""
         (whole,) = pieces

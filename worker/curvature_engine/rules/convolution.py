@@ -211,10 +211,18 @@ class DirectConvolutionRule(ConvolutionRule):
     ) -> Iterator[tuple[Tensor, Tensor]] | None:
         if unfolded is None or not self.is_product(role, g):
             return None
-        left = g[:, 0].flatten(2).mT  # [n, L, out]
+        left = self._left(g)
         if not self._slides(saved[0].shape[2]):
             return iter([(left, unfolded.mT)])
         return ((left, windows) for windows in self._geometry.sliding(unfolded, self._positions))
+
+    def by_position(self, role: str, g: Tensor) -> Tensor | None:
+        return self._left(g) if self.is_product(role, g) else None
+
+    @staticmethod
+    def _left(g: Tensor) -> Tensor:
+        """[n, L, out]"""
+        return g[:, 0].flatten(2).mT
 
     def assemble(self, role: str, pieces: list[Tensor]) -> Tensor:
         kernel = self._geometry.kernel

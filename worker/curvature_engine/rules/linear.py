@@ -65,9 +65,14 @@ class LinearRule(Rule):
     def products(
         self, role: str, saved: Sequence[Tensor], g: Tensor, unfolded: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]] | None:
-        if role == "bias" or self._alpha != 1 or g.shape[1] == 1:  # of one row, `sum_squared` has a shorter form
+        if self.by_position(role, g) is None:
             return None
         return iter([(saved[0], g) if self.inputs_first else (g, saved[0])])
+
+    def by_position(self, role: str, g: Tensor) -> Tensor | None:
+        if role == "bias" or self._alpha != 1 or g.shape[1] == 1:  # of one row, `sum_squared` has a shorter form
+            return None
+        return g
 
     def multiply_adds(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
         return g.numel() if role == "bias" else g.numel() * saved[0].shape[-1]
