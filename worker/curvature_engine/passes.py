@@ -442,8 +442,10 @@ def _sum_of(gradients: Sequence[Tensor | None], like: Tensor, taken: set[int]) -
             taken.add(memory.data_ptr())
             whole = found[0]
             return whole.new_empty(0).set_(memory, 0, whole.shape, whole.stride()) if whole._is_view() else whole
-    total = torch.zeros(like.shape, dtype=dtype, device=like.device)
-    for gradient in found:
+    if not found:
+        return torch.zeros(like.shape, dtype=dtype, device=like.device)
+    total = torch.empty(like.shape, dtype=dtype, device=like.device).copy_(found[0])
+    for gradient in found[1:]:
         total += gradient
     return total
 

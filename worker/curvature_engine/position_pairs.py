@@ -1,19 +1,22 @@
 """Squares of individual gradients summed over columns, from pairs of positions; on CPUs.
 
 Where a sample's gradient under column v is a sum over P positions of products, G_v = Σ_p b_vp a_pᵀ, entry by entry
-Σ_v G_v² = Σ_{p ≤ q} w_pq (Σ_v b_vp b_vq)(a_p a_q)ᵀ with w_pp = 1 and w_pq = 2: P (P + 1)/2 products however many columns
-there are, and no gradient is ever written. That is less where positions are few and columns many.
+Σ_v G_v² = Σ_{p ≤ q} w_pq (Σ_v b_vp b_vq)(a_p a_q)ᵀ with w_pp = 1 and w_pq = 2: P (P + 1)/2 products however many
+columns there are, and no gradient is ever written. That is less where positions are few and columns many.
 
 Its terms have signs, where squares have none. They come to no more than Σ_n Σ_p a_p² Σ_vp b_vp² (Cauchy and Schwarz):
 a result that is small beside this bound has lost digits, and is refused.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from curvature_engine.closed_form import ClosedForm
+from curvature_engine.prepared_uses import PreparedUse
+from curvature_engine.rules import Rule
 
 LEAST_SHARE = 2.0**-7
 """Of the bound: a tensor whose largest entry is smaller would lose more than seven bits of its scale."""
@@ -45,6 +48,18 @@ def multiply_adds(contribution: ClosedForm) -> int:
     assert outputs is not None
     P = outputs.shape[1]
     return len(g) * rule.multiply_adds(prepared.use.role, tuple(s[:1] for s in prepared.saved), g[:1]) * (P + 1) // 2
+
+
+def working_bytes(contribution: ClosedForm) -> int:
+    """What `PositionPairs` holds beside the columns: at most, and little more for large ones."""
+    prepared, g, rule = _only(contribution)
+    role, saved = prepared.use.role, tuple(s[:1] for s in prepared.saved)
+    outputs = rule.by_position(role, g[:1])
+    assert outputs is not None
+    block = min(len(g), max(1, _MOST_NUMBERS // (outputs.shape[1] * outputs.numel())))
+    unfolded = block * rule.working_elements(role, saved, g[:1])
+    moments = 3 * block * outputs.shape[1] * outputs.numel()
+    return (unfolded + moments + _BUFFER_NUMBERS + 2 * math.prod(contribution.shape)) * g.element_size()
 
 
 class PositionPairs:
@@ -103,7 +118,7 @@ class PositionPairs:
         return found
 
 
-def _only(contribution: ClosedForm):
+def _only(contribution: ClosedForm) -> tuple[PreparedUse, Tensor, Rule]:
     single = contribution.single()
     assert single is not None
     return single
@@ -138,7 +153,7 @@ def _add_pairs(moments: Tensor, rows: Tensor, total: Tensor | None, *, turned: b
 
 
 def _products_of_pairs(rows: Tensor) -> Iterator[tuple[Tensor, slice]]:
-    """a_p a_q of rows [n, P, i], [n, some, i], and which pairs (p ≤ q, row by row) they are; overwritten by the next."""
+    """a_p a_q of rows [n, P, i] as [n, some, i], and which pairs (p ≤ q, row by row); the next overwrite them."""
     n, P, width = rows.shape
     most = max(P, _BUFFER_NUMBERS // max(1, n * width))
     buffer = rows.new_empty(n * min(most, _pairs_of(P)) * width)

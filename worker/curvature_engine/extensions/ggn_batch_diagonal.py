@@ -4,10 +4,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from curvature_engine.closed_form import ClosedForm
 from curvature_engine.contributions import Contribution
-from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting
+from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting, Sketch
 from curvature_engine.extensions.schemas import MC_SAMPLES, SUBSAMPLING
-from curvature_engine.extensions.squared_columns import SquaredOuters
+from curvature_engine.extensions.squared_columns import (
+    SquaredOuters,
+    WaitingColumns,
+    sketch_of_columns,
+    squares_by_sample,
+)
 from curvature_engine.stacked import Stacked
 from curvature_engine.stores import Slab
 
@@ -22,6 +28,7 @@ class BatchDiagonal(Accumulator):
         super().__init__(setting)
         self._sums: dict[str, Slab] = {}
         self._outers = SquaredOuters()
+        self._waiting = WaitingColumns(setting.columns, setting.budget_bytes // 4)
         self._begun: set[str] = set()
         """Parameters with something in the current part's rows."""
 
@@ -31,6 +38,10 @@ class BatchDiagonal(Accumulator):
 
     def add(self, parameter: str, contribution: Contribution) -> None:
         if self._outers.take(parameter, contribution):
+            return
+        if self._waiting.take(parameter, contribution):
+            if self._waiting.full(parameter):
+                self._add_squares(parameter, self._waiting.release(parameter))
             return
         for first, block in contribution.blocks():
 
@@ -50,6 +61,8 @@ class BatchDiagonal(Accumulator):
         return True
 
     def stop(self) -> None:
+        for parameter, waiting in self._waiting.release_all():
+            self._add_squares(parameter, waiting)
         # What waits as outer products goes into the part's rows.
         for parameter, squares in self._outers.release().items():
             squares.column.div_(self.setting.draws)
@@ -63,6 +76,10 @@ class BatchDiagonal(Accumulator):
             for first in range(0, len(self.rows), size):
                 self._add_block(parameter, first, squares.rows(first, first + size))
 
+    def sketch(self, parameter: str, contribution: Contribution) -> Sketch:
+        found = sketch_of_columns(self._waiting, parameter, contribution, (self.setting.N,))
+        return super().sketch(parameter, contribution) if found is None else found
+
     def result_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (self.setting.N, *shape)
 
@@ -73,6 +90,17 @@ class BatchDiagonal(Accumulator):
         if parameter not in self._sums:
             self._sums[parameter] = self.setting.slab(parameter, (self.setting.N,))
         return self._sums[parameter]
+
+    def _add_squares(self, parameter: str, waiting: Sequence[ClosedForm]) -> None:
+        """Add the squares of columns that waited."""
+        place = None if parameter in self._begun else self._slab(parameter).place(self.rows)
+        for first, block in squares_by_sample(waiting):
+            block = block if self.setting.draws == 1 else block.div_(self.setting.draws)
+            if place is None:
+                self._add_block(parameter, first, block)
+            else:
+                place[first : first + len(block)] = block
+        self._begun.add(parameter)
 
     def _add_block(self, parameter: str, first: int, block: Tensor) -> None:
         """Add to the rows of the part's samples from `first` on."""

@@ -6,7 +6,13 @@ from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting, Sketch
 from curvature_engine.extensions.first_order import sketch_of_squares
 from curvature_engine.extensions.schemas import MC_SAMPLES, SUBSAMPLING
-from curvature_engine.extensions.squared_columns import SquaredOuters, SquaredPieces, WaitingColumns, squares
+from curvature_engine.extensions.squared_columns import (
+    SquaredOuters,
+    SquaredPieces,
+    WaitingColumns,
+    sketch_of_columns,
+    squares,
+)
 from curvature_engine.stacked import Stacked
 
 
@@ -40,12 +46,12 @@ class Diagonal(Accumulator):
         return True
 
     def stop(self) -> None:
-        for parameter, waiting in self._waiting.release_all():
-            self._put(parameter, squares(waiting))
+        for parameter, columns in self._waiting.release_all():
+            self._put(parameter, squares(columns))
         for parameter, total in self._pieces.release().items():
             self._put(parameter, total)
-        for parameter, squares in self._outers.release().items():
-            self._put(parameter, squares.sum())
+        for parameter, outer in self._outers.release().items():
+            self._put(parameter, outer.sum())
 
     def _put(self, parameter: str, part: Tensor) -> None:
         if parameter in self._sums:
@@ -54,7 +60,7 @@ class Diagonal(Accumulator):
             self._sums[parameter] = part
 
     def sketch(self, parameter: str, contribution: Contribution) -> Sketch:
-        return sketch_of_squares(contribution)
+        return sketch_of_columns(self._waiting, parameter, contribution) or sketch_of_squares(contribution)
 
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
         draws = self.setting.draws

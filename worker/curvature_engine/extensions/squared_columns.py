@@ -1,12 +1,15 @@
 """Squares of individual gradients summed over columns, in the forms in which they come: made whole once, at the end."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from curvature_engine import position_pairs
 from curvature_engine.closed_form import ClosedForm
 from curvature_engine.contributions import Contribution
+from curvature_engine.errors import memory_ran_out
+from curvature_engine.extensions.base import Sketch
 from curvature_engine.position_pairs import PositionPairs
 from curvature_engine.reductions import Assemble, Outer
 from curvature_engine.stacked import Stacked
@@ -98,17 +101,21 @@ class WaitingColumns:
         self._waiting: dict[str, list[ClosedForm]] = {}
         self._most: dict[str, int] = {}
         """How many columns of a parameter wait at a time; 0 where it is not for this form."""
+        self._foreseen: dict[str, int] = {}
 
     def take(self, parameter: str, contribution: Contribution) -> bool:
         """Add a column's; False where it is to be squared by itself."""
-        if not isinstance(contribution, ClosedForm):
+        if self._columns == 1 or not isinstance(contribution, ClosedForm):
             return False
         if parameter not in self._most:
             self._most[parameter] = most = self._fitting(contribution, self._left)
             self._left -= most * _held_bytes(contribution)
         if not self._most[parameter]:
             return False
-        self._waiting.setdefault(parameter, []).append(contribution)
+        waiting = self._waiting.setdefault(parameter, [])
+        if waiting and not _are_alike(waiting[0], contribution):
+            return False
+        waiting.append(contribution)
         return True
 
     def full(self, parameter: str) -> bool:
@@ -126,28 +133,72 @@ class WaitingColumns:
         self._most.clear()
         self._left = self._room
 
-    def foreseen(self, contribution: Contribution) -> tuple[int, int]:
-        """What squares of a parameter's columns cost, and what waits for it; (0, 0) where it is not for this form."""
-        if not isinstance(contribution, ClosedForm) or not (most := self._fitting(contribution, self._room)):
-            return 0, 0
+    def foresee(self, parameter: str, contribution: Contribution) -> tuple[int, int] | None:
+        """What squares of a parameter's columns will cost for each, and what will wait of all parameters so far.
+
+        None where it is not for this form.
+        """
+        if self._columns == 1 or not isinstance(contribution, ClosedForm):
+            return None
+        self._foreseen.pop(parameter, None)
+        most = self._fitting(contribution, self._room - sum(self._foreseen.values()))
+        if not most:
+            return None
+        self._foreseen[parameter] = most * _held_bytes(contribution)
         times = -(-self._columns // most)
-        return times * position_pairs.multiply_adds(contribution), most * _held_bytes(contribution)
+        return times * position_pairs.multiply_adds(contribution) // self._columns, sum(self._foreseen.values())
 
     def _fitting(self, contribution: ClosedForm, room_bytes: int) -> int:
-        if contribution.single() is None:
-            return 0
         most = min(self._columns, min(_HELD_BYTES, room_bytes) // max(1, _held_bytes(contribution)))
         return most if most > 1 and position_pairs.pay(contribution, most) else 0
 
 
-def squares(waiting: list[ClosedForm]) -> Tensor:
+def _are_alike(one: ClosedForm, other: ClosedForm) -> bool:
+    """Whether two columns' gradients come from the same operator."""
+    return [p.tap_index for p, _ in one.uses] == [p.tap_index for p, _ in other.uses]
+
+
+def sketch_of_columns(
+    columns: WaitingColumns, parameter: str, contribution: Contribution, leading: tuple[int, ...] = ()
+) -> Sketch | None:
+    """What is foreseen of a parameter whose columns wait, for a result [*leading, *p]; None where they do not."""
+    found = columns.foresee(parameter, contribution)
+    if found is None or not isinstance(contribution, ClosedForm):
+        return None
+    held = position_pairs.working_bytes(contribution) + found[1]
+    return Sketch("gram", found[0], ((*leading, *contribution.shape),), intermediate_bytes=held)
+
+
+def squares(waiting: Sequence[ClosedForm]) -> Tensor:
     """Σ over columns and samples of the squared gradients of a parameter, [*p]."""
-    found = PositionPairs(waiting).sum_of_squares()
+    found = _of_pairs(PositionPairs(waiting))
     if found is None:
         found = waiting[0].sum_squared()
         for contribution in waiting[1:]:
             found.add_(contribution.sum_squared())
     return found
+
+
+def squares_by_sample(waiting: Sequence[ClosedForm]) -> Iterator[tuple[int, Tensor]]:
+    """(first sample, Σ over columns of the squared gradients [n, *p]), block by block."""
+    pairs = PositionPairs(waiting)
+    for n in range(pairs.N):
+        found = _of_pairs(pairs, slice(n, n + 1))
+        if found is None:
+            one = torch.tensor([n])  # on the CPU, as all that waits
+            parts = [contribution.select(one).materialised() for contribution in waiting]
+            found = torch.stack(parts).square_().sum(0)[0]
+        yield n, found[None]
+
+
+def _of_pairs(pairs: PositionPairs, samples: slice | None = None) -> Tensor | None:
+    """The sum of squares, if it is exact enough and memory suffices."""
+    try:
+        return pairs.sum_of_squares(samples)
+    except (RuntimeError, MemoryError) as error:
+        if not memory_ran_out(error):
+            raise
+        return None
 
 
 def _held_bytes(contribution: ClosedForm) -> int:

@@ -221,7 +221,7 @@ class DirectConvolutionRule(ConvolutionRule):
 
     @staticmethod
     def _left(g: Tensor) -> Tensor:
-        """[n, L, out]"""
+        """The gradient by position, [n, L, out]."""
         return g[:, 0].flatten(2).mT
 
     def assemble(self, role: str, pieces: list[Tensor]) -> Tensor:
