@@ -1,3 +1,12 @@
+import os
+import platform
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -6,8 +15,10 @@ from tests.worker.desk import script
 
 import curvature_engine as engine
 from curvature_worker import child as child_module
+from curvature_worker.channel import Channel, ChannelClosed
 from curvature_worker.child import Child, Programs, read_batch
 from curvature_worker.inbox import batch_name
+from curvature_worker.launcher import KEEPING
 
 X, Y = torch.zeros(2, 4), torch.arange(2)
 
@@ -90,9 +101,9 @@ class TestPrograms:
         assert ("a", True) not in programs
 
 
-def test_memory_of_results_waits_only_for_results_alike(tmp_path, monkeypatch):
+def test_memory_waits_only_for_orders_alike(tmp_path, monkeypatch):
     dropped = []
-    monkeypatch.setattr(child_module.PAGES, "drop", lambda: dropped.append(len(dropped)))
+    monkeypatch.setattr(child_module.heap, "give_back", lambda: dropped.append(len(dropped)))
     child = Child(None, None, tmp_path, tmp_path, 1)
     monkeypatch.setattr(child, "_channel", type("Channel", (), {"send": lambda self, message: None})())
     child._answers = dict.fromkeys(child._answers, lambda order: {})
@@ -114,3 +125,52 @@ def test_memory_of_results_waits_only_for_results_alike(tmp_path, monkeypatch):
         before = len(dropped)
         child.answer(order)
         assert (len(dropped) > before) == drops, order
+
+
+def test_memory_is_given_back_when_no_order_comes(tmp_path, monkeypatch):
+    monkeypatch.setattr(child_module, "_IDLE_SECONDS", 0.01)
+    given = queue.Queue()
+    monkeypatch.setattr(child_module.heap, "give_back", lambda: given.put("back"))
+    ours, theirs = (Channel(end) for end in socket.socketpair())
+    child = Child(theirs, None, tmp_path, tmp_path, 1)
+    child._answers = {"plan": lambda order: {"event": "done"}}
+
+    def serve():
+        with suppress(ChannelClosed):
+            child.work()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    ours.send({"kind": "plan", "model": "m"})
+    assert ours.receive(30) == {"event": "done"}
+    assert [given.get(timeout=30) for _ in range(2)] == ["back"] * 2, "once for the order, once when none came"
+    with pytest.raises(queue.Empty):  # from now on it waits for as long as it takes
+        given.get(timeout=0.1)
+    ours.send({"kind": "plan", "model": "m"})
+    assert ours.receive(30) == {"event": "done"}
+    ours.close()
+    thread.join(30)
+    assert not thread.is_alive()
+    theirs.close()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory as it likes")
+def test_freed_memory_is_kept_until_it_is_given_back():
+    code = """
+import os, torch
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+tensors = [torch.ones(2**24) for _ in range(8)]
+held = resident()
+del tensors
+kept = resident()
+heap.give_back()
+print(held, kept, resident())
+"""
+    environment = {**os.environ, **KEEPING}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    held, kept, left = (int(number) / 2**20 for number in run.stdout.split())
+    assert kept > held - 100
+    assert left < held - 400

@@ -8,6 +8,7 @@ import time
 import traceback
 import warnings
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ import curvature_engine as engine
 from curvature_engine.budget import default_budget_bytes
 from curvature_engine.errors import memory_ran_out
 from curvature_engine.kernels import choice
-from curvature_engine.pages import PAGES
 from curvature_protocol.names import INPUTS, TARGETS
 from curvature_protocol.requests import referenced_batch
+from curvature_worker import heap
 from curvature_worker.channel import MAX_FRAME_BYTES, Channel, ChannelClosed
 from curvature_worker.inbox import PARTS, batch_name
 
 _PROGRESS_SECONDS = 0.1
+_IDLE_SECONDS = 5.0
+"""After which memory for an order like the last one is no longer kept."""
 _NO_ROOM = ("No space left", "File too large", "quota exceeded")
 
 
@@ -55,11 +58,8 @@ def serve(channel: Channel, isolation: str, options: dict[str, Any]) -> None:
             "budget_bytes": budget_bytes,
         }
     )
-    try:
-        while (order := channel.receive()) is not None:
-            child.answer(order)
-    except ChannelClosed:
-        return
+    with suppress(ChannelClosed):
+        child.work()
 
 
 class Programs:
@@ -99,7 +99,7 @@ class Child:
         self._budget_bytes = budget_bytes
         self._progress_at = 0.0
         self._sizes: tuple[Any, ...] = ()
-        """What the last order's results were made of: model, and size of the batch's file."""
+        """What the last order was: kind, model, and size of the batch's file; empty when nothing of it is kept."""
         self._answers = {
             "analysis": self._run,
             "shard": self._run,
@@ -108,6 +108,20 @@ class Child:
             "inspection": self._inspect,
             "digest": self._digest,
         }
+
+    def work(self) -> None:
+        """Answer orders until the channel closes.
+
+        Raises:
+            ChannelClosed: when it does.
+        """
+        while True:
+            order = self._channel.receive(_IDLE_SECONDS if self._sizes else None)
+            if order is None:
+                heap.give_back()
+                self._sizes = ()
+            else:
+                self.answer(order)
 
     def answer(self, order: dict[str, Any]) -> None:
         """Run one order and send its reply: `done` or `error`."""
@@ -127,14 +141,14 @@ class Child:
             self._explain(error)
 
     def _make_room(self, order: dict[str, Any]) -> None:
-        """Let go of memory that waits for results like the last ones, if they are not asked for again.
+        """Let go of memory that waits for an order like the last one, if that is not what comes.
 
         Else it is there beside the order's batch, as the last results were beside the last batch.
         """
         batch = None if order.get("batch") is None else self._inbox / batch_name(order["batch"])
         sizes = (order["kind"], order.get("model"), batch and batch.exists() and batch.stat().st_size)
         if sizes != self._sizes:
-            PAGES.drop()
+            heap.give_back()
         self._sizes = sizes
 
     def _explain(self, error: Exception) -> None:

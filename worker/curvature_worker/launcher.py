@@ -17,6 +17,12 @@ from curvature_worker.child_output import ChildOutput
 from curvature_worker.sealing import seal
 
 _KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
+KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62)}
+"""What tells glibc to keep freed memory, until `heap.give_back`.
+
+By default it returns every large block at once, and the next pass through a net pays for fresh pages again: in virtual
+machines that can take as long as the pass. Other C libraries do not read it.
+"""
 _SIGNAL_MEANINGS = {
     "SIGSEGV": " (a crash inside an operator)",
     "SIGABRT": " (an operator gave up)",
@@ -175,6 +181,7 @@ def _environment(home: Path, threads: int | None) -> dict[str, str]:
     environment |= {"HOME": str(home), "TMPDIR": str(home), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     # Large tensors in huge pages: else the faults of first touching them take as long as a backward pass.
     environment["THP_MEM_ALLOC_ENABLE"] = "1"
+    environment |= KEEPING
     if threads is not None:
         environment |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     return environment
