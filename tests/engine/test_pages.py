@@ -12,7 +12,7 @@ from tests.engine.test_ownership import check_disjoint, memories, results_of
 from torch import nn
 
 import curvature_engine as engine
-from curvature_engine import pages, stores
+from curvature_engine import pages
 from curvature_engine.closed_form import ClosedForm
 from curvature_engine.pages import PAGES, room, with_room
 from curvature_engine.stores import MemorySlab
@@ -226,7 +226,7 @@ def test_results_in_used_memory_are_the_same_bits(monkeypatch, budget_bytes):
     monkeypatch.setattr(engine.planner, "LEAST_FILE_BYTES", 2**62)
     options = {"parameters": "all", "budget_bytes": budget_bytes}
     expected = engine.analyze(program, x, targets, ROWS, **options)
-    monkeypatch.setattr(stores, "LEAST_BYTES", 1)
+    monkeypatch.setattr(pages, "LEAST_BYTES", 1)
     monkeypatch.setattr(engine.analysis, "_leave_room", lambda plan: None)
     monkeypatch.setattr(engine.budget.Budget, "idle_bytes", 512 * MIB)
     first = engine.analyze(program, x, targets, ROWS, **options)

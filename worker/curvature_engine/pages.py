@@ -9,8 +9,9 @@ count it; and whoever lacks memory drops it first, so that nothing ever fails fo
 
 import mmap
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from math import prod
 from typing import TypeVar
 
 import torch
@@ -115,6 +116,34 @@ def room(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> tuple[Tenso
     """
     view, clear = PAGES.take(nbytes)
     return torch.frombuffer(view, dtype=dtype).view(shape), clear
+
+
+def vacant(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:
+    """A tensor to be filled, and whether it is zero; a large one in main memory lies in what waits.
+
+    Raises:
+        MemoryError: if there is no memory.
+    """
+    nbytes = prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes < LEAST_BYTES or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.empty(tuple(shape), dtype=dtype, device=device), False
+    return room(tuple(shape), dtype, nbytes)
+
+
+def blank(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A `vacant` tensor of another's dtype and device, in which anything may stand."""
+    return vacant(shape, like.dtype, like.device)[0]
+
+
+def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A `vacant` tensor of another's dtype and device, zero."""
+    found, clear = vacant(shape, like.dtype, like.device)
+    return found if clear else found.zero_()
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A contiguous copy in a `vacant` tensor."""
+    return blank(tensor.shape, tensor).copy_(tensor)
 
 
 def with_room(make: Callable[[], T]) -> T:

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature_engine.reductions import LEAST_SHARE, Moments, Outer, write_outer
+from curvature_engine import pages
+
+from curvature_engine.reductions import LEAST_SHARE, Moments, Outer, product_of_columns, write_outer
 from curvature_engine.rules.base import Match, Rule, gives
 from curvature_engine.rules.gram import Gram, gram_multiply_adds
 
@@ -82,7 +84,9 @@ class LinearRule(Rule):
         if x.shape[1] != 1:
             return None
         x, g = x[:, 0].square(), g[:, 0].square()
-        return self._scaled(x.T @ g if self.inputs_first else g.T @ x, self._alpha**2)
+        left, right = (x, g) if self.inputs_first else (g, x)
+        found = product_of_columns(left, right)
+        return found if self._alpha == 1 else found.mul_(self._alpha**2)
 
     def squared_norms(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor | None:
         if role == "bias":
@@ -113,11 +117,11 @@ class LinearRule(Rule):
         left, right = (saved[0], g) if self.inputs_first else (g, saved[0])
         a, b = self._scaled(left[:, 0], self._alpha), right[:, 0]
         n = len(a)
-        mean = (a.T @ b).div_(n)
+        mean = product_of_columns(a, b).div_(n)
         if a.is_cuda:  # to look would make the host wait for the device, which costs more than the further products
             return Moments(mean, _centred(a, b))
-        second = a.square().T @ b.square()
-        spread = torch.addcmul(second, mean, mean, value=-n)
+        second = product_of_columns(a.square(), b.square())
+        spread = torch.addcmul(second, mean, mean, value=-n, out=pages.blank(second.shape, second))
         if bool((spread < second.mul_(LEAST_SHARE)).any()):
             spread = _centred(a, b)
         return Moments(mean, spread)
@@ -144,10 +148,10 @@ class LinearRule(Rule):
         return gram_multiply_adds(1, width, n * T), 0
 
     def input_sums(self, saved: Sequence[Tensor], budget_bytes: int) -> Tensor | None:
-        return self._scaled(saved[0].sum(1), self._alpha)[None] if saved else None
+        return self._scaled(_sum_of_rows(saved[0]), self._alpha)[None] if saved else None
 
     def output_sums(self, role: str, g: Tensor) -> Tensor | None:
-        return self._scaled(g.sum(1) if g.shape[1] != 1 else g[:, 0], self.bias_scale if role == "bias" else 1)[None]
+        return self._scaled(_sum_of_rows(g), self.bias_scale if role == "bias" else 1)[None]
 
     def factor_outputs(self, role: str, g: Tensor) -> Tensor | None:
         return (self._scaled(g, self.bias_scale) if role == "bias" else g)[None]
@@ -155,6 +159,11 @@ class LinearRule(Rule):
     @staticmethod
     def _scaled(value: Tensor, factor: float) -> Tensor:
         return value if factor == 1 else value * factor
+
+
+def _sum_of_rows(x: Tensor) -> Tensor:
+    """Σ over each sample's rows, [n, T, d] → [n, d]: of one row without a copy."""
+    return x[:, 0] if x.shape[1] == 1 else x.sum(1)
 
 
 def _centred(a: Tensor, b: Tensor) -> Tensor:
