@@ -12,6 +12,9 @@ from curvature_engine.reductions import LEAST_SHARE, Moments, Outer, product_of_
 from curvature_engine.rules.base import Match, Rule, gives
 from curvature_engine.rules.gram import Gram, gram_multiply_adds
 
+_BLOCK_NUMBERS = 2**19
+"""Of a result that is made in several steps: what two cores' own caches hold beside its intermediates."""
+
 
 class LinearRule(Rule):
     """y = α x Wᵀ + β b on rows x [in] → y [out]; the weight is stored as [out, in], or transposed as [in, out]."""
@@ -116,15 +119,9 @@ class LinearRule(Rule):
             return None
         left, right = (saved[0], g) if self.inputs_first else (g, saved[0])
         a, b = self._scaled(left[:, 0], self._alpha), right[:, 0]
-        n = len(a)
-        mean = product_of_columns(a, b).div_(n)
-        if a.is_cuda:  # to look would make the host wait for the device, which costs more than the further products
-            return Moments(mean, _centred(a, b))
-        second = product_of_columns(a.square(), b.square())
-        spread = torch.addcmul(second, mean, mean, value=-n, out=pages.blank(second.shape, second))
-        if bool((spread < second.mul_(LEAST_SHARE)).any()):
-            spread = _centred(a, b)
-        return Moments(mean, spread)
+        # To look would make the host wait for a device, which costs more than the further products.
+        found = None if a.is_cuda else _uncentred(a, b)
+        return Moments(product_of_columns(a, b).div_(len(a)), _centred(a, b)) if found is None else found
 
     def factor_inputs(self, saved: Sequence[Tensor]) -> Tensor | None:
         return self._scaled(saved[0], self._alpha)[None] if saved else None
@@ -164,6 +161,26 @@ class LinearRule(Rule):
 def _sum_of_rows(x: Tensor) -> Tensor:
     """Σ over each sample's rows, [n, T, d] → [n, d]: of one row without a copy."""
     return x[:, 0] if x.shape[1] == 1 else x.sum(1)
+
+
+def _uncentred(a: Tensor, b: Tensor) -> Moments | None:
+    """Mean and Σ a² b² − n mean² over rows a [n, i], b [n, j]; None where that loses too much somewhere.
+
+    A few rows of the result at a time, which stay in the cache while they are made.
+    """
+    n, shape = len(a), (a.shape[1], b.shape[1])
+    mean, spread = pages.blank(shape, a), pages.blank(shape, a)
+    scaled, a2, b2 = a / n, a.square(), b.square()
+    height = max(1, _BLOCK_NUMBERS // max(1, shape[1]))
+    for first in range(0, shape[0], height):
+        rows = slice(first, first + height)
+        part = torch.mm(scaled[:, rows].T, b, out=mean[rows])
+        second = torch.mm(a2[:, rows].T, b2)
+        centred = torch.addcmul(second, part, part, value=-n, out=spread[rows])
+        # What is no number fails, too.
+        if second.numel() and not bool(second.mul_(LEAST_SHARE).sub_(centred).amax() <= 0):
+            return None
+    return Moments(mean, spread)
 
 
 def _centred(a: Tensor, b: Tensor) -> Tensor:
