@@ -96,7 +96,7 @@ class ChannelsLast:
                 self._parted |= places
                 if source.requires_grad and has_image_layout(source):
                     # A copy's gradient would come channels first, and pooling go back over it as slowly as without.
-                    source.register_hook(_arranged)
+                    source.register_hook(_arranged)  # type: ignore[no-untyped-call]
         return result
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from curvature_engine import pages
-
 from curvature_engine.reductions import LEAST_SHARE, Moments, Outer, product_of_columns, write_outer
 from curvature_engine.rules.base import Match, Rule, gives
 from curvature_engine.rules.gram import Gram, gram_multiply_adds
