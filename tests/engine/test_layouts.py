@@ -4,6 +4,7 @@ import pytest
 import torch
 from tests.engine.checking import build, check, traced
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import curvature_engine as engine
 from curvature_engine import layouts
@@ -140,6 +141,30 @@ def test_rules_equal_brute_force_on_such_images(every_format, make):
     )
     check(module, inputs, traced(module, inputs), hessian=True)
     assert every_format
+
+
+class _PoolingBackwards(TorchDispatchMode):
+    """Whether gradients come to pooling's backward channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.max_pool2d_with_indices_backward.default:
+            self.found.append(args[0].is_contiguous(memory_format=torch.channels_last))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("request_", ["grad", "diag_ggn_mc", "diag_ggn_exact", "diag_hessian"])
+def test_a_flattened_images_gradient_comes_back_channels_last(every_format, request_):
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)).double()
+    program, x = engine.load(torch.jit.script(net)), torch.randn(4, 2, 8, 8, dtype=torch.float64)
+    with _PoolingBackwards() as backwards:
+        engine.analyze(program, x, torch.arange(4) % 3, [request_])
+    assert every_format
+    assert backwards.found
+    assert all(backwards.found)
 
 
 def test_batch_norm_in_training_mode_is_still_refused(every_format):

@@ -12,7 +12,7 @@ from tests.engine.test_ownership import check_disjoint, memories, results_of
 from torch import nn
 
 import curvature_engine as engine
-from curvature_engine import pages, stores
+from curvature_engine import pages
 from curvature_engine.closed_form import ClosedForm
 from curvature_engine.pages import PAGES, room, with_room
 from curvature_engine.stores import MemorySlab
@@ -205,6 +205,10 @@ ROWS = [
     {"name": "sqrt_ggn_mc", "options": {"mc_samples": 3}},
     {"name": "batch_grad", "label": "some", "options": {"subsampling": [3, 0, 3], "scale": "sample"}},
 ]
+SUMS = [
+    *("sum_grad_squared", "variance", "diag_ggn_exact", "diag_ggn_mc", "kflr"),
+    *({"name": "kfac", "label": form, "options": {"approximation": form}} for form in ("reduce", "backpack")),
+]
 
 
 class Net(nn.Module):
@@ -219,23 +223,22 @@ class Net(nn.Module):
 
 @waits
 @pytest.mark.parametrize("budget_bytes", [None, 1])
-def test_results_in_used_memory_are_the_same_bits(monkeypatch, budget_bytes):
+@pytest.mark.parametrize("requests", [ROWS, SUMS], ids=["rows", "sums"])
+def test_results_in_used_memory_are_the_same_bits(monkeypatch, requests, budget_bytes):
     """What stood in the memory before, here NaN, shows in no result, however the batch is divided."""
     program = engine.load(torch.jit.script(Net().double()))
     x, targets = torch.randn(4, 2, 6, 6, dtype=torch.float64), torch.tensor([0, 2, 1, 1])
     monkeypatch.setattr(engine.planner, "LEAST_FILE_BYTES", 2**62)
     options = {"parameters": "all", "budget_bytes": budget_bytes}
-    expected = engine.analyze(program, x, targets, ROWS, **options)
-    monkeypatch.setattr(stores, "LEAST_BYTES", 1)
+    expected = engine.analyze(program, x, targets, requests, **options)
+    monkeypatch.setattr(pages, "LEAST_BYTES", 1)
+    monkeypatch.setattr(pages, "LEAST_FRESH_BYTES", 1)
     monkeypatch.setattr(engine.analysis, "_leave_room", lambda plan: None)
     monkeypatch.setattr(engine.budget.Budget, "idle_bytes", 512 * MIB)
-    first = engine.analyze(program, x, targets, ROWS, **options)
-    taken = {t.data_ptr() for _, t in results_of(first)}
-    for _, tensor in results_of(first):
-        tensor.fill_(float("nan"))
-    del tensor, first
-    found = engine.analyze(program, x, targets, ROWS, **options)
-    assert {t.data_ptr() for _, t in results_of(found)} <= taken
+    engine.analyze(program, x, targets, requests, **options)
+    taken = {torch.frombuffer(each, dtype=torch.float64).fill_(float("nan")).data_ptr() for each in PAGES._idle}
+    found = engine.analyze(program, x, targets, requests, **options)
+    assert {t.data_ptr() for _, t in results_of(found)} & taken
     check_disjoint(memories(results_of(found)))
     for (name, tensor), (_, other) in zip(results_of(found), results_of(expected), strict=True):
         assert torch.equal(tensor, other), name

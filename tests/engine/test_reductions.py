@@ -6,6 +6,7 @@ from torch import nn
 
 import curvature_engine as engine
 from curvature_engine.reductions import REDUCTIONS, Moments
+from curvature_engine.rules import linear
 from curvature_engine.rules.embedding import EmbeddingRule
 from curvature_engine.rules.linear import LinearRule
 from curvature_engine.stores import MemorySlab
@@ -59,6 +60,22 @@ def test_the_moments_of_outer_products(noise, transposed):
     torch.testing.assert_close(found.mean, whole.mean(0), rtol=1e-13, atol=0)
     # What is compared with is itself centred after multiplying, and loses with small noise.
     torch.testing.assert_close(found.spread, spread, rtol=1e-14 / noise + 1e-12, atol=0)
+
+
+@pytest.mark.parametrize("numbers", [1, 5, 12, 2**19])
+@pytest.mark.parametrize("alike", [None, 0, 3, 5])
+def test_the_moments_of_outer_products_in_blocks(monkeypatch, alike, numbers):
+    """One of the rows has gradients that hardly differ: wherever it stands, no block's spread loses by it."""
+    monkeypatch.setattr(linear, "_BLOCK_NUMBERS", numbers)
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(20, 1, width, generator=generator) for width in (5, 6))
+    if alike is not None:
+        x = 1 + x * 1e-4
+        g[..., alike] = 1 + g[..., alike] * 1e-4
+    found = LinearRule(1, transposed=False).moments("weight", [x], g)
+    whole = LinearRule(1, transposed=False).per_sample("weight", [x.double()], g.double())
+    torch.testing.assert_close(found.mean.double(), whole.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.spread.double(), ((whole - whole.mean(0)) ** 2).sum(0), rtol=1e-4, atol=0)
 
 
 def test_equal_samples_have_no_negative_variance():

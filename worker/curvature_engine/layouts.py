@@ -7,6 +7,7 @@ channels last.
 """
 
 from collections.abc import Collection, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -92,11 +93,19 @@ class ChannelsLast:
             if call.name not in _VIEWS:
                 raise
             result = call.invoke([source.contiguous(), *arguments[1:]])
-        if _may_share(call) and isinstance(result, Tensor):
+        if _may_share(call.overload, call.name) and isinstance(result, Tensor):
             places = {_place(source), _place(result)}
             if len(places) > 1:
                 self._parted |= places
+                if source.requires_grad and has_image_layout(source):
+                    # A copy's gradient would come channels first, and pooling go back over it as slowly as without.
+                    source.register_hook(_arranged)  # type: ignore[no-untyped-call]
         return result
+
+
+def _arranged(gradient: Tensor | None) -> Tensor | None:
+    """A gradient with its channels last; None leaves it as it is."""
+    return None if gradient is None else channels_last(gradient)
 
 
 def _affine(call: OperatorCall, arguments: Sequence[Any]) -> Any:
@@ -124,10 +133,10 @@ def _with_weight_in_order(x: Tensor, arguments: Sequence[Any]) -> Sequence[Any]:
     return [x, weight.contiguous(memory_format=LAST), *arguments[2:]]
 
 
-def _may_share(call: OperatorCall) -> bool:
+@cache
+def _may_share(overload: Any, name: str) -> bool:
     """Whether an operator may return a view of its first argument, or that itself."""
-    returns = call.overload._schema.returns
-    return call.name in _SHUFFLES or any(each.alias_info is not None for each in returns)
+    return name in _SHUFFLES or any(each.alias_info is not None for each in overload._schema.returns)
 
 
 def _place(tensor: Any) -> int:

@@ -9,8 +9,9 @@ count it; and whoever lacks memory drops it first, so that nothing ever fails fo
 
 import mmap
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from math import prod
 from typing import TypeVar
 
 import torch
@@ -20,6 +21,9 @@ from curvature_engine.errors import EngineError, lacks_memory
 
 LEAST_BYTES = 2**22
 """Smaller results come from the allocator."""
+LEAST_FRESH_BYTES = 2**25
+"""From here on the allocator gives memory back at once (glibc maps each such piece); below, it keeps what is freed
+and hands it out again, warmer than what waits here."""
 _HUGE_PAGE = 2**21
 _EXCESS = 4
 """A mapping serves a result that leaves at most one part in so many of it unused."""
@@ -115,6 +119,34 @@ def room(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> tuple[Tenso
     """
     view, clear = PAGES.take(nbytes)
     return torch.frombuffer(view, dtype=dtype).view(shape), clear
+
+
+def vacant(shape: Sequence[int], dtype: torch.dtype, device: torch.device, least_bytes: int) -> tuple[Tensor, bool]:
+    """A tensor to be filled, and whether it is zero; one of `least_bytes` in main memory lies in what waits.
+
+    Raises:
+        MemoryError: if there is no memory.
+    """
+    nbytes = prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes < least_bytes or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.empty(tuple(shape), dtype=dtype, device=device), False
+    return room(tuple(shape), dtype, nbytes)
+
+
+def blank(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A tensor of another's dtype and device, in which anything may stand; a very large one lies in what waits."""
+    return vacant(shape, like.dtype, like.device, LEAST_FRESH_BYTES)[0]
+
+
+def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    """As `blank`, and zero."""
+    found, clear = vacant(shape, like.dtype, like.device, LEAST_FRESH_BYTES)
+    return found if clear else found.zero_()
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A contiguous copy in a `blank` tensor."""
+    return blank(tensor.shape, tensor).copy_(tensor)
 
 
 def with_room(make: Callable[[], T]) -> T:

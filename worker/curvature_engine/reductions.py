@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from curvature_engine import pages
+
 Assemble = Callable[[list[Tensor]], Tensor]
 
 LEAST_SHARE = 2.0**-5
@@ -44,7 +46,8 @@ class Outer(NamedTuple):
 
     def sum(self) -> Tensor:
         """Σ over the samples, [*p]."""
-        return self.kept.T @ self.column if self.turned else self.column.T @ self.kept
+        left, right = (self.kept, self.column) if self.turned else (self.column, self.kept)
+        return product_of_columns(left, right)
 
     def write_into(self, out: Tensor) -> None:
         """All samples' products, into [N, *p]."""
@@ -55,6 +58,11 @@ class Outer(NamedTuple):
         """Some samples' products, [n, *p]."""
         left, right = (self.kept, self.column) if self.turned else (self.column, self.kept)
         return left[first:stop, :, None] * right[first:stop, None]
+
+
+def product_of_columns(left: Tensor, right: Tensor) -> Tensor:
+    """Σ_n l rᵀ, [n, a] and [n, b] → [a, b]."""
+    return torch.mm(left.T, right, out=pages.blank((left.shape[1], right.shape[1]), left))
 
 
 def write_outer(left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -87,7 +95,7 @@ class SumSquared(Reduction):
 
     def add(self, first: int, piece: int, gradients: Tensor) -> None:
         if piece == len(self.pieces):
-            self.pieces.append(gradients.new_zeros(gradients.shape[1:]))
+            self.pieces.append(pages.zeros(gradients.shape[1:], gradients))
         add_squares(self.pieces[piece], gradients)
 
     def result(self, assemble: Assemble) -> Tensor:

@@ -9,7 +9,6 @@ before the numbers, so the header comes first.
 
 import ctypes
 import json
-import mmap
 import os
 import struct
 from abc import ABC, abstractmethod
@@ -23,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature_engine import pages
 from curvature_engine.errors import EngineError, first_line
-from curvature_engine.pages import LEAST_BYTES, room
 
 NAMES = {
     torch.float32: "F32",
@@ -70,7 +69,7 @@ class MemorySlab(Slab):
     """A tensor on the device."""
 
     def __init__(self, shape: Sequence[int], leading: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._whole, clear = _room(shape, dtype, device)
+        self._whole, clear = pages.vacant(shape, dtype, device, pages.LEAST_BYTES)
         self._rows = self._whole.view(prod(shape[:leading]), *shape[leading:])
         self._stale = bytearray() if clear else bytearray(b"\1") * len(self._rows)
         """Which rows hold what somebody else left there; empty if none ever did."""
@@ -303,14 +302,6 @@ def lay_out(layout: Layout) -> tuple[bytes, dict[str, Place]]:
     return header, {
         name: Place(tuple(layout[name][0]), layout[name][1], start + claims[name]["data_offsets"][0]) for name in layout
     }
-
-
-def _room(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:
-    """A tensor of a shape, and whether it is zero; else anything may stand in it."""
-    nbytes = prod(shape) * dtype.itemsize
-    if device.type != "cpu" or nbytes < LEAST_BYTES or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.empty(tuple(shape), dtype=dtype, device=device), False
-    return room(tuple(shape), dtype, nbytes)
 
 
 def _indices(rows: Sequence[int]) -> slice | list[int]:

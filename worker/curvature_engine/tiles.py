@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from curvature_engine import pages
 from curvature_engine.rules import Rule
 
 _TILE_BYTES = 2**19
@@ -60,8 +61,14 @@ def assemble(rule: Rule, role: str, height: int, found: list[Tensor]) -> Tensor:
     rows = found[0].shape[0] if found[0].dim() else height
     if 0 < rows < height:
         per_piece = -(-height // rows)
-        found = [torch.cat(found[i : i + per_piece]) for i in range(0, len(found), per_piece)]
+        found = [_joined(found[i : i + per_piece]) for i in range(0, len(found), per_piece)]
     return rule.assemble(role, found)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One below the other."""
+    rows = sum(len(part) for part in parts)
+    return torch.cat(parts, out=pages.blank((rows, *parts[0].shape[1:]), parts[0]))
 
 
 def _rows(a: int, row_bytes: int) -> int:

@@ -42,7 +42,8 @@ def averaged_moment(uses: Sequence[PreparedUse], budget_bytes: int, *, joint: bo
     x = _sums(uses[0], budget_bytes)  # [groups, n, in]
     for prepared in uses[1:]:
         x = x + _sums(prepared, budget_bytes)
-    x = x * (x.shape[1] / rows)
+    if rows != x.shape[1]:
+        x = x * (x.shape[1] / rows)
     if joint:
         one = sum(positions(p) * _rule(p).bias_scale for p in uses) / rows
         x = torch.cat([x, x.new_full((*x.shape[:2], 1), one)], dim=2)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature_engine import pages
 from curvature_engine.closed_form import ClosedForm
 from curvature_engine.contributions import Absent, Contribution
 from curvature_engine.errors import EngineError
@@ -157,7 +158,7 @@ class Kronecker(Accumulator):
         """Add the current part's B to that of the parts before."""
         for bias, (weight, scale) in self._twins.items():
             B = self._current[weight]
-            self._current[bias] = B.clone() if scale == 1 else B * scale**2
+            self._current[bias] = pages.copied(B) if scale == 1 else B * scale**2
         for name, B in self._current.items():
             self._B[name] = self._B[name].add_(B) if name in self._B else B
         self._current, self._twins, self._reasons = {}, {}, {}

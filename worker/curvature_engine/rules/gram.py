@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from curvature_engine import pages
+
 _BLOCKS = 4
 _NARROWEST = 64
 _FEWEST_ROWS = 1024
@@ -14,11 +16,15 @@ def add_product(left: Tensor, right: Tensor, total: Tensor | None = None) -> Ten
 
     Rows may have any stride.
     """
-    if len(left) != 1:
-        return torch.bmm(left.mT, right) if total is None else total.baddbmm_(left.mT, right)
     if total is None:
-        return torch.mm(left[0].T, right[0])[None]
-    total[0].addmm_(left[0].T, right[0])
+        total = pages.blank((len(left), left.shape[2], right.shape[2]), left)
+        if len(left) != 1:
+            return torch.bmm(left.mT, right, out=total)
+        torch.mm(left[0].T, right[0], out=total[0])
+    elif len(left) != 1:
+        total.baddbmm_(left.mT, right)
+    else:
+        total[0].addmm_(left[0].T, right[0])
     return total
 
 
@@ -34,7 +40,7 @@ class Gram:
     def __init__(self, groups: int, width: int, rows: int, like: Tensor, factor: float = 1) -> None:
         self._factor = factor
         self._step = max(_NARROWEST, -(-width // _BLOCKS)) if _halved(groups, width, rows) else width
-        self._total = like.new_empty(groups, width, width)
+        self._total = pages.blank((groups, width, width), like)
         self._empty = True
 
     def add(self, x: Tensor) -> None:

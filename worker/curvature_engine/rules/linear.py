@@ -6,9 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature_engine.reductions import LEAST_SHARE, Moments, Outer, write_outer
+from curvature_engine import pages
+from curvature_engine.reductions import LEAST_SHARE, Moments, Outer, product_of_columns, write_outer
 from curvature_engine.rules.base import Match, Rule, gives
 from curvature_engine.rules.gram import Gram, gram_multiply_adds
+
+_BLOCK_NUMBERS = 2**19
+"""Of a result that is made in several steps: what two cores' own caches hold beside its intermediates."""
 
 
 class LinearRule(Rule):
@@ -87,7 +91,9 @@ class LinearRule(Rule):
         if x.shape[1] != 1:
             return None
         x, g = x[:, 0].square(), g[:, 0].square()
-        return self._scaled(x.T @ g if self.inputs_first else g.T @ x, self._alpha**2)
+        left, right = (x, g) if self.inputs_first else (g, x)
+        found = product_of_columns(left, right)
+        return found if self._alpha == 1 else found.mul_(self._alpha**2)
 
     def squared_norms(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor | None:
         if role == "bias":
@@ -117,15 +123,9 @@ class LinearRule(Rule):
             return None
         left, right = (saved[0], g) if self.inputs_first else (g, saved[0])
         a, b = self._scaled(left[:, 0], self._alpha), right[:, 0]
-        n = len(a)
-        mean = (a.T @ b).div_(n)
-        if a.is_cuda:  # to look would make the host wait for the device, which costs more than the further products
-            return Moments(mean, _centred(a, b))
-        second = a.square().T @ b.square()
-        spread = torch.addcmul(second, mean, mean, value=-n)
-        if bool((spread < second.mul_(LEAST_SHARE)).any()):
-            spread = _centred(a, b)
-        return Moments(mean, spread)
+        # To look would make the host wait for a device, which costs more than the further products.
+        found = None if a.is_cuda else _uncentred(a, b)
+        return Moments(product_of_columns(a, b).div_(len(a)), _centred(a, b)) if found is None else found
 
     def factor_inputs(self, saved: Sequence[Tensor]) -> Tensor | None:
         return self._scaled(saved[0], self._alpha)[None] if saved else None
@@ -149,10 +149,10 @@ class LinearRule(Rule):
         return gram_multiply_adds(1, width, n * T), 0
 
     def input_sums(self, saved: Sequence[Tensor], budget_bytes: int) -> Tensor | None:
-        return self._scaled(saved[0].sum(1), self._alpha)[None] if saved else None
+        return self._scaled(_sum_of_rows(saved[0]), self._alpha)[None] if saved else None
 
     def output_sums(self, role: str, g: Tensor) -> Tensor | None:
-        return self._scaled(g.sum(1) if g.shape[1] != 1 else g[:, 0], self.bias_scale if role == "bias" else 1)[None]
+        return self._scaled(_sum_of_rows(g), self.bias_scale if role == "bias" else 1)[None]
 
     def factor_outputs(self, role: str, g: Tensor) -> Tensor | None:
         return (self._scaled(g, self.bias_scale) if role == "bias" else g)[None]
@@ -160,6 +160,31 @@ class LinearRule(Rule):
     @staticmethod
     def _scaled(value: Tensor, factor: float) -> Tensor:
         return value if factor == 1 else value * factor
+
+
+def _sum_of_rows(x: Tensor) -> Tensor:
+    """Σ over each sample's rows, [n, T, d] → [n, d]: of one row without a copy."""
+    return x[:, 0] if x.shape[1] == 1 else x.sum(1)
+
+
+def _uncentred(a: Tensor, b: Tensor) -> Moments | None:
+    """Mean and Σ a² b² − n mean² over rows a [n, i], b [n, j]; None where that loses too much somewhere.
+
+    A few rows of the result at a time, which stay in the cache while they are made.
+    """
+    n, shape = len(a), (a.shape[1], b.shape[1])
+    mean, spread = pages.blank(shape, a), pages.blank(shape, a)
+    scaled, a2, b2 = a / n, a.square(), b.square()
+    height = max(1, _BLOCK_NUMBERS // max(1, shape[1]))
+    for first in range(0, shape[0], height):
+        rows = slice(first, first + height)
+        part = torch.mm(scaled[:, rows].T, b, out=mean[rows])
+        second = torch.mm(a2[:, rows].T, b2)
+        centred = torch.addcmul(second, part, part, value=-n, out=spread[rows])
+        # What is no number fails, too.
+        if second.numel() and not bool(second.mul_(LEAST_SHARE).sub_(centred).amax() <= 0):
+            return None
+    return Moments(mean, spread)
 
 
 def _centred(a: Tensor, b: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from curvature_engine import pages
 from curvature_engine.kernels import choice
 from curvature_engine.precision import current as precision
 from curvature_engine.rules.gram import Gram, gram_multiply_adds
@@ -195,7 +196,9 @@ def from_shifts(x: Tensor, geometry: "Geometry", shifts: Shifts, budget_bytes: i
 def _channels_first(total: Tensor, geometry: "Geometry", channels: int) -> Tensor:
     groups, taps = geometry.groups, prod(geometry.kernel)
     total = total.view(groups, taps, channels // groups, taps, channels // groups)
-    return total.permute(0, 2, 1, 4, 3).reshape(groups, channels // groups * taps, channels // groups * taps)
+    whole = total.permute(0, 2, 1, 4, 3)
+    width = channels // groups * taps
+    return (pages.copied(whole) if taps > 1 else whole).reshape(groups, width, width)
 
 
 def _is_channels_last(rows: int, width: int) -> bool:

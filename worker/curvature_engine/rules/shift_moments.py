@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from curvature_engine import pages
 from curvature_engine.rules.gram import add_product
 
 _BLOCK_BYTES = 8 * 2**20
@@ -169,7 +170,7 @@ class _Sums:
     def __init__(self, shifts: Shifts, like: Tensor) -> None:
         self._shifts = shifts
         width = shifts.width
-        self._inner = like.new_zeros(shifts.k, shifts.groups, width, width)
+        self._inner = pages.zeros((shifts.k, shifts.groups, width, width), like)
         self._ends: dict[tuple[int, int], Tensor] = {}
         self._rows: dict[int, Tensor] = {}
         self._both: Tensor | None = None
@@ -246,7 +247,7 @@ class _Sums:
             self._spread_rows()
         channels = shifts.channels // shifts.groups
         axes, sizes = len(shifts.kernel), (*shifts.kernel, channels)
-        result = self._inner.new_empty(shifts.groups, *sizes, *sizes)
+        result = pages.blank((shifts.groups, *sizes, *sizes), self._inner)
         rest = (*(shifts.kernel[a] for a in shifts.rest), channels)
         for d in range(shifts.k):
             for i, block in enumerate(self._blocks(d)):
