@@ -183,9 +183,10 @@ def _graph(outputs: Tensor, edges: Sequence[GradientEdge], leaves: Mapping[int, 
     """
     start = get_gradient_edge(outputs)
     numbers: dict[Node, int] = {start.node: 0}
-    order, lines = [start.node], []
+    order: list[Node] = [start.node]
+    lines: list[Hashable] = []
     for node in order:  # which grows meanwhile
-        further = []
+        further: list[tuple[int, int] | None] = []
         for source, place in node.next_functions:
             if source is None:
                 further.append(None)

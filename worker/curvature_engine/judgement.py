@@ -171,7 +171,9 @@ def _proved_rows(tap: Tap, N: int) -> Tensor | None:
     if not numbers.numel():
         return None
     inner = range(row_axes, numbers.dim())
-    rows = numbers[(..., *(0 for _ in inner))]
+    rows = numbers
+    for _ in inner:
+        rows = rows.select(-1, 0)
     if any(numbers.stride(axis) and numbers.shape[axis] > 1 for axis in inner):
         whole = rows.view(*rows.shape, *(1 for _ in inner)).expand_as(numbers)
         if not torch.equal(numbers, whole):

@@ -131,9 +131,7 @@ class Preparer:
         """Whether anything but the outputs was asked for."""
         return any(r.extension.columns != "outputs" for r in self.order.requests)
 
-    def part(
-        self, inputs: Inputs, division: Division, chunk: int, expected: Tensor, few: FewSamples | None
-    ) -> Part:
+    def part(self, inputs: Inputs, division: Division, chunk: int, expected: Tensor, few: FewSamples | None) -> Part:
         """A chunk's forward pass, which must return the rows `expected` of the whole batch."""
         forward = self._forward(division.inputs(inputs, chunk))
         outputs = self._select(forward)
@@ -144,7 +142,8 @@ class Preparer:
                 param="model",
                 remedy="give a larger budget, so that the batch is not divided",
             )
-        return Part(forward, outputs, *division.bounds[chunk : chunk + 2], few)
+        start, stop = division.bounds[chunk : chunk + 2]
+        return Part(forward, outputs, start, stop, few)
 
     def _prepared(
         self, inputs: Inputs, targets: Tensor, forward: Forward, division: Division, few: FewSamples | None
