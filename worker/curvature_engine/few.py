@@ -172,7 +172,7 @@ def _outline(tap: Tap) -> Hashable:
 
 def _index(index: Tensor | Derivation | None) -> Hashable:
     if isinstance(index, Derivation):
-        return "derived", index.shape, index.dtype
+        return "derived", index.dtype, len(index.shape)  # what the initial state makes may have a row per sample
     return None if index is None else tuple(index.shape)
 
 
