@@ -372,9 +372,10 @@ def test_a_closed_form_that_is_wrong_for_many_samples_only_is_found_on_request(m
         engine.analyze(program, torch.randn(N, 4), y, ["batch_grad"], verify=True)
 
 
-def test_a_pass_of_few_that_memory_is_lacking_for_is_done_without(judged, monkeypatch):
+@pytest.mark.parametrize("error", [engine.EngineError("out_of_memory", "no more", remedy="none"), MemoryError()])
+def test_a_pass_of_few_that_memory_is_lacking_for_is_done_without(error, judged, monkeypatch):
     def refuse(*_):
-        raise engine.EngineError("out_of_memory", "no more", remedy="none")
+        raise error
 
     monkeypatch.setattr(few, "judge", refuse)
     module = nn.Linear(4, 3).double().eval()

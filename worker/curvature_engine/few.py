@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvature_engine.division import narrowed
-from curvature_engine.errors import EngineError
+from curvature_engine.errors import EngineError, lacks_memory
 from curvature_engine.execution import tensors_in
 from curvature_engine.judgement import judge, proved_attribution, proved_strides
 from curvature_engine.parameters import Parameter
@@ -79,8 +79,10 @@ class FewSamples:
             self._asked = True
             try:
                 self._found = self._judged()
-            except EngineError:  # what is wrong with the model, or with memory, the whole batch will tell
-                self._found = None
+            except (EngineError, RuntimeError, MemoryError) as error:
+                # What is wrong with the model, or with memory, the whole batch will tell.
+                if not isinstance(error, EngineError) and not lacks_memory(error):
+                    raise
 
     def verdict_for(self, forward: Forward, outputs: Tensor) -> Verdict | None:
         """The verdict on a pass of the whole batch, or of a part of it; None where that has to be judged itself."""

@@ -8,7 +8,7 @@ otherwise mixes samples. As powers are few, a sample's number is sent digit by d
 What the probe finds holds for the batch it was asked on. Another batch of the same shapes may have other rows alive, or
 other samples coupled (a matrix of neighbours among the inputs, a gate that was shut), so a kept verdict is confirmed
 on every batch, by the same sendings compared with what the verdict predicts; unless the operators prove that the rows
-are those samples' in every batch (`sample_axes`).
+are those samples' in every batch (`sample_axes`). Of such a batch it is enough to ask a few samples (`few`).
 """
 
 import math
