@@ -94,7 +94,11 @@ def test_a_batch_goes_whole_where_the_plan_fits_and_not_where_it_does_not():
     whole = engine.plan(program, x, targets, ["variance"], loss="mse", budget_bytes=fitting)
     assert (whole.chunks, whole.whole_reason) == (1, None)
     assert whole.peak_bytes <= fitting
-    less = engine.plan(program, x, targets, ["variance"], loss="mse", budget_bytes=free.forward_bytes * 5 // 2)
+    tight = free.forward_bytes * 5 // 2  # too little for a probe of all samples, enough for one of a few
+    tighter = engine.plan(program, x, targets, ["variance"], loss="mse", budget_bytes=tight)
+    assert tighter.chunks == 1
+    assert tighter.peak_bytes <= tight
+    less = engine.plan(program, x, targets, ["variance"], loss="mse", budget_bytes=free.forward_bytes * 19 // 10)
     assert less.chunks > 1
     assert less.peak_bytes <= less.budget_bytes
     assert engine.plan(program, x, targets, ["variance"], loss="mse", budget_bytes=fitting) == whole

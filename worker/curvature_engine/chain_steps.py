@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvature_engine.chain import EdgeKey, Link, Links, Socket, anchor, edge_key, unsupported_chain
+from curvature_engine.differentiation import gradients
 from curvature_engine.jacobians import Form, form_of
 from curvature_engine.precision import accumulation_dtype
 
@@ -43,9 +43,7 @@ class Step:
             EngineError: `unsupported_model` where no gradient goes that way.
         """
         given = cotangent.to(self.target.dtype).reshape(self.target.graph_shape)
-        (found,) = torch.autograd.grad(
-            (self.target.edge,), (self.source.edge,), (given,), retain_graph=True, allow_unused=True
-        )
+        (found,) = gradients(self.target.edge, [self.source.edge], given)
         if found is None:
             raise unsupported_chain(f"{self.link.title} edits a tensor in place through a view of another")
         return found.reshape(-1).to(accumulation_dtype(found.dtype))
@@ -115,7 +113,7 @@ def _key_of(outputs: Tensor) -> EdgeKey:
 
 def output_edge(outputs: Tensor) -> GradientEdge:
     """Where the gradient of the outputs arrives."""
-    return torch.autograd.graph.get_gradient_edge(anchor(outputs))
+    return get_gradient_edge(anchor(outputs))
 
 
 def shapes_of(link: Link) -> str:

@@ -43,6 +43,8 @@ class Run:
     allow_dropout: bool
     limit_bytes: int | None = None
     """How much results may take in all; None for any amount."""
+    most_rounds: int | None = None
+    """How often loops may go round in all; None for any number."""
     lean: bool = False
     """Whether values go as soon as no later step reads them: for runs without a graph."""
     summed: bool = False
@@ -59,6 +61,8 @@ class Run:
         """Numbers read from the batch's tensors that are not decisions."""
         self.routed_by_data = False
         self.used_dropout = False
+        self.rounds = 0
+        """How often loops went round."""
         self.kept_bytes = 0
         """What the operators' results take: about what a graph keeps of them."""
         self._overlay: dict[tuple[int, str], Any] = {}
@@ -158,6 +162,14 @@ class Run:
     def decide(self, decision: Decision) -> None:
         """Note a branch taken or a loop's number of rounds: they name the path."""
         self.decisions.append(decision)
+
+    def go_round(self) -> None:
+        """Note one round of a loop, and stop where there are more than allowed."""
+        self.rounds += 1
+        if self.most_rounds is not None and self.rounds > self.most_rounds:
+            raise EngineError(
+                "invalid_inputs", f"loops went round more than {self.most_rounds} times", remedy="give other inputs"
+            )
 
     def enter(self, context: ScriptContext) -> None:
         """Enter a with-block."""

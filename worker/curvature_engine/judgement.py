@@ -26,7 +26,7 @@ from curvature_engine.probe import (
     scaled,
 )
 from curvature_engine.sample_axes import SampleAxes
-from curvature_engine.sample_strides import sample_numbers
+from curvature_engine.sample_strides import spread_numbers
 from curvature_engine.tape import Tap, Tape, Use, backward
 from curvature_engine.watched import pull_back
 
@@ -68,14 +68,14 @@ def judge(outputs: Tensor, tape: Tape, parameters: Mapping[str, Parameter]) -> V
         verdicts.append(verdict)
         start = stop
     uses = uses_by_parameter(tape, verdicts)
-    mismatched = _mismatched(tape, uses, parameters, base, totals)
+    mismatched, silent = _compared(tape, uses, parameters, base, totals)
     finite = all(all_finite(g) for g in first if g is not None)
     serving = {i for each in uses.values() for i, *_ in each}
     confirmable = all(
         v.attribution is not None or tap.static or i not in serving
         for i, (tap, v) in enumerate(zip(tape.taps, verdicts, strict=True))
     )
-    return Verdict(tuple(verdicts), mismatched, finite, confirmable)
+    return Verdict(tuple(verdicts), mismatched, silent, finite, confirmable)
 
 
 Uses = Mapping[str, Sequence[tuple[int, Tap, Use]]]
@@ -142,13 +142,43 @@ def proved_strides(verdict: Verdict, outputs: Tensor, tape: Tape, samples: Sampl
     return tuple(tap.stride for tap in tape.taps)
 
 
+def proved_attribution(tap: Tap, N: int) -> Attribution | None:
+    """Which rows of a tap are which of N samples, as its operator alone says; None where that is no regular order."""
+    rows = _proved_rows(tap, N)
+    if rows is None or rows.numel() % N:
+        return None
+    orders = (Attribution(N, order, rows.numel()) for order in ("major", "minor"))
+    return next((found for found in orders if _orders(found, rows)), None)
+
+
 def _is_proved(tap: Tap, attribution: Attribution) -> bool:
-    if tap.stride is None or tap.rule is None or attribution.index is not None:
-        return False
-    device = tap.saved[0].device if tap.saved else torch.device("cpu")
-    numbers = tap.rule.canonical(sample_numbers(tap.shapes[0], tap.stride, attribution.N, device))
-    rows = attribution.arrange(numbers, tap.rule.row_axes).flatten(1)
-    return torch.equal(rows, torch.arange(attribution.N, device=device)[:, None].expand_as(rows))
+    rows = None if attribution.index is not None else _proved_rows(tap, attribution.N)
+    return rows is not None and rows.numel() == attribution.R and _orders(attribution, rows)
+
+
+def _orders(attribution: Attribution, rows: Tensor) -> bool:
+    """Whether an attribution arranges rows with these samples [R] by sample."""
+    arranged = attribution.arrange(rows, 1)
+    return torch.equal(arranged, torch.arange(attribution.N, device=rows.device)[:, None].expand_as(arranged))
+
+
+def _proved_rows(tap: Tap, N: int) -> Tensor | None:
+    """The sample of every row of a tap, [R], by its stride; None where a row is not one sample's."""
+    if tap.stride is None or tap.rule is None:
+        return None
+    device, row_axes = tap.saved[0].device if tap.saved else torch.device("cpu"), tap.rule.row_axes
+    numbers = tap.rule.canonical(spread_numbers(tap.shapes[0], tap.stride, N, device))
+    if not numbers.numel():
+        return None
+    inner = range(row_axes, numbers.dim())
+    rows = numbers
+    for _ in inner:
+        rows = rows.select(-1, 0)
+    if any(numbers.stride(axis) and numbers.shape[axis] > 1 for axis in inner):
+        whole = rows.view(*rows.shape, *(1 for _ in inner)).expand_as(numbers)
+        if not torch.equal(numbers, whole):
+            return None
+    return rows.reshape(-1)
 
 
 def confirm(
@@ -173,21 +203,21 @@ def confirm(
     return True
 
 
-def _mismatched(
+def _compared(
     tape: Tape,
     uses: Uses,
     parameters: Mapping[str, Parameter],
     base: Sequence[Tensor | None],
     totals: Sequence[Tensor | None],
-) -> frozenset[str]:
-    """Parameters whose summed contributions differ from what autograd says."""
+) -> tuple[frozenset[str], frozenset[str]]:
+    """(parameters whose summed contributions differ from what autograd says, parameters of which it says zero)."""
     arrived: list[Tensor | None] = []
     start = 0
     for tap in tape.taps:
         stop = start + len(tap.edges)
         arrived.append(tap.shaped(base[start:stop])[0])
         start = stop
-    wrong, place = set(), 0
+    wrong, silent, place = set(), set(), 0
     for name, parameter in parameters.items():
         parts = [t for t in totals[place : place + len(parameter.tensors)] if t is not None]
         place += len(parameter.tensors)
@@ -196,9 +226,11 @@ def _mismatched(
             continue
         consumed = [(tap, use, g) for i, tap, use in own if (g := arrived[i]) is not None]
         expected = (parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)) if parts else None
+        if own and (expected is None or not bool(expected.any())):
+            silent.add(name)
         if not _agree(consumed, expected, parameter.tensor):
             wrong.add(name)
-    return frozenset(wrong)
+    return frozenset(wrong), frozenset(silent)
 
 
 def _agree(consumed: Sequence[tuple[Tap, Use, Tensor]], expected: Tensor | None, parameter: Tensor) -> bool:

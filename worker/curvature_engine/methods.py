@@ -1,6 +1,6 @@
 """The verdict on the path that a part took, and each parameter's method that follows from it."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from curvature_engine.precision import all_finite
 from curvature_engine.prepared_uses import Arranged, PreparedUse
 from curvature_engine.probe import Verdict
 from curvature_engine.products import exactly
-from curvature_engine.program import Parameter
+from curvature_engine.program import Forward, Parameter
 from curvature_engine.requests import Request
 from curvature_engine.tasks import Part
 from curvature_engine.verification import EVERY_COLUMN, KEPT_VERDICT, THIS_JOB, least
@@ -139,10 +139,9 @@ class Methods:
         with exactly(outputs.device):
             confirmed = verdict is not None and self._confirm(part, gradient, verdict)
             if not confirmed:
-                verdict = judge(outputs, forward.tape, self._selected)
+                verdict = self._judged(part)
         assert verdict is not None
         if not confirmed:
-            verdict = replace(verdict, strides=proved_strides(verdict, outputs, forward.tape, forward.samples))
             found = EVERY_COLUMN if self._order.verify else THIS_JOB
             if verdict.finite and verdict.confirmable and not forward.routed_by_data:
                 verdicts.keep(path, verdict)
@@ -154,18 +153,21 @@ class Methods:
             self.distrust()
         return verdict
 
-    def path(self, part: Part) -> Hashable:
-        """What a verdict holds for: this program, which keeps it, in this version, on such a device, inputs and way."""
+    def _judged(self, part: Part) -> Verdict:
+        """A new verdict: on the batch's first few samples, where it is proved to hold for all; else on all."""
         forward, outputs = part.forward, part.outputs
-        return (
-            __version__,
-            outputs.device.type,
-            forward.signature,
-            (tuple(outputs.shape), outputs.dtype),
-            forward.decisions,
-            tuple(self._selected),
-            tuple((tap.name, tap.shapes, tap.intact, tuple(t.dtype for t in tap.saved)) for tap in forward.tape.taps),
-        )
+        of_few = None if part.few is None else part.few.verdict_for(forward, outputs)
+        if of_few is not None and not self._order.verify:
+            return of_few
+        verdict = judge(outputs, forward.tape, self._selected)
+        strides = proved_strides(verdict, outputs, forward.tape, forward.samples)
+        # The same as without `verify`: later plans go by it.
+        probed = None if of_few is None or strides != of_few.strides else of_few.probed
+        return replace(verdict, strides=strides, probed=probed)
+
+    def path(self, part: Part) -> Hashable:
+        """What a verdict on a part holds for."""
+        return path_of(part.forward, part.outputs, self._selected)
 
     def _confirm(self, part: Part, gradient: Callable[[], Tensor], verdict: Verdict) -> bool:
         """Whether a kept verdict holds for this batch's rows."""
@@ -184,3 +186,16 @@ class Methods:
             if only_gradient:
                 self.at_hand = gradients
             return confirm(verdict, outputs, part.forward.tape, cotangent, gradients)
+
+
+def path_of(forward: Forward, outputs: Tensor, selected: Iterable[str]) -> Hashable:
+    """What a verdict holds for: the program, which keeps it, in this version, on such a device, inputs and way."""
+    return (
+        __version__,
+        outputs.device.type,
+        forward.signature,
+        (tuple(outputs.shape), outputs.dtype),
+        forward.decisions,
+        tuple(selected),
+        tuple((tap.name, tap.shapes, tap.intact, tuple(t.dtype for t in tap.saved)) for tap in forward.tape.taps),
+    )

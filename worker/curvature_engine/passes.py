@@ -77,7 +77,12 @@ class BackwardPasses:
     def kind(self) -> Hashable:
         """What is asked: the same for batches whose plans are alike where the rest is."""
         requests = tuple((r.label, r.extension.name, repr(sorted(r.options.items()))) for r in self._order.requests)
-        return requests, tuple(sorted(self.columns.items())), self._order.part is not None
+        return requests, tuple(sorted(self.columns.items())), self._order.part is not None, self._order.verify
+
+    @property
+    def probed(self) -> int | None:
+        """How many samples are probed where the current part's path is new; None for all."""
+        return None if self._order.verify or self.verdict is None else self.verdict.probed
 
     @property
     def verdict(self) -> Verdict | None:

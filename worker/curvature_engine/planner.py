@@ -160,7 +160,10 @@ class Planner:
             return self._division.forward_bytes
         intermediates = max((p.peak_bytes for r in parts for p in r.parameters), default=0)
         columns = 3 * outputs.nbytes
-        probing = probed_bytes(work.tape, work.outputs, self._selected.values()) if work.methods else 0
+        probing = 0
+        if work.methods:
+            forward_bytes = self._division.forward_bytes
+            probing = probed_bytes(work.tape, work.outputs, self._selected.values(), forward_bytes, work.probed)
         computing = work.waiting_bytes() + work.arranged_bytes() + work.kept_bytes + intermediates + columns
         return self._division.forward_bytes + max(probing, computing)
 
@@ -177,16 +180,29 @@ class Planner:
         return [replace(p, streamed=p.label in streamed) for p in parts], resident
 
 
-def probed_bytes(tape: Tape, outputs: Tensor, parameters: Iterable[Parameter]) -> int:
-    """What probing a part holds.
+def gradient_bytes(tape: Tape, outputs: Tensor) -> int:
+    """What the gradients at all taps take, for one cotangent."""
+    itemsize = accumulation_dtype(outputs.dtype).itemsize
+    return sum(prod(shape) for tap in tape.taps for shape in tap.shapes) * itemsize
+
+
+def probed_bytes(
+    tape: Tape, outputs: Tensor, parameters: Iterable[Parameter], forward_bytes: int, few: int | None = None
+) -> int:
+    """What probing a part, whose forward pass keeps `forward_bytes`, holds beside that.
 
     The gradients at its taps under the plain cotangent and under one that is scaled by a digit of the samples' numbers,
-    the digits, a byte each; and the parameters' gradients, with which summed contributions are compared.
+    the digits, a byte each; and the parameters' gradients, with which summed contributions are compared. Of a `few`
+    samples in place of all, these have a forward pass of their own.
     """
+    N = max(1, outputs.shape[0] if outputs.dim() else 1)
     elements = sum(prod(shape) for tap in tape.taps for shape in tap.shapes)
-    digits = len(Code(outputs.shape[0] if outputs.dim() else 1, 64).factors(torch.device("cpu")))
+    compared = 3 * sum(_bytes(p, [p.tensor.shape]) for p in parameters)
+    if few is not None:
+        elements, forward_bytes, N = -(-elements * few // N), -(-forward_bytes * few // N), few
+    digits = len(Code(N, 64).factors(torch.device("cpu")))
     gradients = elements * accumulation_dtype(outputs.dtype).itemsize
-    return 2 * gradients + digits * elements + 3 * sum(_bytes(p, [p.tensor.shape]) for p in parameters)
+    return 2 * gradients + digits * elements + compared + (0 if few is None else forward_bytes)
 
 
 def _intermediate_bytes(sketch: Sketch, contribution: Contribution, result_bytes: int) -> int:

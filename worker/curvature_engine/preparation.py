@@ -11,11 +11,13 @@ from curvature_engine.chain import Links
 from curvature_engine.division import Divider, Division, same_rows
 from curvature_engine.errors import EngineError, TooLarge
 from curvature_engine.execution import tensors_in
+from curvature_engine.few import FEW, MOST_ROUNDS, FewSamples, can_be_few
 from curvature_engine.losses import BoundLoss, LossSpec
+from curvature_engine.methods import path_of
 from curvature_engine.orders import Order
 from curvature_engine.parts import path_digest, whole_batch_required
 from curvature_engine.passes import BackwardPasses
-from curvature_engine.planner import Planner, probed_bytes
+from curvature_engine.planner import Planner, gradient_bytes, probed_bytes
 from curvature_engine.plans import Plan, size
 from curvature_engine.program import Forward, Inputs, Parameter
 from curvature_engine.tape import Tape
@@ -48,12 +50,14 @@ class Preparer:
         """Everything up to the first column; the first chunk's graph is at hand then."""
         if not self.needs_backward:
             forward = self._forward(inputs, graph=False)
-            return self._prepared(inputs, targets, forward, Division(_one(self._select(forward)), forward.kept_bytes))
+            division = Division(_one(self._select(forward)), forward.kept_bytes)
+            return self._prepared(inputs, targets, forward, division, None)
+        few = self._few(inputs, limits)
         if limits.samples is None:
-            fitting = self._fitting(inputs)
+            fitting = self._fitting(inputs, few)
             if fitting is not None:
                 division = Division(_one(self._select(fitting)), fitting.kept_bytes)
-                return self._prepared(inputs, targets, fitting, division)
+                return self._prepared(inputs, targets, fitting, division, few)
         whole = self._forward(inputs, graph=False, summed=True)
         division = self._divide(inputs, whole, limits)
         if division.reason is not None:
@@ -63,29 +67,71 @@ class Preparer:
                 f"{division.reason}"
             )
             whole = self._forward(inputs)
-        return self._prepared(inputs, targets, whole, division)
+        return self._prepared(inputs, targets, whole, division, few)
 
-    def _fitting(self, inputs: Inputs) -> Forward | None:
+    def _few(self, inputs: Inputs, limits: Limits) -> FewSamples | None:
+        """The batch's first few samples, judged already where no batch of such shapes went through the program before.
+
+        Then their graph and gradients are gone when the whole batch's are made. They get what a chunk gets.
+        """
+        program = self.order.program
+        judged = any(r.extension.accumulator is not None for r in self.order.requests)
+        if not judged or program.keeps_training or not can_be_few(inputs):
+            return None
+        if limits.samples is not None and limits.samples < FEW:
+            return None
+        few = FewSamples(
+            lambda part: self._forward(part, self.order.budget.forward_bytes, most_rounds=MOST_ROUNDS),
+            self.spec.select,
+            inputs,
+            self.selected,
+        )
+        shapes = tuple((t.shape, t.dtype) for t in tensors_in(inputs))
+
+        def meet() -> bool:
+            few.ask()
+            return True
+
+        program.met.recall((shapes, tuple(self.selected)), meet)
+        return few
+
+    def _fitting(self, inputs: Inputs, few: FewSamples | None) -> Forward | None:
         """The whole batch's forward pass; None where it leaves too little of the budget for what comes after it.
 
         That is known as far as shapes say it: gradients at the taps, of which the probe holds two and their digits,
-        the parameters' own, and a block. A quarter of the budget always fits.
+        the parameters' own, and a block; where a few samples are probed in place of all, theirs beside those at the
+        taps once. A quarter of the budget always fits.
         """
         budget = self.order.budget
         try:
             forward = self._forward(inputs, budget.whole_bytes)
         except TooLarge:
             return None
-        probing = probed_bytes(forward.tape, self._select(forward), self.selected.values())
-        fits = forward.kept_bytes + probing + budget.block_bytes <= budget.total_bytes
-        return forward if fits or forward.kept_bytes <= budget.forward_bytes else None
+        if forward.kept_bytes <= budget.forward_bytes:
+            return forward
+        outputs, left = self._select(forward), budget.total_bytes - budget.block_bytes - forward.kept_bytes
+        parameters = self.selected.values()
+        probing = probed_bytes(forward.tape, outputs, parameters, forward.kept_bytes)
+        if probing > left and (probed := self._probed(forward, outputs, few)) is not None:
+            probing = probed_bytes(forward.tape, outputs, parameters, forward.kept_bytes, probed)
+            probing = max(probing, gradient_bytes(forward.tape, outputs))
+        return forward if probing <= left else None
+
+    def _probed(self, forward: Forward, outputs: Tensor, few: FewSamples | None) -> int | None:
+        """How many samples of a batch need be probed if its path is new; None for all."""
+        if self.order.verify or forward.routed_by_data:
+            return None
+        verdict = self.order.program.verdicts.get(path_of(forward, outputs, self.selected))
+        if verdict is None and few is not None:
+            verdict = few.verdict_for(forward, outputs)
+        return None if verdict is None else verdict.probed
 
     @property
     def needs_backward(self) -> bool:
         """Whether anything but the outputs was asked for."""
         return any(r.extension.columns != "outputs" for r in self.order.requests)
 
-    def part(self, inputs: Inputs, division: Division, chunk: int, expected: Tensor) -> Part:
+    def part(self, inputs: Inputs, division: Division, chunk: int, expected: Tensor, few: FewSamples | None) -> Part:
         """A chunk's forward pass, which must return the rows `expected` of the whole batch."""
         forward = self._forward(division.inputs(inputs, chunk))
         outputs = self._select(forward)
@@ -96,9 +142,12 @@ class Preparer:
                 param="model",
                 remedy="give a larger budget, so that the batch is not divided",
             )
-        return Part(forward, outputs, *division.bounds[chunk : chunk + 2])
+        start, stop = division.bounds[chunk : chunk + 2]
+        return Part(forward, outputs, start, stop, few)
 
-    def _prepared(self, inputs: Inputs, targets: Tensor, forward: Forward, division: Division) -> "Prepared":
+    def _prepared(
+        self, inputs: Inputs, targets: Tensor, forward: Forward, division: Division, few: FewSamples | None
+    ) -> "Prepared":
         outputs = self._select(forward)
         _check_rows(inputs, outputs, targets)
         bound = self._bind(outputs, targets)
@@ -107,9 +156,9 @@ class Preparer:
         if work is not None:
             chunks = len(division.sizes)
             part = (
-                Part(forward, outputs, 0, bound.N)
+                Part(forward, outputs, 0, bound.N, few)
                 if chunks == 1
-                else self.part(inputs, division, 0, outputs[: division.largest])
+                else self.part(inputs, division, 0, outputs[: division.largest], few)
             )
             work.enter(part)
         planner = Planner(self.order.budget, self.order.requests, self.selected, division)
@@ -118,7 +167,8 @@ class Preparer:
         if order.is_reordered:
             plan = replace(plan, precision=order.precision, channels_last=order.channels_last)
         path = None if order.part is None else path_digest(forward.decisions, forward.readings)
-        return Prepared(self, inputs, bound, outputs.detach(), forward.used_dropout, division, work, plan, path, probed)
+        used_dropout = forward.used_dropout
+        return Prepared(self, inputs, bound, outputs.detach(), used_dropout, division, work, plan, path, probed, few)
 
     def _check_part(self, inputs: Inputs, targets: Tensor, forward: Forward, bound: BoundLoss) -> bool:
         """Refuse a part that is not what it would be in the whole data set; whether its samples could be probed."""
@@ -149,7 +199,13 @@ class Preparer:
         return divider.divide(samples, limits.least)
 
     def _forward(
-        self, inputs: Inputs, limit_bytes: int | None = None, *, graph: bool = True, summed: bool = False
+        self,
+        inputs: Inputs,
+        limit_bytes: int | None = None,
+        *,
+        graph: bool = True,
+        summed: bool = False,
+        most_rounds: int | None = None,
     ) -> Forward:
         chained = graph and any(r.extension.columns == "averaged" for r in self.order.requests)
         twice = any(r.extension.residual is not None for r in self.order.requests)
@@ -159,7 +215,7 @@ class Preparer:
         with torch.random.fork_rng(enabled=program.keeps_training):
             if program.keeps_training:
                 torch.manual_seed(self.order.seed)
-            return program.run(inputs, tape, limit_bytes, graph=graph, summed=summed)
+            return program.run(inputs, tape, limit_bytes, graph=graph, summed=summed, most_rounds=most_rounds)
 
     def outputs(self, inputs: Inputs, *, graph: bool) -> Tensor:
         """What the loss is taken of, by a forward pass of its own."""
@@ -188,6 +244,7 @@ class Prepared:
         work: the backward passes, in the first chunk; None where only outputs are wanted.
         path: of a part of a data set, what tells the path taken through the program from others.
         probed: of a part of a data set, whether samples are shown not to be coupled.
+        few: the batch's first few samples, where a verdict on them may hold for all.
     """
 
     preparer: Preparer
@@ -200,6 +257,7 @@ class Prepared:
     plan: Plan
     path: str | None
     probed: bool
+    few: FewSamples | None
 
     def parts(self) -> Iterator[BackwardPasses]:
         """The backward passes in one chunk after another."""
@@ -208,7 +266,8 @@ class Prepared:
         for chunk in range(1, len(self.division.sizes)):
             self.work.leave()
             start, stop = self.division.bounds[chunk : chunk + 2]
-            self.work.enter(self.preparer.part(self.inputs, self.division, chunk, self.outputs[start:stop]))
+            expected = self.outputs[start:stop]
+            self.work.enter(self.preparer.part(self.inputs, self.division, chunk, expected, self.few))
             yield self.work
 
 

@@ -8,7 +8,7 @@ otherwise mixes samples. As powers are few, a sample's number is sent digit by d
 What the probe finds holds for the batch it was asked on. Another batch of the same shapes may have other rows alive, or
 other samples coupled (a matrix of neighbours among the inputs, a gate that was shut), so a kept verdict is confirmed
 on every batch, by the same sendings compared with what the verdict predicts; unless the operators prove that the rows
-are those samples' in every batch (`sample_axes`).
+are those samples' in every batch (`sample_axes`). Of such a batch it is enough to ask a few samples (`few`).
 """
 
 import math
@@ -75,11 +75,13 @@ class TapVerdict:
     Attributes:
         attribution: None where rows are not one sample each.
         reached: whether any gradient can arrive, whatever the cotangent.
+        complete: whether some did of every sample.
     """
 
     attribution: Attribution | None
     pure: bool
     reached: bool = True
+    complete: bool = True
 
 
 class Derived(dict[Hashable, Any]):
@@ -103,12 +105,16 @@ class Verdict:
     taps: tuple[TapVerdict, ...]
     mismatched: frozenset[str] = frozenset()
     """Parameters whose summed closed form disagrees with ordinary autograd (never expected)."""
+    silent: frozenset[str] = frozenset()
+    """Parameters whose closed form was compared with a gradient of zero, which says nothing."""
     finite: bool = True
     """Whether every gradient of the probe was finite: only then does it prove anything."""
     confirmable: bool = True
     """Whether every operator that the batch enters has rows to confirm; else the next batch is judged anew."""
     strides: tuple[int | None, ...] | None = None
     """Where the operators prove the samples to lie in every tap, if they do: then there is nothing to confirm."""
+    probed: int | None = None
+    """How many samples it was made of, where these are not all."""
     derived: Derived = field(default_factory=Derived, compare=False, repr=False)
     """What followed from it and from nothing else than is in the key: for batches to come, if the verdict is kept."""
 
@@ -252,7 +258,10 @@ def attribute(
     if tap.rule is None or not pure:
         return TapVerdict(None, pure)
     rows = _samples_of_rows(tap.rule.canonical(samples), tap.rule.row_axes)
-    return TapVerdict(None if rows is None else find_order(rows, code.N), pure)
+    if rows is None:
+        return TapVerdict(None, pure)
+    heard = torch.bincount(rows[rows >= 0], minlength=code.N)
+    return TapVerdict(find_order(rows, code.N), pure, complete=bool((heard > 0).all()))
 
 
 def _samples_of_rows(samples: Tensor, row_axes: int) -> Tensor | None:

@@ -57,6 +57,7 @@ class Program:
         was_training: whether the file was saved in training mode.
         verdicts: what the probe found, per shapes and path.
         derived: what follows from shapes and path without a verdict.
+        met: batches, by their shapes, whose few first samples went through it once.
     """
 
     def __init__(self, front: FrontEnd, device: torch.device, *, eval: bool) -> None:
@@ -68,7 +69,7 @@ class Program:
         self._parameter_places = frozenset(
             t.untyped_storage().data_ptr() for p in self.parameters.values() for t in p.tensors if t.numel()
         )
-        self.verdicts, self.derived = Verdicts(), Derived()
+        self.verdicts, self.derived, self.met = Verdicts(), Derived(), Derived()
         self._channels_last = pays(device, front.operators(), asks_layout=front.asks_layout)
         self._asked = False
         self._layout = threading.RLock()
@@ -116,7 +117,14 @@ class Program:
         return self.front.format
 
     def run(
-        self, inputs: Inputs, tape: Tape, limit_bytes: int | None = None, *, graph: bool = True, summed: bool = False
+        self,
+        inputs: Inputs,
+        tape: Tape,
+        limit_bytes: int | None = None,
+        *,
+        graph: bool = True,
+        summed: bool = False,
+        most_rounds: int | None = None,
     ) -> Forward:
         """Run forward once on `inputs`, recording on `tape`.
 
@@ -124,28 +132,29 @@ class Program:
         keeps the sums of all of them.
 
         Raises:
-            EngineError: if the program cannot be run on them.
+            EngineError: if the program cannot be run on them, or its loops go round more than `most_rounds` times.
             TooLarge: as soon as it keeps more than `limit_bytes`.
         """
+        limits = limit_bytes, most_rounds
         arguments = self.front.bind(inputs)
         if self._asked:
             try:
-                return self._run(arguments, tape, limit_bytes, graph, summed, ChannelsLast(every=True))
+                return self._run(arguments, tape, limits, graph, summed, ChannelsLast(every=True))
             except LayoutShows:
                 raise _layout_shows("the model edits a tensor in place through a view of it") from None
         if self._channels_last:
             try:
-                return self._run(arguments, tape, limit_bytes, graph, summed, ChannelsLast())
+                return self._run(arguments, tape, limits, graph, summed, ChannelsLast())
             except LayoutShows:
                 self._channels_last = False
                 tape.restart()
-        return self._run(arguments, tape, limit_bytes, graph, summed, None)
+        return self._run(arguments, tape, limits, graph, summed, None)
 
     def _run(
         self,
         arguments: list[Any],
         tape: Tape,
-        limit_bytes: int | None,
+        limits: tuple[int | None, int | None],
         graph: bool,
         summed: bool,
         layout: ChannelsLast | None,
@@ -156,7 +165,8 @@ class Program:
             edits=self.front.edits_tensors or self.keeps_training,
             parameter_places=self._parameter_places,
             allow_dropout=self.keeps_training,
-            limit_bytes=limit_bytes,
+            limit_bytes=limits[0],
+            most_rounds=limits[1],
             lean=not graph,
             summed=summed,
             layout=layout,

@@ -7,7 +7,7 @@ differentiate by). Parameters are known by tensor identity, and so is what is ma
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvature_engine.calls import OperatorCall
 from curvature_engine.chain import Links, anchor
+from curvature_engine.differentiation import gradients
 from curvature_engine.errors import EngineError, first_line, memory_ran_out
 from curvature_engine.operators import FIRST_OUTPUT, MOVERS
 from curvature_engine.rules import Match, Rule, Through
@@ -300,14 +301,8 @@ def backward(
     if not targets:
         return []
     try:
-        found = torch.autograd.grad(
-            cast("Tensor", outputs),
-            list(targets),
-            cotangent.to(outputs.dtype) if isinstance(outputs, Tensor) else cotangent,
-            retain_graph=not last,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
+        given = cotangent.to(outputs.dtype) if isinstance(outputs, Tensor) else cotangent
+        found = gradients(outputs, targets, given, retain_graph=not last, create_graph=create_graph)
     except RuntimeError as error:
         if memory_ran_out(error):
             raise EngineError(

@@ -10,6 +10,7 @@ from torch.autograd.graph import GradientEdge
 from curvature_engine.contributions import Contribution
 from curvature_engine.errors import EngineError
 from curvature_engine.extensions import Accumulator
+from curvature_engine.few import FewSamples
 from curvature_engine.program import Forward
 from curvature_engine.requests import Request
 from curvature_engine.stacked import Stacked
@@ -18,12 +19,17 @@ from curvature_engine.tape import backward
 
 @dataclass(frozen=True)
 class Part:
-    """Samples `start` … `stop` of the batch, and their forward pass."""
+    """Samples `start` … `stop` of the batch, and their forward pass.
+
+    Attributes:
+        few: the batch's first few samples, where a verdict on them may hold for all.
+    """
 
     forward: Forward
     outputs: Tensor
     start: int
     stop: int
+    few: FewSamples | None = None
 
     @property
     def n(self) -> int:

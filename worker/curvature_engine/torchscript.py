@@ -228,6 +228,7 @@ class Compiled:
             run.move(ins[2:], block_ins[1:])
             count = 0
             while going and count < limit:
+                run.go_round()
                 run.values[block_ins[0]] = count
                 run.tainted[block_ins[0]] = False
                 for inner in steps:

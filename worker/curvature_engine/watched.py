@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from curvature_engine.differentiation import gradients
+
 
 @dataclass(frozen=True)
 class Derivation:
@@ -36,10 +38,7 @@ class Derivation:
         like = self.tensors[0]
         found = torch.zeros((len(part), *like.shape), dtype=part.dtype, device=like.device)
         for row, gradient in zip(found, part.to(self.dtype), strict=True):
-            arrived = torch.autograd.grad(
-                (self.edge,), self.tensors, gradient.reshape(self.shape), retain_graph=True, allow_unused=True
-            )
-            for each in arrived:
+            for each in gradients(self.edge, self.tensors, gradient.reshape(self.shape)):
                 if each is not None:
                     row += each.to_dense() if each.is_sparse else each
         return found
