@@ -18,6 +18,8 @@ from curvature_engine.memory_format import channels_last, has_image_layout
 
 LAST = torch.channels_last
 _IMAGE_AXES = 4
+_LARGE = 2**17
+"""Numbers of a weight that is worth keeping in order; not by how many images there are, so that graphs are alike."""
 _FORMATS = frozenset((torch.float32,))
 """Of others, kernels gain nothing by it."""
 _CONVOLUTIONS = frozenset(("conv2d", "_convolution", "convolution"))
@@ -123,12 +125,12 @@ def _affine(call: OperatorCall, arguments: Sequence[Any]) -> Any:
 
 
 def _with_weight_in_order(x: Tensor, arguments: Sequence[Any]) -> Sequence[Any]:
-    """A convolution's arguments with a weight larger than its images channels last, too.
+    """A convolution's arguments with a large weight channels last, too.
 
-    Else every pass, forward or back, would bring it into that order anew, which takes longer than the products.
+    Else every pass, forward or back, would bring it into that order anew, which takes longer than few images' products.
     """
     weight = arguments[1]
-    if weight.dim() != _IMAGE_AXES or weight.numel() <= x.numel() or weight.is_contiguous(memory_format=LAST):
+    if weight.dim() != _IMAGE_AXES or weight.numel() < _LARGE or weight.is_contiguous(memory_format=LAST):
         return arguments
     return [x, weight.contiguous(memory_format=LAST), *arguments[2:]]
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from curvature_engine import pages
 from curvature_engine.averaged_factors import AveragedFactors
 from curvature_engine.chain import edge_key, reached_edges
 from curvature_engine.columns import Columns, Take
@@ -449,7 +450,7 @@ def _sum_of(gradients: Sequence[Tensor | None], like: Tensor, taken: set[int]) -
             return whole.new_empty(0).set_(memory, 0, whole.shape, whole.stride()) if whole._is_view() else whole
     if not found:
         return torch.zeros(like.shape, dtype=dtype, device=like.device)
-    total = torch.empty(like.shape, dtype=dtype, device=like.device).copy_(found[0])
+    total = pages.copied(found[0].to(dtype))
     for gradient in found[1:]:
         total += gradient
     return total
