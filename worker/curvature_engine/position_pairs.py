@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from curvature_engine.closed_form import ClosedForm
+from curvature_engine.kernels import choice
 from curvature_engine.prepared_uses import PreparedUse
 from curvature_engine.rules import Rule
 
@@ -31,9 +32,11 @@ _BUFFER_NUMBERS = 2**21
 def pay(contribution: ClosedForm, columns: int) -> bool:
     """Whether pairs of positions are cheaper than writing and squaring every column's gradients."""
     single = contribution.single()
-    if single is None or single[1].device.type != "cpu":
+    if single is None:
         return False
     prepared, g, rule = single
+    if g.device.type != "cpu" or choice.is_for_kernels(g):
+        return False
     outputs = rule.by_position(prepared.use.role, g[:1])
     if outputs is None:
         return False
