@@ -13,8 +13,8 @@ ENDS = {"analysis.py:_analysis (_local_scalar_dense)", "precision.py:all_finite 
 """Whether loss and outputs are finite: when everything else was asked of the device."""
 OF_EXTENSION = {
     # On the CPU alone: on CUDA the spread is always made of what is centred first.
-    "variance": {"rules/linear.py:moments (_local_scalar_dense)"},
-    "gradient_noise_scale": {"rules/linear.py:moments (_local_scalar_dense)"},
+    "variance": {"rules/linear.py:_uncentred (_local_scalar_dense)"},
+    "gradient_noise_scale": {"rules/linear.py:_uncentred (_local_scalar_dense)"},
 }
 NAMES = [entry["name"] for entry in engine.catalogue()["extensions"] if entry["name"] != "kfra"]
 """`kfra` asks every operator on the way what kind it is."""
