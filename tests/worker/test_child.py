@@ -158,6 +158,7 @@ def test_memory_is_given_back_when_no_order_comes(tmp_path, monkeypatch):
 def test_freed_memory_is_kept_until_it_is_given_back():
     code = """
 import os, torch
+from curvature_worker import heap
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
