@@ -23,6 +23,8 @@ LEAST_SHARE = 2.0**-7
 """Of the bound: a tensor whose largest entry is smaller would lose more than seven bits of its scale."""
 _REDUCED = 16
 """Products that take as long as squaring and adding one number of a gradient."""
+_SMALL, _GATHERED = 4, 16
+"""Large matrices' products that take as long as one of small ones, and as gathering one number of the outputs' sums."""
 _MOST_NUMBERS = 2**22
 """Of one sample's sums over columns."""
 _BUFFER_NUMBERS = 2**21
@@ -41,7 +43,10 @@ def pay(contribution: ClosedForm, columns: int) -> bool:
     if outputs is None:
         return False
     _, P, width = outputs.shape
-    return P > 1 and _pairs_of(P) < columns * (P + _REDUCED) and P * P * width <= _MOST_NUMBERS
+    inputs = rule.multiply_adds(prepared.use.role, tuple(s[:1] for s in prepared.saved), g[:1]) // (P * width)
+    directly = columns * inputs * (P + _REDUCED)
+    by_pairs = _pairs_of(P) * inputs + P * P * (_SMALL * columns + _GATHERED)
+    return P > 1 and by_pairs < directly and P * P * width <= _MOST_NUMBERS
 
 
 def multiply_adds(contribution: ClosedForm) -> int:
