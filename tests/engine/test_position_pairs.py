@@ -42,6 +42,13 @@ NETS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def of_small_layers(monkeypatch):
+    """What the outputs' sums cost decides for layers as small as these: have it cost nothing."""
+    monkeypatch.setattr(position_pairs, "_SMALL", 0)
+    monkeypatch.setattr(position_pairs, "_GATHERED", 0)
+
+
 @pytest.fixture
 def used(monkeypatch):
     """Shapes of what was made of pairs."""
@@ -194,3 +201,30 @@ def test_the_plan_says_so():
     # 6 samples, 21 pairs of positions, 18 × 5 entries.
     (weight,) = (p for p in plan.requests[0].parameters if p.parameter == "0.weight")
     assert weight.multiply_adds == pytest.approx(6 * 21 * 90, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("channels", "side", "columns", "pays"),
+    [
+        (512, 4, 9, True),  # a deep layer, ten classes
+        (256, 8, 9, False),  # 2,080 pairs
+        (96, 6, 99, True),
+        (96, 12, 99, False),  # sums of 144² products over the columns
+        (512, 4, 3, False),
+    ],
+)
+def test_when_it_pays(channels, side, columns, pays, monkeypatch):
+    monkeypatch.undo()
+    taken = []
+    pay = position_pairs.pay
+
+    def noting(contribution, _):
+        taken.append(pay(contribution, columns))
+        return False
+
+    monkeypatch.setattr(position_pairs, "pay", noting)
+    net = nn.Sequential(nn.Conv2d(channels, 96, 3, padding=1), nn.AvgPool2d(side), nn.Flatten(), nn.Linear(96, 3))
+    engine.analyze(
+        torch.jit.script(net), torch.randn(2, channels, side, side), torch.tensor([0, 1]), ["diag_ggn_exact"]
+    )
+    assert set(taken[:1]) == {pays}
