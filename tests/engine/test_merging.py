@@ -1,5 +1,6 @@
 """A data set in parts gives what one batch of all its samples gives."""
 
+import ctypes
 import gc
 import os
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 import curvature_engine as engine
 from curvature_engine import merging, planner
 
+_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 BY_NAME = {case.name: case for case in CASES}
 LOSSES = {case.id: case for case in LOSS_CASES}
 BATCH_WIDE = ("if_and_loop",)
@@ -361,7 +363,20 @@ def test_narrower_formats_agree_to_their_rounding(dtype, tmp_path):
     assert merged.info["dtype"] == str(dtype).removeprefix("torch.")
 
 
+@pytest.fixture
+def pages_of_their_own():
+    """Tensors of a megabyte and more in pages of their own, so that what the process did before does not count."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        yield
+        return
+    libc.mallopt(_M_MMAP_THRESHOLD, 2**20)
+    yield
+    libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # as high as it gets by itself
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's count of resident pages")
+@pytest.mark.usefixtures("pages_of_their_own")
 def test_merging_holds_a_block_and_one_part_s_share_of_it(tmp_path, monkeypatch):
     monkeypatch.setattr(merging, "_BLOCK_BYTES", 2**24)
     layers = 12
