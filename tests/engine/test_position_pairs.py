@@ -1,5 +1,7 @@
 """Squares of many columns' gradients, from pairs of the few positions that these are summed over."""
 
+import warnings
+
 import pytest
 import torch
 from tests.engine.reference import Reference
@@ -189,6 +191,36 @@ def test_a_weight_that_some_columns_reach_otherwise():
             torch.testing.assert_close(
                 found[extension]["weight"], reference.expected(extension)["weight"], rtol=1e-10, atol=1e-12
             )
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "positions"), [(4, 0, 5), (0, 3, 5), (4, 3, 0)], ids=["outputs", "inputs", "positions"]
+)
+def test_layers_without(inputs, outputs, positions, used):
+    """Nothing comes out of the layer, goes into it, or is seen by it."""
+
+    class Nothing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inputs, self.positions = inputs, positions
+            self.empty, self.head = nn.Linear(inputs, outputs), nn.Linear(4 + outputs, 3)
+
+        def forward(self, x):
+            return self.head(torch.cat([x[:, 0], self.empty(x[:, : self.positions, : self.inputs]).sum(1)], 1))
+
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch initializes no elements
+        net = Nothing().double()
+    x, targets = _batch((5, 4))
+    found = engine.analyze(torch.jit.script(net), x, targets, EXTENSIONS[:2], seed=0)
+    reference = Reference(net, (x,), targets, "cross_entropy", "mean")
+    for extension in EXTENSIONS[:2]:
+        expected = reference.expected(extension)
+        for parameter, tensor in found[extension].items():
+            assert tensor.shape == expected[parameter].shape
+            torch.testing.assert_close(tensor, expected[parameter], rtol=1e-10, atol=1e-14)
+    assert not used
 
 
 def test_the_plan_says_so():

@@ -43,10 +43,12 @@ def pay(contribution: ClosedForm, columns: int) -> bool:
     if outputs is None:
         return False
     _, P, width = outputs.shape
+    if P < 2 or not width:
+        return False
     inputs = rule.multiply_adds(prepared.use.role, tuple(s[:1] for s in prepared.saved), g[:1]) // (P * width)
     directly = columns * inputs * (P + _REDUCED)
     by_pairs = _pairs_of(P) * inputs + P * P * (_SMALL * columns + _GATHERED)
-    return P > 1 and by_pairs < directly and P * P * width <= _MOST_NUMBERS
+    return inputs > 0 and by_pairs < directly and P * P * width <= _MOST_NUMBERS
 
 
 def multiply_adds(contribution: ClosedForm) -> int:
