@@ -1,7 +1,6 @@
 """One request from inputs to results: one forward pass, then backward passes to the taps, reduced as they come."""
 
 import gc
-import math
 import os
 import shutil
 import tempfile
@@ -30,10 +29,12 @@ from curvature_engine.preparation import Limits, Prepared, Preparer
 from curvature_engine.products import Multiplying, check_precision
 from curvature_engine.program import Inputs, Parameter, load
 from curvature_engine.recovery import Attempt
+from curvature_engine.replays import drop, key_of, replays_of
 from curvature_engine.requests import Request, parse_requests
 from curvature_engine.results import Analysis, Group
 from curvature_engine.rounding_error import RoundingError, rounding_error
 from curvature_engine.selection import Wanted, select
+from curvature_engine.speculation import answer
 from curvature_engine.stores import ResultStore
 from curvature_engine.version import __version__
 
@@ -108,8 +109,8 @@ def analyze(
         check_precision(precision, program.device, program.dtypes)
     budget = Budget.of(budget_bytes, program.device)
     order = Order(program, requests, seed, progress, budget, bool(verify), part, precision, bool(channels_last))
-    analyzer = _Analyzer(order, spec, parameters, most_bytes)
-    return analyzer.run(inputs, targets, None if results_dir is None else Path(results_dir))
+    folder = None if results_dir is None else Path(results_dir)
+    return _Analyzer(order, spec, parameters, most_bytes, folder).run(inputs, targets)
 
 
 def plan(
@@ -149,14 +150,37 @@ def plan(
 
 
 class _Analyzer:
-    def __init__(self, order: Order, spec: LossSpec, parameters: Wanted, most_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        order: Order,
+        spec: LossSpec,
+        parameters: Wanted,
+        most_bytes: int | None = None,
+        results_dir: Path | None = None,
+    ) -> None:
         self.order, self.spec, self.parameters, self.most_bytes = order, spec, parameters, most_bytes
+        self.results_dir = results_dir
         self.program, self.requests, self.seed = order.program, order.requests, order.seed
         self.warnings = order.warnings
         self._plan: Plan | None = None
         self._restarts = 0
 
-    def run(self, inputs: Inputs, targets: Tensor, results_dir: Path | None) -> Analysis:
+    def run(self, inputs: Inputs, targets: Tensor) -> Analysis:
+        """Compute: by a graph of an earlier analysis of the kind, where there is one."""
+        key = key_of(self.order, self.spec, self.parameters, self.most_bytes, inputs, targets)
+        if key is None:
+            return self.in_pieces(inputs, targets)
+        return replays_of(self.program).analysis(self, self.order, key, inputs, targets)
+
+    def once(self, inputs: Inputs, targets: Tensor) -> Analysis:
+        """Compute as a whole; raises what comes."""
+        order = replace(self.order, progress=None, judged=set())
+        again = _Analyzer(order, self.spec, self.parameters, self.most_bytes, None)
+        attempt = Attempt(order.budget)
+        again._begin(attempt)
+        return again._attempt(inputs, targets, attempt.limits)
+
+    def in_pieces(self, inputs: Inputs, targets: Tensor) -> Analysis:
         """Compute, in smaller and smaller pieces where memory runs out."""
         if self.program.device.type == "cpu":
             PAGES.allow(self.order.budget.idle_bytes)
@@ -165,11 +189,11 @@ class _Analyzer:
         while attempt is not None:
             self._begin(attempt)
             try:
-                return self._attempt(inputs, targets, attempt.limits, results_dir)
+                return self._attempt(inputs, targets, attempt.limits)
             except (EngineError, RuntimeError, MemoryError) as error:
                 if not lacks_memory(error):
                     raise
-                again = PAGES.drop() > 0 and not dropped
+                again = PAGES.drop() + drop() > 0 and not dropped
             _let_go(self.program.device)  # here the error is gone, and with it all that its traceback held
             if again:  # nothing is to be smaller for what waited between analyses
                 dropped = True
@@ -181,10 +205,10 @@ class _Analyzer:
             remedy="use a smaller batch, fewer extensions or parameters, or a machine with more memory",
         )
 
-    def _attempt(self, inputs: Inputs, targets: Tensor, limits: Limits, results_dir: Path | None) -> Analysis:
+    def _attempt(self, inputs: Inputs, targets: Tensor, limits: Limits) -> Analysis:
         # A function of its own: when it fails, its variables go, and with them the graph.
         with self._prepared(inputs, targets, limits) as prepared:
-            return self._analysis(prepared, targets, results_dir)
+            return self._analysis(prepared, targets, self.results_dir)
 
     def plan(self, inputs: Inputs, targets: Tensor) -> Plan:
         return with_room(lambda: self._planned(inputs, targets))
@@ -259,8 +283,10 @@ class _Analyzer:
                 f"memory ran out: individual gradients were written out in blocks halved "
                 f"{self.order.relief.halvings} times"
             )
-        if not math.isfinite(found := float(value)):  # only now: reading it waits for the device
-            self.warnings.insert(first_warnings, f"the loss is {found}: results that depend on it are not finite")
+        if not answer(torch.isfinite(value)):  # only now: reading it waits for the device
+            self.warnings.insert(
+                first_warnings, f"the loss is {float(value)}: results that depend on it are not finite"
+            )
         error = rounding_error(prepared, targets) if self.order.is_reordered else None
         self._finish(groups, prepared, error)
         info: dict[str, Any] = {

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from curvature_engine.speculation import sent
+
 
 def _signed(value: int) -> int:
     """The 64-bit pattern `value` as the signed integer that torch knows."""
@@ -54,8 +56,11 @@ def uniform(seed: int, samples: Tensor, positions: Tensor, draw: int, stream: in
     Returns:
         [N, T] in float64.
     """
-    start = _mix_number((_mix_number(seed + _GAMMA) + draw * 2 + stream) * _GAMMA + _GAMMA)
-    z = _mix(samples.long()[:, None] * _GAMMA + _signed(start))
+
+    def start(seed: int) -> int:
+        return _signed(_mix_number((_mix_number(seed + _GAMMA) + draw * 2 + stream) * _GAMMA + _GAMMA))
+
+    z = _mix(samples.long()[:, None] * _GAMMA + sent(start, seed))
     z = _mix(z + (positions.long()[None, :] + 1) * _GAMMA)
     return _shift_right(z, 11).double() * 2.0**-53
 

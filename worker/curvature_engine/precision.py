@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from curvature_engine.speculation import answer
+
 _MULTIPLYING = ["float32"]
 """Of the analysis in progress; of the whole process, as torch's own settings are, and seen by autograd's threads."""
 
@@ -19,7 +21,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def all_finite(x: Tensor) -> bool:
     """Whether no number is infinite or none at all: such a one would show in the sum, which needs no further memory."""
-    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+    return answer(torch.isfinite(x.sum())) or answer(torch.isfinite(x).all())
 
 
 def current() -> str:

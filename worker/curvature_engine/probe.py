@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from curvature_engine.precision import accumulation_dtype
+from curvature_engine.speculation import speculates
 from curvature_engine.tape import Tap
 
 UNKNOWN = -1  # no gradient reaches this row, whatever the cotangent
@@ -92,6 +93,8 @@ class Derived(dict[Hashable, Any]):
         found: T | None = self.get(key)
         if found is None:
             found = make()
+            if speculates():
+                return found
             if len(self) >= _MOST_DERIVED:
                 self.clear()
             self[key] = found
@@ -137,6 +140,8 @@ class Verdicts:
 
     def keep(self, path: Hashable, verdict: Verdict) -> None:
         """Keep a verdict."""
+        if speculates():
+            return
         self._kept[path] = verdict
         self._kept.move_to_end(path)
         while len(self._kept) > self._capacity:

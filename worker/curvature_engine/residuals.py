@@ -30,6 +30,7 @@ from curvature_engine.judgement import random_cotangent
 from curvature_engine.losses import accumulation_dtype
 from curvature_engine.prepared_uses import PreparedUse
 from curvature_engine.probe import Code, predicts, scaled
+from curvature_engine.speculation import answer, answers
 from curvature_engine.tape import backward
 from curvature_engine.watched import Derivation
 
@@ -112,7 +113,7 @@ class Residuals:
     def _is_flat(flat: Tensor, uses: Sequence[PreparedUse]) -> bool:
         """Whether H is zero: then so is its product with a random vector, and hardly otherwise."""
         found = _differentiate(flat, [p.tap.edges[0] for p in uses], random_cotangent(flat))
-        return not any(bool(g.any()) for g in found if g is not None)
+        return not any(answer(g.any()) for g in found if g is not None)
 
     def _images(
         self, flat: Tensor, components: Sequence[int], uses: Sequence[PreparedUse], axis: int | None
@@ -175,7 +176,7 @@ def find_bends(outputs: Tensor, cotangent: Tensor, uses: Sequence[PreparedUse]) 
     if is_piecewise_affine(outputs, {p.tap.edges[0].node for p in taps.values()}):
         return Bends(set(), set())
     images = _images_at(outputs, cotangent, taps)
-    alive = torch.stack([image.any() for image in images.values()]).tolist() if images else []  # read at once
+    alive = answers([image.any() for image in images.values()])
     plain = {i: image for (i, image), some in zip(images.items(), alive, strict=True) if some}
     code = Code.for_gradients(len(outputs), list(plain.values()))
     strays: set[int] = set()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from curvature_engine.errors import memory_ran_out
 from curvature_engine.precision import current
+from curvature_engine.speculation import speculates
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -77,7 +78,7 @@ def guarded(kernel: Callable[[], Tensor]) -> Tensor | None:
     try:
         return kernel()
     except Exception as error:
-        if memory_ran_out(error):
+        if memory_ran_out(error) or speculates():  # a run that may fail without meaning anything
             raise
         # No compiler, no permission to start one, a GPU or driver that Triton does not know: the plain form serves.
         reason = f"a kernel failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -8,6 +8,7 @@ from torch import Tensor
 from curvature_engine import draws
 from curvature_engine.losses.base import LossKind, invalid_targets
 from curvature_engine.losses.elementwise import NUMBERS, Elementwise
+from curvature_engine.speculation import answer
 
 
 class BinaryCrossEntropy(Elementwise):
@@ -23,7 +24,7 @@ class BinaryCrossEntropy(Elementwise):
         self, outputs: Tensor, targets: Tensor, reduction: str, *, weight: Any = None, pos_weight: Any = None
     ) -> None:
         super().__init__(outputs, targets, reduction)
-        if bool(((self.targets < 0) | (self.targets > 1)).any()):
+        if answer(((self.targets < 0) | (self.targets > 1)).any()):
             raise invalid_targets(
                 f"{self.name} expects targets in [0, 1]; got some in "
                 f"[{float(self.targets.min()):.6g}, {float(self.targets.max()):.6g}]",

@@ -10,6 +10,7 @@ from curvature_engine import draws
 from curvature_engine.losses.base import LossKind, invalid_targets
 from curvature_engine.losses.classes import CLASS_AXIS, IGNORE_INDEX, WEIGHT, ClassLoss, along_classes
 from curvature_engine.options import Options
+from curvature_engine.speculation import answer
 
 _SUMMED_NUMBERS = 2**17
 """Probabilities that are summed up at a time."""
@@ -194,7 +195,7 @@ class ProbabilityCrossEntropy(CrossEntropy):
         class_axis: str | None,
     ) -> None:
         super().__init__(outputs, targets, class_axis, weight)
-        if bool((targets < 0).any()):
+        if answer((targets < 0).any()):
             raise invalid_targets(
                 f"probabilities as targets must not be negative; got {float(targets.min()):.6g}",
                 "give probabilities, not scores",

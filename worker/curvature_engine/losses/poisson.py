@@ -7,6 +7,7 @@ from torch import Tensor
 
 from curvature_engine.losses.base import LossKind, invalid_targets
 from curvature_engine.losses.elementwise import Elementwise
+from curvature_engine.speculation import answer
 
 
 class PoissonNLL(Elementwise):
@@ -28,7 +29,7 @@ class PoissonNLL(Elementwise):
         eps: float = 1e-8,
     ) -> None:
         super().__init__(outputs, targets, reduction)
-        if bool((self.targets < 0).any()):
+        if answer((self.targets < 0).any()):
             raise invalid_targets(
                 f"{self.name} expects counts; got {float(self.targets.min()):.6g}", "give targets from 0"
             )

@@ -76,6 +76,11 @@ class LossSpec:
             )
         return cls(loss["name"], options, reduction, loss.get("function"))
 
+    @property
+    def is_built_in(self) -> bool:
+        """Whether the loss is one of the engine's own, neither a function nor a plug-in's."""
+        return self.name != CUSTOM and self._kind.bind.__module__.startswith("curvature_engine.")
+
     def select(self, returned: Any) -> Tensor:
         """The tensor, of what the model returned, that enters the loss.
 

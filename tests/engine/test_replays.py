@@ -1,0 +1,286 @@
+"""Captured analyses: a replay gives what the ordinary way gives, or the ordinary way is taken.
+
+Here a graph is a stand-in that does the captured run once more, on a CPU; `test_gpu` has real ones. What it shows is
+all that the host does: keys, places, seeds, answers, copies.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+import curvature_engine as engine
+from curvature_engine import replays, speculation
+
+EXTENSIONS = [
+    "grad",
+    "batch_grad",
+    "batch_l2",
+    "sum_grad_squared",
+    "variance",
+    "batch_loss",
+    "outputs",
+    "diag_ggn_exact",
+    {"name": "diag_ggn_mc", "options": {"mc_samples": 3}},
+    "batch_diag_ggn_mc",
+    "kfac",
+    "kflr",
+    "diag_hessian",
+]
+
+
+class Again:
+    """A stand-in for a CUDA graph: runs what was captured again, and writes where that wrote."""
+
+    captures = 0
+    replays = 0
+
+    def __init__(self, device):
+        self._run = self._found = None
+
+    def capture(self, run):
+        type(self).captures += 1
+        run()
+        self._run, self._found = run, run()
+        return self._found
+
+    def replay(self):
+        type(self).replays += 1
+        (analysis, holds, _), (other, held, _) = self._found, self._run()
+        with torch.no_grad():
+            for place, tensor in zip(replays._tensors_of(analysis), replays._tensors_of(other), strict=True):
+                place.copy_(tensor)
+            holds.copy_(held)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    monkeypatch.setattr(replays, "_DEVICES", {"cpu"})
+    monkeypatch.setattr(replays, "_graph", Again)
+    monkeypatch.setattr(Again, "captures", 0)
+    monkeypatch.setattr(Again, "replays", 0)
+    return Again
+
+
+@pytest.fixture
+def ordinarily(monkeypatch):
+    """An analysis in the ordinary way, whatever there is."""
+
+    def analyze(*args, **options):
+        with monkeypatch.context() as patch:
+            patch.setenv("CURVATURE_GRAPHS", "off")
+            return engine.analyze(*args, **options)
+
+    return analyze
+
+
+def net():
+    torch.manual_seed(0)
+    convolutions = nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 5)).double().eval()
+
+
+def batch(seed, N=6):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(N, 2, 8, 8, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 5, (N,), generator=generator)
+
+
+def tensors(analysis):
+    return replays._tensors_of(analysis)
+
+
+def same(found, expected):
+    assert list(found) == list(expected)
+    assert found.info == expected.info
+    assert found.warnings == expected.warnings
+    for label, group in expected.groups.items():
+        assert found.groups[label].provenance == group.provenance
+        assert list(found.groups[label].tensors) == list(group.tensors)
+        assert list(found.groups[label].by_parameter) == list(group.by_parameter)
+    return all(torch.equal(a, b) for a, b in zip(tensors(found), tensors(expected), strict=True))
+
+
+def warmed(program, requests, times=replays.RUNS, **options):
+    for k in range(times):
+        engine.analyze(program, *batch(k), requests, **options)
+
+
+@pytest.mark.parametrize("loss", [None, "mse"])
+def test_replays_give_what_the_ordinary_way_gives(loss, graphs, ordinarily):
+    program = engine.load(torch.jit.script(net()))
+
+    def of(k):
+        x, y = batch(k)
+        return (x, y) if loss is None else (x, torch.nn.functional.one_hot(y, 5).double())
+
+    for k in range(replays.RUNS):
+        engine.analyze(program, *of(k), EXTENSIONS, loss=loss)
+    assert (graphs.captures, graphs.replays) == (1, 0)
+    for k, seed in ((10, 0), (11, 5), (12, -(2**40)), (10, 0)):
+        found = engine.analyze(program, *of(k), EXTENSIONS, loss=loss, seed=seed)
+        assert same(found, ordinarily(program, *of(k), EXTENSIONS, loss=loss, seed=seed))
+    assert (graphs.captures, graphs.replays) == (1, 4)
+
+
+def test_the_first_jobs_are_ordinary(graphs):
+    program = engine.load(torch.jit.script(net()))
+    warmed(program, ["grad"], times=replays.RUNS - 1)
+    assert graphs.captures == 0
+
+
+def test_results_are_the_callers_own(graphs):
+    program = engine.load(torch.jit.script(net()))
+    warmed(program, ["batch_grad", "kfac"])
+    first = engine.analyze(program, *batch(7), ["batch_grad", "kfac"])
+    kept = [t.clone() for t in tensors(first)]
+    second = engine.analyze(program, *batch(8), ["batch_grad", "kfac"])
+    assert graphs.replays == 2
+    assert all(torch.equal(a, b) for a, b in zip(tensors(first), kept, strict=True))
+    places = [t.untyped_storage().data_ptr() for t in (*tensors(first), *tensors(second))]
+    assert len(set(places)) == len({id(t) for t in (*tensors(first), *tensors(second))})
+    first.groups["batch_grad"].provenance.clear()
+    second.warnings.append("mine")
+    third = engine.analyze(program, *batch(8), ["batch_grad", "kfac"])
+    assert third.groups["batch_grad"].provenance
+    assert not third.warnings
+
+
+def test_parameters_may_change_in_place(graphs, ordinarily):
+    program = engine.load(torch.jit.script(net()))
+    warmed(program, ["grad"])
+    with torch.no_grad():
+        for parameter in program.parameters.values():
+            parameter.tensor.mul_(1.5)
+    assert same(engine.analyze(program, *batch(3), ["grad"]), ordinarily(program, *batch(3), ["grad"]))
+    assert graphs.replays == 1
+
+
+def test_a_class_that_does_not_exist_is_refused_as_ever(graphs):
+    program = engine.load(torch.jit.script(net()))
+    warmed(program, ["grad"])
+    x, y = batch(3)
+    with pytest.raises(engine.EngineError, match="class indices must lie in 0 … 4"):
+        engine.analyze(program, x, y + 2, ["grad"])
+    assert graphs.replays == 1
+    assert engine.analyze(program, x, y, ["grad"]).warnings == []
+
+
+def test_what_is_not_finite_is_told_as_ever(graphs, ordinarily):
+    program = engine.load(torch.jit.script(net()))
+    warmed(program, ["variance"])
+    x, y = batch(3)
+    x[2] = float("nan")
+    found, expected = engine.analyze(program, x, y, ["variance"]), ordinarily(program, x, y, ["variance"])
+    assert found.warnings == expected.warnings != []
+    assert graphs.replays == 1
+    provenance = found.groups["variance"].provenance
+    assert provenance == expected.groups["variance"].provenance
+
+
+def test_another_kind_is_another_matter(graphs, ordinarily):
+    program = engine.load(torch.jit.script(net()))
+    warmed(program, ["grad"])
+    for given, options in (
+        ((*batch(3, N=5), ["grad"]), {}),
+        ((*batch(3), ["grad", "batch_l2"]), {}),
+        ((*batch(3), ["grad"]), {"reduction": "sum"}),
+        ((*batch(3), ["grad"]), {"loss": {"name": "cross_entropy", "options": {"label_smoothing": 0.5}}}),
+        ((*batch(3), ["grad"]), {"parameters": "0.*"}),
+        ((*batch(3), [{"name": "grad", "label": "other"}]), {}),
+    ):
+        ordinarily(program, *given, **options)  # where a verdict is kept
+        assert same(engine.analyze(program, *given, **options), ordinarily(program, *given, **options))
+    assert graphs.replays == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"verify": True}, {"part": engine.DataSetPart(0)}, {"channels_last": True}], ids=str
+)
+def test_what_is_never_captured(options, graphs):
+    program = engine.load(torch.jit.script(net()))
+    warmed(program, ["grad"], times=4, **options)
+    assert graphs.captures == 0
+
+
+class Branches(nn.Module):
+    """What it computes depends on numbers of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if bool(x.sum() > 0):
+            return self.layer(x)
+        return self.layer(2.0 * x)
+
+
+class Refusing(Again):
+    """As CUDA does: no number can be read while a graph is captured."""
+
+    def capture(self, run):
+        before = torch.Tensor.__bool__
+
+        def refuse(tensor):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        torch.Tensor.__bool__ = refuse
+        try:
+            return super().capture(run)
+        finally:
+            torch.Tensor.__bool__ = before
+
+
+def test_who_reads_the_batch_is_not_captured(graphs, monkeypatch, ordinarily):
+    monkeypatch.setattr(replays, "_graph", Refusing)
+    program = engine.load(torch.jit.script(Branches().double()))
+    for k in range(5):
+        x = torch.randn(3, 4, dtype=torch.float64) + k - 2
+        given = x, torch.tensor([0, 1, 2]), ["grad", "batch_l2"]
+        ordinarily(program, *given)
+        assert same(engine.analyze(program, *given), ordinarily(program, *given))
+    assert graphs.replays == 0
+
+
+def test_another_answer_counts_for_nothing():
+    seeds = torch.zeros(speculation.MOST_SEEDS, dtype=torch.int64)
+    with speculation.recording() as answers:
+        assert speculation.answer(torch.tensor(True))
+        assert speculation.answers([torch.tensor(False)]) == [False]
+    with speculation.speculating(answers, seeds) as run:
+        assert speculation.answer(torch.tensor(True))
+        assert speculation.answers([torch.tensor(False)]) == [False]
+    assert bool(run.holds())
+    with speculation.speculating(answers, seeds) as run:
+        assert speculation.answer(torch.tensor(True))
+        assert not speculation.answer(torch.tensor(True))
+    assert not bool(run.holds())
+    with speculation.speculating(answers, seeds) as run:
+        speculation.answer(torch.tensor(True))
+    with pytest.raises(speculation.Unspeculative):
+        run.holds()
+    with speculation.speculating([], seeds), pytest.raises(speculation.Unspeculative):
+        speculation.answer(torch.tensor(True))
+
+
+def test_progress_comes_to_its_end(graphs):
+    program, told = engine.load(torch.jit.script(net())), []
+    for k in range(replays.RUNS + 1):
+        told.clear()
+        engine.analyze(program, *batch(k), ["diag_ggn_exact"], progress=lambda done, total: told.append((done, total)))
+    assert graphs.replays == 1
+    assert told[-1][0] == told[-1][1]
+
+
+def test_graphs_go_where_memory_runs_out(graphs, ordinarily):
+    program = engine.load(torch.jit.script(net()))
+    warmed(program, ["grad"])
+    assert replays.drop() >= 1
+    assert same(engine.analyze(program, *batch(3), ["grad"]), ordinarily(program, *batch(3), ["grad"]))
+    assert graphs.replays == 0
+
+
+def test_a_graph_needs_a_share_of_the_budget(graphs):
+    program = engine.load(torch.jit.script(net()))
+    warmed(program, ["batch_grad"], times=4, budget_bytes=200_000)
+    assert graphs.captures == 0
