@@ -12,6 +12,7 @@ from tests.engine.test_table import PER_PARAMETER, REQUESTS, TOLERANCE, error
 from torch import nn
 
 import curvature_engine as engine
+from curvature_engine import replays
 from curvature_engine.kernels import choice
 
 AMPERE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
@@ -146,3 +147,20 @@ def test_the_kernels_and_the_plain_forms_agree(layout, monkeypatch):
 
 def relative(found, expected):
     return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_replayed_analysis_is_an_ordinary_one(case, monkeypatch):
+    """On other batches than it was captured on, with other seeds."""
+    module, inputs = build(case)
+    targets = targets_for(module(*inputs), "cross_entropy")
+    program = engine.load(torchscript(module, inputs, case.ways[0]), device="cuda")
+    requests = ["grad", "batch_l2", "variance", *MONTE_CARLO]
+    for seed in range(5):
+        given = [x.roll(seed, 0) for x in inputs], targets.roll(seed, 0)
+        found = engine.analyze(program, tuple(given[0]), given[1], requests, seed=seed)
+        with monkeypatch.context() as patch:
+            patch.setenv("CURVATURE_GRAPHS", "off")
+            expected = engine.analyze(program, tuple(given[0]), given[1], requests, seed=seed)
+        for one, other in zip(replays._tensors_of(found), replays._tensors_of(expected), strict=True):
+            assert error(one, other) <= TOLERANCE

@@ -254,6 +254,26 @@ class ClosedForm(Contribution):
             for piece, gradients in enumerate(rule.pieces(role, saved, g[block], unfolded)):
                 yield first, piece, gradients
 
+    @property
+    def N(self) -> int:
+        """How many samples."""
+        return self._N
+
+    @property
+    def numel(self) -> int:
+        """Of one sample's gradient."""
+        return self._like.numel()
+
+    def factors(self, first: int) -> Iterator[tuple[Tensor, Tensor]] | None:
+        """What the gradients of a block of samples are the products of, by piece; None where they are none."""
+        single = self.single()
+        if single is None:
+            return None
+        prepared, g, rule = single
+        part = slice(first, first + self.block)
+        saved = tuple(s[part] for s in prepared.saved)
+        return rule.products(prepared.use.role, saved, g[part], self._unfold(prepared, first))
+
     def _unfold(self, prepared: PreparedUse, first: int) -> Tensor | None:
         """What the rule makes of the inputs of a block of samples, which columns to come may use again."""
         rule, block = prepared.tap.rule, slice(first, first + self._span)

@@ -204,8 +204,12 @@ class _Group:
             self._shift(shift, 1)
 
     def add_block(self, gradients: Tensor) -> None:
-        mean = gradients.mean(0)
-        add_squares(self.spread, gradients - mean)
+        if gradients.device.type == "cpu":
+            mean = gradients.mean(0)
+            add_squares(self.spread, gradients - mean)
+        else:  # one pass over memory, by Welford's recurrence
+            spread, mean = torch.var_mean(gradients, 0, correction=0)
+            self.spread.add_(spread, alpha=len(gradients))
         self._shift(mean.sub_(self.mean), len(gradients))
 
     def _shift(self, shift: Tensor, n: int) -> None:
@@ -229,11 +233,20 @@ def add_squares(total: Tensor, gradients: Tensor) -> None:
         for row in gradients:
             total.addcmul_(row, row)
     else:
-        total.add_(gradients.square().sum(0))
+        total.add_(squares_of_first(gradients, 1))
 
 
 def _by_rows(like: Tensor) -> bool:
     return like.device.type == "cpu" and like.numel() >= _BY_ROWS_FROM
+
+
+def squares_of_first(x: Tensor, axes: int) -> Tensor:
+    """Σ over the first axes, of the squares."""
+    if x.device.type == "cpu":
+        return x.square().sum(tuple(range(axes)))
+    # Squares that are written out take two further passes over memory, and memory is what a GPU waits for here.
+    norms: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(axes)))
+    return norms.square_()
 
 
 def squared_norms(gradients: Tensor) -> Tensor:

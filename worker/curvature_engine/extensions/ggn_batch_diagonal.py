@@ -11,7 +11,6 @@ from curvature_engine.extensions.schemas import MC_SAMPLES, SUBSAMPLING
 from curvature_engine.extensions.squared_columns import (
     SquaredOuters,
     WaitingColumns,
-    sketch_of_columns,
     squares_by_sample,
 )
 from curvature_engine.stacked import Stacked
@@ -28,7 +27,7 @@ class BatchDiagonal(Accumulator):
         super().__init__(setting)
         self._sums: dict[str, Slab] = {}
         self._outers = SquaredOuters()
-        self._waiting = WaitingColumns(setting.columns, setting.budget_bytes // 4)
+        self._waiting = WaitingColumns(setting.columns, setting.budget_bytes // 4, summed=False)
         self._begun: set[str] = set()
         """Parameters with something in the current part's rows."""
 
@@ -77,7 +76,7 @@ class BatchDiagonal(Accumulator):
                 self._add_block(parameter, first, squares.rows(first, first + size))
 
     def sketch(self, parameter: str, contribution: Contribution) -> Sketch:
-        found = sketch_of_columns(self._waiting, parameter, contribution, (self.setting.N,))
+        found = self._waiting.foresee(parameter, contribution, (self.setting.N,))
         return super().sketch(parameter, contribution) if found is None else found
 
     def result_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ from curvature_engine.extensions.squared_columns import (
     SquaredOuters,
     SquaredPieces,
     WaitingColumns,
-    sketch_of_columns,
     squares,
 )
 from curvature_engine.stacked import Stacked
@@ -25,7 +24,7 @@ class Diagonal(Accumulator):
         super().__init__(setting)
         self._sums: dict[str, Tensor] = {}
         self._outers, self._pieces = SquaredOuters(), SquaredPieces()
-        self._waiting = WaitingColumns(setting.columns, setting.budget_bytes // 4)
+        self._waiting = WaitingColumns(setting.columns, setting.budget_bytes // 4, summed=True)
 
     def add(self, parameter: str, contribution: Contribution) -> None:
         if self.setting.columns > 1:
@@ -60,7 +59,7 @@ class Diagonal(Accumulator):
             self._sums[parameter] = part
 
     def sketch(self, parameter: str, contribution: Contribution) -> Sketch:
-        return sketch_of_columns(self._waiting, parameter, contribution) or sketch_of_squares(contribution)
+        return self._waiting.foresee(parameter, contribution) or sketch_of_squares(contribution)
 
     def finish(self) -> dict[str, Tensor | KroneckerFactors]:
         draws = self.setting.draws

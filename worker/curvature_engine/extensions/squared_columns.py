@@ -13,6 +13,7 @@ from curvature_engine.extensions.base import Sketch
 from curvature_engine.position_pairs import PositionPairs
 from curvature_engine.reductions import Assemble, Outer
 from curvature_engine.stacked import Stacked
+from curvature_engine.stacked_squares import fitting, stacked_squares, working_bytes
 
 
 class SquaredOuters:
@@ -86,18 +87,24 @@ class SquaredPieces:
 
 _HELD_BYTES = 2**25
 """Of one parameter's columns that wait to be squared together."""
+_STACKED_BYTES = 2**28
+"""The same on accelerators."""
+_STACKED_ROOM = 16
+"""And how much more room there is for all of them: four blocks, a quarter of the budget at most."""
 
 
 class WaitingColumns:
-    """The columns of one part of the samples, by parameter, for those that `PositionPairs` squares together.
+    """The columns of one part of the samples, by parameter, that are squared together: see `squares`.
 
     Args:
         columns: how many will come.
         room_bytes: for all that wait; what finds none is squared column by column.
+        summed: whether squares are summed over the samples, too.
     """
 
-    def __init__(self, columns: int, room_bytes: int) -> None:
-        self._columns, self._room, self._left = columns, room_bytes, room_bytes
+    def __init__(self, columns: int, room_bytes: int, *, summed: bool) -> None:
+        self._columns, self._summed = columns, summed
+        self._room = self._left = room_bytes
         self._waiting: dict[str, list[ClosedForm]] = {}
         self._most: dict[str, int] = {}
         """How many columns of a parameter wait at a time; 0 where it is not for this form."""
@@ -133,11 +140,14 @@ class WaitingColumns:
         self._most.clear()
         self._left = self._room
 
-    def foresee(self, parameter: str, contribution: Contribution) -> tuple[int, int] | None:
-        """What squares of a parameter's columns will cost for each, and what will wait of all parameters so far.
+    def foresee(
+        self, parameter: str, contribution: Contribution, leading: tuple[int, ...] = ()
+    ) -> Sketch | None:
+        """What is foreseen of a parameter, for a result [*leading, *p]; None where its columns do not wait.
 
-        None where it is not for this form.
+        Its intermediates are with what waits of all parameters so far.
         """
+        shapes = ((*leading, *contribution.shape),)
         if self._columns == 1 or not isinstance(contribution, ClosedForm):
             return None
         self._foreseen.pop(parameter, None)
@@ -145,10 +155,23 @@ class WaitingColumns:
         if not most:
             return None
         self._foreseen[parameter] = most * _held_bytes(contribution)
+        held = sum(self._foreseen.values())
+        if self._stacks(contribution):
+            held += working_bytes(contribution, most)
+            return Sketch("materialised", contribution.multiply_adds(), shapes, intermediate_bytes=held)
         times = -(-self._columns // most)
-        return times * position_pairs.multiply_adds(contribution) // self._columns, sum(self._foreseen.values())
+        held += position_pairs.working_bytes(contribution)
+        multiply_adds = times * position_pairs.multiply_adds(contribution) // self._columns
+        return Sketch("gram", multiply_adds, shapes, intermediate_bytes=held)
+
+    def _stacks(self, contribution: ClosedForm) -> bool:
+        return self._summed and fitting(contribution) > 1
 
     def _fitting(self, contribution: ClosedForm, room_bytes: int) -> int:
+        if self._stacks(contribution):
+            room_bytes = min(_STACKED_BYTES, room_bytes + self._room * (_STACKED_ROOM - 1))
+            most = min(self._columns, fitting(contribution), room_bytes // max(1, _held_bytes(contribution)))
+            return most if most > 1 else 0
         most = min(self._columns, min(_HELD_BYTES, room_bytes) // max(1, _held_bytes(contribution)))
         return most if most > 1 and position_pairs.pay(contribution, most) else 0
 
@@ -158,19 +181,10 @@ def _are_alike(one: ClosedForm, other: ClosedForm) -> bool:
     return [p.tap_index for p, _ in one.uses] == [p.tap_index for p, _ in other.uses]
 
 
-def sketch_of_columns(
-    columns: WaitingColumns, parameter: str, contribution: Contribution, leading: tuple[int, ...] = ()
-) -> Sketch | None:
-    """What is foreseen of a parameter whose columns wait, for a result [*leading, *p]; None where they do not."""
-    found = columns.foresee(parameter, contribution)
-    if found is None or not isinstance(contribution, ClosedForm):
-        return None
-    held = position_pairs.working_bytes(contribution) + found[1]
-    return Sketch("gram", found[0], ((*leading, *contribution.shape),), intermediate_bytes=held)
-
-
 def squares(waiting: Sequence[ClosedForm]) -> Tensor:
     """Σ over columns and samples of the squared gradients of a parameter, [*p]."""
+    if fitting(waiting[0]) > 1:
+        return stacked_squares(waiting)
     found = _of_pairs(PositionPairs(waiting))
     if found is None:
         found = waiting[0].sum_squared()
