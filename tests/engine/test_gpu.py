@@ -21,11 +21,13 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+MOVABLE = [case for case in CASES if case.name != "hand_written_rnn"]
+"""That one makes its first state on the CPU, as it names no device: it cannot run elsewhere, in plain torch either."""
 MONTE_CARLO = [{"name": "diag_ggn_mc", "options": {"mc_samples": 3}}, {"name": "kfac", "options": {"mc_samples": 2}}]
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", MOVABLE, ids=lambda case: case.name)
 def test_a_gpu_computes_what_the_cpu_does(case, loss):
     module, inputs = build(case)
     targets = targets_for(module(*inputs), loss)
@@ -87,7 +89,8 @@ def test_a_warm_analysis_waits_for_the_device_where_it_must(name, image_batch):
             engine.analyze(program, *image_batch, [name])
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    found = [w for w in seen if "synchroniz" in str(w.message)]
+    # Not torch's notice that it does not see all of them.
+    found = [w for w in seen if "called a synchronizing CUDA operation" in str(w.message)]
     # The targets; whether loss and outputs are finite; for Hessians, where they bend.
     most = 3 + (name in ("diag_hessian", "batch_diag_hessian"))
     assert len(found) <= most, [(w.filename, w.lineno) for w in found]
