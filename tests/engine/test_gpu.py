@@ -125,6 +125,23 @@ def test_another_precision_or_layout_says_what_it_changed(options, image_batch):
         assert relative(found["variance"][name], value) < 3 * largest, name
 
 
+@pytest.mark.parametrize("N", [2, 3, 64])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_how_cudnn_convolves_is_nothing_to_the_probe(kernel, N):
+    """Of some shapes it mixes samples' roundings, or loses digits: neither is the model's."""
+    torch.manual_seed(0)
+    convolutions = (
+        (nn.Conv2d(before, after, kernel, padding=kernel // 2), nn.ReLU(), nn.MaxPool2d(2))
+        for before, after in ((3, 32), (32, 64), (64, 64))
+    )
+    model = nn.Sequential(*(m for each in convolutions for m in each), nn.Flatten(), nn.Linear(64 * 4 * 4, 10)).eval()
+    batch = torch.randn(N, 3, 32, 32, device="cuda"), torch.randint(0, 10, (N,), device="cuda")
+    found = engine.analyze(torch.jit.script(model), *batch, ["batch_grad"], device="cuda", verify=True)
+    provenance = found.groups["batch_grad"].provenance
+    assert {entry["method"] for entry in provenance.values()} == {"closed form"}
+    assert {entry["verification"] for entry in provenance.values()} == {"this job, every column"}
+
+
 @pytest.mark.parametrize("layout", [False, True], ids=["usual layout", "channels last"])
 def test_the_kernels_and_the_plain_forms_agree(layout, monkeypatch):
     """Large enough for kernels by the predicate itself; `test_kernels` has the shapes."""
