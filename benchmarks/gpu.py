@@ -7,7 +7,8 @@
 4. `waits`: how often a warm analysis makes the host wait for the device.
 5. `graphs`: what a captured CUDA graph and `torch.compile` would save of one plain gradient, and what they cost at
    first. The engine uses neither: this says where it would pay.
-6. `bench`: the engine beside its peers (`python -m benchmarks.bench`), in the minutes that are left.
+6. `busy`: how long warm analyses take, and how long the device is busy with them, and with what.
+7. `bench`: the engine beside its peers (`python -m benchmarks.bench`), in the minutes that are left.
 
 Without a GPU it says so and ends. The JSON is written anew after every section.
 """
@@ -27,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.bench.cases import Place  # noqa: E402
-from benchmarks.bench.machine import machine  # noqa: E402
+from benchmarks.bench.machine import in_float32, machine  # noqa: E402
+from benchmarks.gpu_checks.busy import busy  # noqa: E402
 from benchmarks.gpu_checks.correctness import correctness  # noqa: E402
 from benchmarks.gpu_checks.graphs import graphs  # noqa: E402
 from benchmarks.gpu_checks.kernels import kernels  # noqa: E402
@@ -40,6 +42,7 @@ SECTIONS = {
     "precision": precision,
     "waits": waits,
     "graphs": graphs,
+    "busy": busy,
 }
 
 
@@ -59,6 +62,7 @@ def main() -> None:
         print("no CUDA device here: nothing was checked")
         return
     begun = time.perf_counter()
+    in_float32()
     place = Place(torch.device(options.device), torch.float32)
     found: dict[str, Any] = {"machine": machine(place)}
     for name in options.only:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from benchmarks.bench.cases import Case, Place
 from benchmarks.bench.cells import Cell, measure
-from benchmarks.bench.machine import machine, writing_bandwidth
+from benchmarks.bench.machine import in_float32, machine, writing_bandwidth
 from benchmarks.bench.memory import in_own_process
 from benchmarks.bench.memory import table as memory_table
 from benchmarks.bench.nets import NETS, parameters_of
@@ -114,7 +114,7 @@ def main() -> int:
     options = arguments()
     # Opacus brings opt_einsum, with which everybody's torch.einsum would add in another order.
     torch.backends.opt_einsum.enabled = False
-    torch.set_float32_matmul_precision("highest")
+    in_float32()
     if options.threads:
         torch.set_num_threads(options.threads)
     bench = Bench(options)

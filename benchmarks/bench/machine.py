@@ -53,3 +53,9 @@ def _processor() -> str:
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def in_float32() -> None:
+    """Have everybody's products of float32 numbers be float32's: by itself torch lets cuDNN round to TF32."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.conv.fp32_precision = "ieee"

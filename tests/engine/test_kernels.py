@@ -130,7 +130,7 @@ def counted(monkeypatch):
     noting(squares, "sum_of_squares")
     noting(patches, "patch_moment")
     monkeypatch.setattr(choice, "is_for_kernels", lambda x: True)
-    monkeypatch.setattr(choice, "pays_for_squares", lambda left, right: True)
+    monkeypatch.setattr(choice, "pays_for_squares", lambda *a: True)
     monkeypatch.setattr(choice, "pays_for_patches", lambda *a: True)
     monkeypatch.setattr(patch_moments, "_KERNEL_SLOWNESS", 0)
     return ran
@@ -166,6 +166,16 @@ def plain(model, x, targets, request):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(choice, "pays_for_patches", lambda *a: False)
         return engine.analyze(model, x, targets, [request], device=DEVICE)["kflr"]
+
+
+def test_the_predicate_is_asked_about_the_whole_parameter(counted, monkeypatch):
+    """Of a convolution whose windows slide, a piece for each place in the kernel's first axis, too."""
+    asked = []
+    monkeypatch.setattr(choice, "pays_for_squares", lambda left, right, numbers: bool(asked.append(numbers)))
+    model = torch.jit.trace(Net(), (torch.randn(4, 7, 5),))
+    engine.analyze(model, torch.randn(4, 7, 5), torch.tensor([0, 2, 1, 1]), ["sum_grad_squared"], device=DEVICE)
+    assert {240, 48, 60, 100} <= set(asked)  # `third` slides over 3 places; `other`, `first`, `second` have one piece
+    assert counted == []
 
 
 def test_beside_gradients_that_are_written_the_squares_are_taken_from_those(counted):
@@ -234,6 +244,7 @@ class OnCuda:
 def test_the_predicate_weighs_what_is_not_written():
     assert choice.pays_for_squares(OnCuda(128, 64, 256), OnCuda(128, 64, 1024))
     assert not choice.pays_for_squares(OnCuda(2, 64, 256), OnCuda(2, 64, 1024))  # small
+    assert choice.pays_for_squares(OnCuda(2, 64, 256), OnCuda(2, 64, 1024), 33 * 256 * 1024)  # one of many pieces
     assert not choice.pays_for_squares(OnCuda(128, 4096, 256), OnCuda(128, 4096, 1024))  # bound by multiplying
     assert not choice.pays_for_squares(*[OnCuda(128, 64, 1024, dtype=torch.float64)] * 2)
     assert choice.pays_for_patches(OnCuda(128, 64, 32, 32), 128 * 1024, 576, 1)

@@ -20,7 +20,7 @@ def fused_squares(prepared: PreparedUse, g: Tensor, block: int, unfold: Unfold) 
         g: the output's gradient, arranged [N, T, …].
         unfold: what the rule makes of the inputs of a block of samples, by the first one's number.
     """
-    rule, role = prepared.tap.rule, prepared.use.role
+    rule, role, numbers = prepared.tap.rule, prepared.use.role, prepared.use.watched.tensor.numel()
     if rule is None or not choice.is_for_kernels(g):
         return None
     sums: list[Tensor] = []
@@ -30,7 +30,7 @@ def fused_squares(prepared: PreparedUse, g: Tensor, block: int, unfold: Unfold) 
         if pairs is None:
             return None
         for piece, (left, right) in enumerate(pairs):
-            if first == 0 and not choice.pays_for_squares(left, right):
+            if first == 0 and not choice.pays_for_squares(left, right, numbers):
                 return None
             found = choice.guarded(partial(_sum_of_squares, left, right))
             if found is None:

@@ -5,9 +5,7 @@ closed forms are compared with ordinary autograd under the same random cotangent
 program; a later batch on the same path only has its rows confirmed.
 """
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +23,7 @@ from curvature_engine.probe import (
     predicts,
     scaled,
 )
+from curvature_engine.reproducible import reproducible
 from curvature_engine.sample_axes import SampleAxes
 from curvature_engine.sample_strides import spread_numbers
 from curvature_engine.tape import Tap, Tape, Use, backward
@@ -100,26 +99,6 @@ def uses_by_parameter(tape: Tape, verdicts: Sequence[TapVerdict]) -> Uses:
             if not use.watched.origins & serving:
                 found.setdefault(use.watched.parameter, []).append((i, tap, use))
     return found
-
-
-@contextmanager
-def reproducible(device: torch.device) -> Iterator[None]:
-    """Have sums made in one order: rounding that differs between two sendings would look like coupled samples.
-
-    On the CPU they are. CUDA has kernels that add in whatever order their threads arrive.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled()
-    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of kernels that have no such form
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before, warn_only=only_warned)
 
 
 def random_cotangent(outputs: Tensor, seed: int = 0) -> Tensor:

@@ -6,13 +6,14 @@ from dataclasses import replace
 from torch import Tensor
 
 from curvature_engine.errors import EngineError
-from curvature_engine.judgement import confirm, judge, proved_strides, random_cotangent, reproducible, uses_by_parameter
+from curvature_engine.judgement import confirm, judge, proved_strides, random_cotangent, uses_by_parameter
 from curvature_engine.orders import Order
 from curvature_engine.precision import all_finite
 from curvature_engine.prepared_uses import Arranged, PreparedUse
 from curvature_engine.probe import Verdict
 from curvature_engine.products import exactly
 from curvature_engine.program import Forward, Parameter
+from curvature_engine.reproducible import reproducible
 from curvature_engine.requests import Request
 from curvature_engine.tasks import Part
 from curvature_engine.verification import EVERY_COLUMN, KEPT_VERDICT, THIS_JOB, least

@@ -49,8 +49,12 @@ def why_off() -> str | None:
     return None if _has_triton() else "Triton is not installed"
 
 
-def pays_for_squares(left: Tensor, right: Tensor) -> bool:
-    """Whether Σ_n (Σ_r l rᵀ)² of left [n, rows, a] and right [n, rows, b] is for the kernel."""
+def pays_for_squares(left: Tensor, right: Tensor, numbers: int | None = None) -> bool:
+    """Whether Σ_n (Σ_r l rᵀ)² of left [n, rows, a] and right [n, rows, b] is for the kernel.
+
+    `numbers`: of the whole parameter, where that [a, b] is one of several pieces of it (None: the only one). What is
+    not written is counted for all of them together.
+    """
     n, rows, a = left.shape
     b = right.shape[2]
     return (
@@ -58,7 +62,7 @@ def pays_for_squares(left: Tensor, right: Tensor) -> bool:
         and left.dtype == right.dtype
         and min(a, b) >= _NARROWEST
         and rows <= _MOST_ROWS[current()]
-        and n * a * b >= _LEAST_UNWRITTEN
+        and n * (a * b if numbers is None else numbers) >= _LEAST_UNWRITTEN
         and max(_extent(left[0]), _extent(right[0]), a * b) < _INDEXED
     )
 
