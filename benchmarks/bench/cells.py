@@ -20,6 +20,8 @@ from benchmarks.bench.works import Work
 from torch import Tensor
 
 UNIT = "unit"
+WARM = 3
+"""Runs of everybody before it is timed on CUDA, beside the one that is compared."""
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Cell:
     unable: dict[str, str] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
     floors: dict[str, float] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    """What the first run allocated at its peak, beside what was there; on CUDA."""
 
     @property
     def gradients(self) -> dict[str, float]:
@@ -67,6 +71,11 @@ def measure(case: Case, work: Work, peers: list[str], effort: Effort, bandwidth:
             return cell
         unit_job = unit(case)
         unit_job.run(None)
+        if case.place.device.type == "cuda":  # where the engine captures what comes again and again
+            for job in (unit_job, *jobs.values()):
+                for _ in range(WARM):
+                    job.run(None)
+                    job.release()
         cell.runs = interleave({UNIT: unit_job, **jobs}, effort, case.place)
         cell.seconds = medians(cell.runs)
         cell.floors = floors(case, work, cell.seconds[UNIT], bandwidth)
@@ -78,7 +87,9 @@ def _compared(case: Case, work: Work, peers: list[str], cell: Cell) -> dict[str,
     jobs: dict[str, Job] = {}
     try:
         job = ours(case, work)
-        mine = job.read(job.run(None))
+        with _peak(case, cell, "ours"):
+            found = job.run(None)
+        mine = job.read(found)
         jobs["ours"] = job
     except Exception as error:  # noqa: BLE001 - whatever it is, the other cells are measured
         cell.wrong["ours"] = reason(error)
@@ -87,7 +98,8 @@ def _compared(case: Case, work: Work, peers: list[str], cell: Cell) -> dict[str,
     for peer in peers:
         try:
             job = PEERS[peer](case, work)
-            cell.errors[peer] = _agrees(job, mine, labels, case)
+            with _peak(case, cell, peer):
+                cell.errors[peer] = _agrees(job, mine, labels, case)
             jobs[peer] = job
         except Differs as error:
             exactly = _error_in_float64(peer, case, work)
@@ -126,6 +138,18 @@ def _error_in_float64(peer: str, case: Case, work: Work) -> float | None:
         return None
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def _peak(case: Case, cell: Cell, who: str) -> Iterator[None]:
+    """Note what is allocated at the peak of a run."""
+    if case.place.device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.memory_allocated(case.place.device)
+    torch.cuda.reset_peak_memory_stats(case.place.device)
+    yield
+    cell.peak_bytes[who] = torch.cuda.max_memory_allocated(case.place.device) - before
 
 
 @contextmanager

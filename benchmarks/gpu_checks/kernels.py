@@ -43,8 +43,10 @@ def kernels(place: Place, quick: bool) -> dict[str, Any]:
     tables: dict[str, list[dict[str, Any]]] = {"squares": [], "patches": []}
     for precision in ("float32", "tf32", "bf16"):
         with Multiplying(precision, place.device):
-            tables["squares"] += [_squares(shape, precision, place) for shape in SQUARES[: 1 if quick else None]]
-            tables["patches"] += [_patches(shape, precision, place) for shape in PATCHES[: 1 if quick else None]]
+            for table, measure, shapes in (("squares", _squares, SQUARES), ("patches", _patches, PATCHES)):
+                for shape in shapes[: 1 if quick else None]:
+                    tables[table].append(measure(shape, precision, place))
+                    print(tables[table][-1], flush=True)
     rows = [row for table in tables.values() for row in table]
     return {**tables, "wrong": [row for row in rows if not row["error"] <= MOST[row["precision"]]]}
 

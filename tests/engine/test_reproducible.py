@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,9 +10,15 @@ from torch import nn
 
 import curvature_engine as engine
 from curvature_engine import judgement, methods
-from curvature_engine.reproducible import reproducible
+from curvature_engine.reproducible import reproducible, without_cudnn
 
 CUDA = torch.device("cuda")  # which need not be there
+
+
+@contextmanager
+def probing(device=CUDA):
+    with reproducible(device), without_cudnn(device):
+        yield
 
 
 def settings():
@@ -44,13 +51,13 @@ def _multiplying(request):
 @pytest.mark.usefixtures("_multiplying")
 def test_sums_are_made_in_one_order_and_without_cudnn():
     precision = settings()[3]
-    with reproducible(CUDA):
+    with probing():
         assert settings()[:4] == (False, True, True, precision)
     assert torch.backends.cudnn.enabled
 
 
 def test_after_an_error_all_is_as_before():
-    with pytest.raises(ZeroDivisionError), reproducible(CUDA):
+    with pytest.raises(ZeroDivisionError), probing():
         _ = 1 / torch.backends.cudnn.enabled  # which is off
 
 
@@ -59,7 +66,7 @@ def test_what_was_set_before_is_what_is_restored():
     torch.use_deterministic_algorithms(True, warn_only=False)
     try:
         before = settings()
-        with reproducible(CUDA):
+        with probing():
             assert torch.is_deterministic_algorithms_warn_only_enabled()
         assert settings() == before
     finally:
@@ -68,8 +75,8 @@ def test_what_was_set_before_is_what_is_restored():
 
 
 def test_within_each_other_the_outermost_counts():
-    with reproducible(CUDA):
-        with reproducible(CUDA):
+    with probing():
+        with probing():
             pass
         assert settings()[:3] == (False, True, True)
 
@@ -78,13 +85,13 @@ def test_of_two_threads_the_last_resets():
     entered, left, done = threading.Event(), threading.Event(), []
 
     def other():
-        with reproducible(CUDA):
+        with probing():
             entered.set()
             left.wait(10)
             done.append(settings()[:3])
 
     thread = threading.Thread(target=other)
-    with reproducible(CUDA):
+    with probing():
         thread.start()
         assert entered.wait(10)
     assert settings()[:3] == (False, True, True)
@@ -95,27 +102,23 @@ def test_of_two_threads_the_last_resets():
 
 def test_on_a_cpu_nothing_is_changed():
     before = settings()
-    with reproducible(torch.device("cpu")):
+    with probing(torch.device("cpu")):
         assert settings() == before
 
 
 def test_judging_and_confirming_happen_within(monkeypatch):
     """As on CUDA: every backward pass that attributes rows, or that a kept verdict is confirmed with."""
     seen = []
+    send = judgement.backward
 
-    def noting(module):
-        send = module.backward if module is judgement else None
+    def run(*arguments):
+        seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.enabled))
+        return send(*arguments)
 
-        def run(*arguments):
-            seen.append(torch.backends.cudnn.enabled)
-            return send(*arguments)
-
-        monkeypatch.setattr(module, "reproducible", lambda device: reproducible(CUDA))
-        if send is not None:
-            monkeypatch.setattr(module, "backward", run)
-
-    noting(judgement)
-    noting(methods)
+    monkeypatch.setattr(judgement, "backward", run)
+    monkeypatch.setattr(judgement, "reproducible", lambda device: reproducible(CUDA))
+    monkeypatch.setattr(judgement, "without_cudnn", lambda device: without_cudnn(CUDA))
+    monkeypatch.setattr(methods, "reproducible", lambda device: reproducible(CUDA))
     model = torch.jit.script(nn.Sequential(nn.Conv1d(2, 3, 2), Mirrored(), nn.Flatten(), nn.Linear(9, 2)).eval())
     program = engine.load(model)
     batch = torch.randn(3, 2, 4), torch.tensor([0, 1, 1])
@@ -125,8 +128,8 @@ def test_judging_and_confirming_happen_within(monkeypatch):
     verification = [r.groups["batch_grad"].provenance["0.weight"]["verification"] for r in (first, second)]
     assert verification == ["this job", "kept verdict"]
     assert judged >= 2
-    assert len(seen) > judged
-    assert not any(seen)
+    assert set(seen[:judged]) == {(True, False)}
+    assert set(seen[judged:]) == {(True, True)}
 
 
 class Mirrored(nn.Module):

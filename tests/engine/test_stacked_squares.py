@@ -7,6 +7,7 @@ from torch import nn
 import curvature_engine as engine
 from curvature_engine import reductions, stacked_squares
 from curvature_engine.extensions import squared_columns
+from curvature_engine.rules import convolution
 
 
 class Rows(nn.Module):
@@ -92,3 +93,40 @@ def test_squares_of_first_axes_are_the_same_in_one_pass():
 
 def reductions_only(pieces):
     return pieces[0]
+
+
+@pytest.fixture
+def by_rows(monkeypatch):
+    """Windows as accelerators unfold them, however narrow."""
+    monkeypatch.setattr(convolution, "_CACHING", set())
+    monkeypatch.setattr(convolution, "_LEAST_WIDTH", 1)
+
+
+LAYERS = {
+    "1d": (nn.Conv1d(2, 3, 4, stride=3, padding=2, dilation=2), (2, 17)),
+    "2d": (nn.Conv2d(3, 4, (3, 2), padding=1), (3, 6, 5)),
+    "strided": (nn.Conv2d(3, 4, 3, stride=(2, 3), padding=(2, 1)), (3, 8, 9)),
+    "dilated": (nn.Conv2d(3, 4, (3, 2), stride=(3, 1), dilation=(2, 3), padding=(1, 2)), (3, 11, 6)),
+    "same": (nn.Conv2d(3, 4, (4, 3), padding="same"), (3, 5, 6)),
+    "3d": (nn.Conv3d(2, 3, (2, 3, 2), stride=(2, 1, 2), padding=(1, 0, 1)), (2, 4, 5, 4)),
+    "no padding": (nn.Conv2d(3, 4, (5, 1)), (3, 5, 2)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("layer", LAYERS)
+def test_windows_by_rows_give_the_same_gradients(layer, by_rows, monkeypatch):
+    torch.manual_seed(0)
+    convolution_layer, shape = LAYERS[layer]
+    x = torch.randn(4, *shape, dtype=torch.float64)
+    convolved = convolution_layer.double()
+    features = convolved(x).flatten(1).shape[1]
+    module = torch.jit.script(nn.Sequential(convolved, nn.Tanh(), nn.Flatten(), nn.Linear(features, 3).double()).eval())
+    requests = ["sum_grad_squared", "variance", "diag_ggn_exact", "batch_l2", "batch_grad"]
+    y = torch.tensor([0, 1, 2, 1])
+    found = engine.analyze(module, x, y, requests)
+    monkeypatch.setattr(convolution, "_CACHING", {"cpu"})
+    expected = engine.analyze(module, x, y, requests)
+    for label in requests:
+        for name, value in expected[label].items():
+            torch.testing.assert_close(found[label][name], value, rtol=1e-11, atol=1e-14)

@@ -23,7 +23,7 @@ from curvature_engine.probe import (
     predicts,
     scaled,
 )
-from curvature_engine.reproducible import reproducible
+from curvature_engine.reproducible import reproducible, without_cudnn
 from curvature_engine.sample_axes import SampleAxes
 from curvature_engine.sample_strides import spread_numbers
 from curvature_engine.tape import Tap, Tape, Use, backward
@@ -46,8 +46,13 @@ def judge(outputs: Tensor, tape: Tape, parameters: Mapping[str, Parameter]) -> V
     u = random_cotangent(outputs)
     leaves = [t for p in parameters.values() for t in p.tensors]
     edges = [edge for tap in tape.taps for edge in tap.edges]
-    with reproducible(outputs.device):
-        first = backward(outputs, [*edges, *leaves], u)
+    with reproducible(outputs.device), without_cudnn(outputs.device):
+        if outputs.device.type == "cpu":
+            first = backward(outputs, [*edges, *leaves], u)
+        else:
+            # All sendings ask for the same. Kernels that make a parameter's gradient as well may round otherwise (those
+            # of batch normalisation do), which elements near zero further on show as if samples were mixed.
+            first = [*backward(outputs, edges, u), *backward(outputs, leaves, u)]
         base, totals = first[: len(edges)], first[len(edges) :]
         code = Code.for_gradients(outputs.shape[0], base)
         factors = code.factors(outputs.device) if edges else []

@@ -20,8 +20,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
@@ -80,39 +79,22 @@ class CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
 
     def capture(self, run: Callable[[], T]) -> T:
-        """See `Graph`. It runs once before, as libraries load kernels and take memory when they are first called.
-
-        In that run cuDNN tries its algorithms for each convolution, of those that give the same bits every time, and
-        the fastest is captured. It would find the guesses of ordinary runs otherwise, which stay as they are.
-        """
+        """See `Graph`. It runs once before, as libraries load kernels and take memory when they are first called."""
         current, stream = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(current)
         try:
-            with _tuned():
-                with torch.cuda.stream(stream):
-                    run()
-                stream.synchronize()
-                # Other threads may go on meanwhile, with what would spoil a capture of the whole process.
-                with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-                    return run()
+            with torch.cuda.stream(stream):
+                run()
+            stream.synchronize()
+            # Other threads may go on meanwhile, with what would spoil a capture of the whole process.
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                return run()
         finally:
             torch.cuda.set_stream(current)  # which torch leaves as it is where the end of a capture fails
 
     def replay(self) -> None:
         """See `Graph`."""
         self._graph.replay()
-
-
-@contextmanager
-def _tuned() -> Iterator[None]:
-    """Have cuDNN choose by trying."""
-    cudnn: Any = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.deterministic
-    cudnn.benchmark = cudnn.deterministic = True
-    try:
-        yield
-    finally:
-        cudnn.benchmark, cudnn.deterministic = before
 
 
 @dataclass

@@ -140,9 +140,7 @@ class WaitingColumns:
         self._most.clear()
         self._left = self._room
 
-    def foresee(
-        self, parameter: str, contribution: Contribution, leading: tuple[int, ...] = ()
-    ) -> Sketch | None:
+    def foresee(self, parameter: str, contribution: Contribution, leading: tuple[int, ...] = ()) -> Sketch | None:
         """What is foreseen of a parameter, for a result [*leading, *p]; None where its columns do not wait.
 
         Its intermediates are with what waits of all parameters so far.

@@ -16,6 +16,10 @@ from torch import Tensor
 from curvature_engine.rules.base import Match, Rule, gives
 from curvature_engine.rules.patch_moments import choose_form, patch_moment, patch_sums
 
+_CACHING = {"cpu"}
+"""Devices where windows are unfolded with their channels last."""
+_LEAST_WIDTH = 64
+"""Numbers in a window's row from which, on other devices, products with them are worth a call of their own."""
 _LEAST_RUN = 16
 """Numbers in a row from which copying windows channels last is cheaper than along the input's own last axis."""
 
@@ -80,6 +84,37 @@ class Geometry:
             first = place * self.dilation[0]
             rows = wide[:, first : first + self.stride[0] * (positions[0] - 1) + 1 : self.stride[0]]
             yield rows.reshape(len(wide), prod(positions), wide.shape[3])
+
+    def rows(self, x: Tensor, positions: Sequence[int]) -> Tensor:
+        """Unfold x [u, c, *space] along all axes but the first: [u, c, k₁…, s₀, padded space₀/s₀, positions₁…].
+
+        Rows of the first axis lie by their remainders of its stride s₀, so that windows along it are slices. Numbers
+        are read and written in the order in which they lie, as accelerators want it.
+        """
+        step = self.stride[0]
+        whole = -(-(self.before[0] + x.shape[2] + self.after[0]) // step) * step
+        pads = [p for pair in zip(reversed(self.before), reversed(self.after), strict=True) for p in pair]
+        pads[-1] = whole - self.before[0] - x.shape[2]
+        x = F.pad(x, pads).contiguous()
+        own = x.stride()
+        windows = x.as_strided(
+            (*x.shape[:2], *self.kernel[1:], step, whole // step, *positions[1:]),
+            (
+                *own[:2],
+                *(s * d for s, d in zip(own[3:], self.dilation[1:], strict=True)),
+                *(own[2], own[2] * step),
+                *(s * d for s, d in zip(own[3:], self.stride[1:], strict=True)),
+            ),
+        )
+        return windows.contiguous()
+
+    def sliding_rows(self, rows: Tensor, positions: Sequence[int]) -> Iterator[Tensor]:
+        """Per place in the kernel's first axis, the windows at all positions, not copied: [u, c·k₁…, Π positions]."""
+        space = len(self.kernel) - 1
+        for place in range(self.kernel[0]):
+            first, remainder = divmod(place * self.dilation[0], self.stride[0])
+            part = rows.select(2 + space, remainder).narrow(2 + space, first, positions[0])
+            yield part.view(len(rows), rows.shape[1] * prod(self.kernel[1:]), prod(positions))
 
 
 class ConvolutionRule(Rule):
@@ -186,20 +221,20 @@ class DirectConvolutionRule(ConvolutionRule):
     def unfold(self, role: str, saved: Sequence[Tensor]) -> Tensor | None:
         if role == "bias":
             return None
-        x = saved[0].flatten(0, 1)
-        unfold = self._geometry.wide if self._slides(x.shape[1]) else self._geometry.patches
-        return unfold(x, self._positions)
+        x, geometry = saved[0].flatten(0, 1), self._geometry
+        sliding = geometry.wide if x.device.type in _CACHING else geometry.rows
+        return (sliding if self._slides(saved[0]) else geometry.patches)(x, self._positions)
 
     def pieces(self, role: str, saved: Sequence[Tensor], g: Tensor, unfolded: Tensor | None) -> Iterator[Tensor]:
         if role == "bias" or unfolded is None:
             yield self.per_sample(role, saved, g)
             return
         n, T = g.shape[:2]
-        if not self._slides(saved[0].shape[2]):
+        if not self._slides(saved[0]):
             yield self._products(g.flatten(0, 1), unfolded, T)
             return
         left = g.flatten(0, 1).flatten(2)  # [n·T, out, L]
-        for windows in self._geometry.sliding(unfolded, self._positions):
+        for windows in self._sliding(unfolded):
             product = torch.bmm(left, windows)
             yield product if T == 1 else product.view(n, T, *product.shape[1:]).sum(1)
 
@@ -212,9 +247,15 @@ class DirectConvolutionRule(ConvolutionRule):
         if unfolded is None or not self.is_product(role, g):
             return None
         left = self._left(g)
-        if not self._slides(saved[0].shape[2]):
+        if not self._slides(saved[0]):
             return iter([(left, unfolded.mT)])
-        return ((left, windows) for windows in self._geometry.sliding(unfolded, self._positions))
+        return ((left, windows) for windows in self._sliding(unfolded))
+
+    def _sliding(self, unfolded: Tensor) -> Iterator[Tensor]:
+        """Per place in the kernel's first axis, the windows [n, L, k₁…·c], or their channels first."""
+        if unfolded.device.type in _CACHING:
+            return self._geometry.sliding(unfolded, self._positions)
+        return (windows.mT for windows in self._geometry.sliding_rows(unfolded, self._positions))
 
     def by_position(self, role: str, g: Tensor) -> Tensor | None:
         return self._left(g) if self.is_product(role, g) else None
@@ -228,8 +269,10 @@ class DirectConvolutionRule(ConvolutionRule):
         kernel = self._geometry.kernel
         if len(pieces) == 1:
             return pieces[0] if role == "bias" else pieces[0].reshape(len(pieces[0]), -1, *kernel)
-        whole = torch.stack(pieces, 1)  # [out, k₀, k₁…·c]
-        return whole.view(len(whole), *kernel, -1).movedim(-1, 1).contiguous()
+        whole = torch.stack(pieces, 1)  # [out, k₀, k₁…·c], or [out, k₀, c·k₁…]
+        if whole.device.type in _CACHING:
+            return whole.view(len(whole), *kernel, -1).movedim(-1, 1).contiguous()
+        return whole.view(len(whole), kernel[0], -1, *kernel[1:]).transpose(1, 2).contiguous()
 
     def working_elements(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
         return max(g.numel(), self.unfolded_elements(role, saved))
@@ -239,16 +282,19 @@ class DirectConvolutionRule(ConvolutionRule):
             return 0
         x, geometry = saved[0], self._geometry
         channels = x.shape[0] * x.shape[1] * x.shape[2]
-        if not self._slides(x.shape[2]):
+        if not self._slides(x):
             return channels * prod(geometry.kernel) * prod(self._positions)
-        rows = geometry.before[0] + x.shape[3] + geometry.after[0]
+        rows = geometry.before[0] + x.shape[3] + geometry.after[0] + geometry.stride[0] - 1
         return channels * rows * prod(geometry.kernel[1:]) * prod(self._positions[1:])
 
-    def _slides(self, channels: int) -> bool:
+    def _slides(self, x: Tensor) -> bool:
         """Whether windows along the first axis as slices of one unfolded tensor are cheaper than all unfolded."""
-        kernel = self._geometry.kernel
-        run = kernel[-1] * channels if len(kernel) > 1 else channels
-        return self._geometry.groups == 1 and kernel[0] > 1 and run >= _LEAST_RUN
+        kernel, channels = self._geometry.kernel, x.shape[2]
+        if x.device.type in _CACHING:
+            run, least = kernel[-1] * channels if len(kernel) > 1 else channels, _LEAST_RUN
+        else:
+            run, least = prod(kernel[1:]) * channels, _LEAST_WIDTH
+        return self._geometry.groups == 1 and kernel[0] > 1 and run >= least
 
     def factor_inputs(self, saved: Sequence[Tensor]) -> Tensor | None:
         if not saved:
