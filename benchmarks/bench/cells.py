@@ -71,11 +71,6 @@ def measure(case: Case, work: Work, peers: list[str], effort: Effort, bandwidth:
             return cell
         unit_job = unit(case)
         unit_job.run(None)
-        if case.place.device.type == "cuda":  # where the engine captures what comes again and again
-            for job in (unit_job, *jobs.values()):
-                for _ in range(WARM):
-                    job.run(None)
-                    job.release()
         cell.runs = interleave({UNIT: unit_job, **jobs}, effort, case.place)
         cell.seconds = medians(cell.runs)
         cell.floors = floors(case, work, cell.seconds[UNIT], bandwidth)
@@ -99,7 +94,8 @@ def _compared(case: Case, work: Work, peers: list[str], cell: Cell) -> dict[str,
         try:
             job = PEERS[peer](case, work)
             with _peak(case, cell, peer):
-                cell.errors[peer] = _agrees(job, mine, labels, case)
+                found = job.run(labels)
+            cell.errors[peer] = _agrees(job, found, mine, case)
             jobs[peer] = job
         except Differs as error:
             exactly = _error_in_float64(peer, case, work)
@@ -110,12 +106,26 @@ def _compared(case: Case, work: Work, peers: list[str], cell: Cell) -> dict[str,
         except Exception as error:  # noqa: BLE001 - peers refuse with errors of every kind
             cell.unable[peer] = reason(error)
         gc.collect()
+    if case.place.device.type == "cuda":
+        _warm(jobs, mine, cell, case)
     return jobs
 
 
-def _agrees(job: Job, mine: Results, labels: Tensor | None, case: Case) -> float:
+def _warm(jobs: dict[str, Job], mine: Results, cell: Cell, case: Case) -> None:
+    """Run everybody as often as the engine takes to capture what comes again and again; what it replays must agree."""
+    for job in jobs.values():
+        for _ in range(WARM):
+            job.run(None)
+            job.release()
     try:
-        return check(mine, job.read(job.run(labels)), case.place.dtype)
+        check(mine, jobs["ours"].read(jobs["ours"].run(None)), case.place.dtype)
+    except Differs as error:
+        cell.wrong["ours"] = f"replayed: {error}"
+
+
+def _agrees(job: Job, found: Any, mine: Results, case: Case) -> float:
+    try:
+        return check(mine, job.read(found), case.place.dtype)
     finally:
         job.release()
 
@@ -133,7 +143,8 @@ def _error_in_float64(peer: str, case: Case, work: Work) -> float | None:
     try:
         job = ours(exact, work, channels_last=exact.of_images)
         labels = drawn_labels(exact) if work.sampled else None
-        return _agrees(PEERS[peer](exact, work), job.read(job.run(None)), labels, exact)
+        theirs = PEERS[peer](exact, work)
+        return _agrees(theirs, theirs.run(labels), job.read(job.run(None)), exact)
     except Exception:  # noqa: BLE001 - who cannot has not shown that he agrees
         return None
     finally:
