@@ -17,7 +17,6 @@ from benchmarks.bench.ours import drawn_labels, ours
 from benchmarks.bench.peers import PEERS
 from benchmarks.bench.timing import Effort, interleave, medians
 from benchmarks.bench.works import Work
-from torch import Tensor
 
 UNIT = "unit"
 WARM = 3

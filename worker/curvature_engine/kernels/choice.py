@@ -2,8 +2,7 @@
 
 A kernel serves where the tensors are float32, float16 or bfloat16 on a CUDA device, Triton can be imported, and the
 work is large. The first use of a kernel in a process compiles it (about a second, or a look into Triton's cache on
-disk), so small jobs never come here. The thresholds are counts, not measurements; `benchmarks/gpu.py` measures on both
-sides of them.
+disk), so small jobs never come here. `benchmarks/gpu.py` measures on both sides of the thresholds.
 """
 
 import importlib.util
@@ -25,9 +24,10 @@ _LOG = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LEAST_UNWRITTEN = 2**24
 """Numbers that the plain form writes and the kernel does not: below, the plain form takes a millisecond at most."""
-_MOST_ROWS = {"float32": 128, "tf32": 1024, "bf16": 1024}
+_MOST_ROWS = {"float32": 128, "tf32": 0, "bf16": 0}
 """Rows that one product of a sample sums over: with more, multiplying takes longer than writing the products, and
-library products are the faster multipliers, most of all in float32 without tensor cores."""
+library products are the faster multipliers. On an H200 in float32 the kernel takes 0.70, 0.86, 0.88 and 1.15 of the
+plain form's time with 16, 64, 128 and 1024 rows; in TF32 it never pays, and cuts digits off where the library rounds."""
 _NARROWEST = 16
 _INDEXED = 2**31
 

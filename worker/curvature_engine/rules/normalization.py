@@ -46,7 +46,8 @@ class AffineRule(Rule):
 class FrozenNormRule(Rule):
     """The affine part of a normalisation with given statistics, one mean and variance a channel.
 
-    What is normalised is as large as the input, so it is made of few samples at a time, while they lie in the cache.
+    What is normalised is as large as the input, so on CPUs it is made of few samples at a time, while they lie in the
+    cache.
 
     Args:
         mean: [channels].
@@ -70,7 +71,9 @@ class FrozenNormRule(Rule):
         summed = (1, *range(3, g.dim()))
         if role == "bias":
             return g.sum(summed)
-        x, size = saved[0], max(1, _HOT_NUMBERS // max(1, g[:1].numel()))
+        x, size = saved[0], len(g)
+        if g.device.type == "cpu":
+            size = max(1, _HOT_NUMBERS // max(1, g[:1].numel()))
         parts = [
             (self._normalized(some) * others).sum(summed)
             for some, others in zip(torch.split(x, size), torch.split(g, size), strict=True)
