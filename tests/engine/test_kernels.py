@@ -17,7 +17,7 @@ from tests.engine.reference import Reference  # noqa: E402
 from tests.engine.test_patch_moments import GEOMETRIES, build, expected  # noqa: E402
 
 import curvature_engine as engine  # noqa: E402
-from curvature_engine.kernels import choice, patches, squares  # noqa: E402
+from curvature_engine.kernels import choice, patches, spread, squares  # noqa: E402
 from curvature_engine.rules import patch_moments  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [torch.float64])]
@@ -227,6 +227,26 @@ torch.tensor([0, 1]), ['kfac', 'sum_grad_squared']); sys.exit('triton' in sys.mo
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=False).returncode == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 3), (2, 1), (5, 1024), (37, 33, 70), (128, 2, 3, 5)], ids=str)
+def test_mean_and_spread_are_those_of_the_samples(shape, dtype):
+    x = (torch.randn(shape, device=DEVICE) + torch.linspace(-20, 20, shape[-1], device=DEVICE)).to(dtype)
+    exact = x.cpu().double()
+    mean, found = spread.mean_and_spread(x)
+    close(mean, exact.mean(0), dtype)
+    reference = (exact - exact.mean(0)).square().sum(0)
+    # Of a mean so far from zero, float32 keeps what rounding leaves of a sample.
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    assert float((found.cpu() - reference).abs().max()) <= tolerance * max(1.0, float(reference.max()))
+
+
+def test_mean_and_spread_of_samples_apart_in_memory():
+    x = torch.randn(6, 2, 3, 700, device=DEVICE)[:, 1]
+    mean, found = spread.mean_and_spread(x)
+    close(mean, x.cpu().double().mean(0), torch.float32)
+    close(found, x.cpu().double().var(0, correction=0) * 6, torch.float32)
+
+
 class OnCuda:
     """A tensor's looks: what `choice` reads of one."""
 
@@ -247,6 +267,9 @@ def test_the_predicate_weighs_what_is_not_written():
     assert choice.pays_for_squares(OnCuda(2, 64, 256), OnCuda(2, 64, 1024), 33 * 256 * 1024)  # one of many pieces
     assert not choice.pays_for_squares(OnCuda(128, 4096, 256), OnCuda(128, 4096, 1024))  # bound by multiplying
     assert not choice.pays_for_squares(*[OnCuda(128, 64, 1024, dtype=torch.float64)] * 2)
+    assert choice.pays_for_spread(OnCuda(28, 512, 4608))
+    assert not choice.pays_for_spread(OnCuda(128, 64, 576))  # too few to go round
+    assert not choice.pays_for_spread(OnCuda(28, 512, 4608, dtype=torch.float64))
     assert choice.pays_for_patches(OnCuda(128, 64, 32, 32), 128 * 1024, 576, 1)
     assert not choice.pays_for_patches(OnCuda(1, 8, 32, 32), 1024, 72, 1)
     assert not choice.pays_for_patches(OnCuda(128, 64, 32, 32, dtype=torch.float64), 128 * 1024, 576, 1)
@@ -265,7 +288,7 @@ import sys
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from curvature_engine.kernels import patches, squares
+from curvature_engine.kernels import patches, spread, squares
 
 
 def compile(kernel, size, ones):
@@ -288,6 +311,12 @@ for ones in json.loads(sys.argv[3]):
     for kernel, size in ((squares._squares, squares._TILE), (patches._moments, patches._TILE)):
         tensor_cores = "mma" in compile(kernel, size, set(ones.split()))
         assert tensor_cores == (precision != "float32"), (kernel, ones)
+    kernel = spread._spread
+    kinds = {name: "i32" for name in kernel.arg_names} | {name: "*fp32" for name in ("x", "means", "spreads")}
+    kinds |= {"step": "i64", "BLOCK": "constexpr", "TOTAL": "constexpr"}
+    fixed = {(kernel.arg_names.index("BLOCK"),): spread._BLOCK, (kernel.arg_names.index("TOTAL"),): tl.float32}
+    source = triton.compiler.ASTSource(kernel, kinds, fixed)
+    assert "ld.global" in triton.compile(source, target=GPUTarget("cuda", architecture, 32)).asm["ptx"]
 """
 
 

@@ -7,12 +7,14 @@ over the gradients, so that these are made once and reduced while they lie in th
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from curvature_engine import pages
+from curvature_engine.kernels import choice
 
 Assemble = Callable[[list[Tensor]], Tensor]
 
@@ -207,9 +209,9 @@ class _Group:
         if gradients.device.type == "cpu":
             mean = gradients.mean(0)
             add_squares(self.spread, gradients - mean)
-        else:  # one pass over memory, by Welford's recurrence
-            spread, mean = torch.var_mean(gradients, 0, correction=0)
-            self.spread.add_(spread, alpha=len(gradients))
+        else:
+            mean, spread = _in_one_pass(gradients)
+            self.spread.add_(spread)
         self._shift(mean.sub_(self.mean), len(gradients))
 
     def _shift(self, shift: Tensor, n: int) -> None:
@@ -217,6 +219,22 @@ class _Group:
         before, self.n = self.n, self.n + n
         self.mean.add_(shift, alpha=n / self.n)
         self.spread.addcmul_(shift, shift, value=before * n / self.n)
+
+
+def _in_one_pass(gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and centred sum of squares of gradients [n, *p], by Welford's recurrence."""
+    if choice.pays_for_spread(gradients):
+        found = choice.guarded(partial(_by_kernel, gradients))
+        if found is not None:
+            return found[0], found[1]
+    variance, mean = torch.var_mean(gradients, 0, correction=0)
+    return mean, variance.mul_(len(gradients))
+
+
+def _by_kernel(gradients: Tensor) -> Tensor:
+    from curvature_engine.kernels.spread import mean_and_spread  # Triton is imported when it is first wanted
+
+    return mean_and_spread(gradients)
 
 
 REDUCTIONS: dict[str, type[Reduction]] = {

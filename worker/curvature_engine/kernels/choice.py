@@ -27,7 +27,9 @@ _LEAST_UNWRITTEN = 2**24
 _MOST_ROWS = {"float32": 128, "tf32": 0, "bf16": 0}
 """Rows that one product of a sample sums over: with more, multiplying takes longer than writing the products, and
 library products are the faster multipliers. On an H200 in float32 the kernel takes 0.70, 0.86, 0.88 and 1.15 of the
-plain form's time with 16, 64, 128 and 1024 rows; in TF32 it never pays, and cuts digits off where the library rounds."""
+plain form's time with 16, 64, 128 and 1024 rows; in TF32 it never pays, and cuts off what the library rounds."""
+_LEAST_NUMBERS = 2**18
+"""Of one sample's gradient from which a program for each thousand of them keeps a GPU busy."""
 _NARROWEST = 16
 _INDEXED = 2**31
 
@@ -74,6 +76,16 @@ def pays_for_patches(x: Tensor, rows: int, width: int, groups: int) -> bool:
         and width >= _NARROWEST
         and rows * width * groups >= _LEAST_UNWRITTEN
         and max(rows, width * width, _extent(x[0])) < _INDEXED
+    )
+
+
+def pays_for_spread(gradients: Tensor) -> bool:
+    """Whether mean and spread of gradients [n, *p] are for the kernel."""
+    return (
+        is_for_kernels(gradients)
+        and gradients.numel() >= _LEAST_UNWRITTEN
+        and _LEAST_NUMBERS <= gradients[0].numel() < _INDEXED
+        and gradients[0].is_contiguous()
     )
 
 
