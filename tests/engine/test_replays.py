@@ -4,6 +4,9 @@ Here a graph is a stand-in that does the captured run once more, on a CPU; `test
 all that the host does: keys, places, seeds, answers, copies.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -277,6 +280,41 @@ def test_graphs_go_where_memory_runs_out(graphs, ordinarily):
     warmed(program, ["grad"])
     assert replays.drop() >= 1
     assert same(engine.analyze(program, *batch(3), ["grad"]), ordinarily(program, *batch(3), ["grad"]))
+    assert graphs.replays == 0
+
+
+def test_a_graph_holds_on_to_what_the_program_may_drop(graphs):
+    """It reads tensors of verdicts where these lie."""
+    program = engine.load(torch.jit.script(net()))
+    warmed(program, ["batch_l2"])
+    verdicts = [weakref.ref(verdict) for verdict in program.verdicts._kept.values()]
+    program.verdicts._kept.clear()
+    program.derived.clear()
+    gc.collect()
+    assert verdicts
+    assert all(verdict() is not None for verdict in verdicts)
+    replays.drop()
+    gc.collect()
+    assert not any(verdict() is not None for verdict in verdicts)
+
+
+def test_graphs_go_with_their_program(graphs):
+    program = engine.load(torch.jit.script(net()))
+    warmed(program, ["batch_l2", "diag_ggn_mc"])
+    gone = weakref.ref(program)
+    del program
+    gc.collect()
+    assert gone() is None
+
+
+def test_another_default_dtype_is_another_matter(graphs):
+    program = engine.load(torch.jit.script(net()))
+    warmed(program, ["grad"])
+    torch.set_default_dtype(torch.float64)
+    try:
+        engine.analyze(program, *batch(3), ["grad"])
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert graphs.replays == 0
 
 

@@ -132,6 +132,10 @@ class Verdicts:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def held(self) -> list[Any]:
+        """All that is kept, to be held on to: the verdicts, and what followed from each so far."""
+        return [kept for verdict in self._kept.values() for kept in (verdict, *verdict.derived.values())]
+
     def get(self, path: Hashable) -> Verdict | None:
         """The verdict kept for a path."""
         if path in self._kept:

@@ -105,6 +105,7 @@ class _Captured:
         results: every tensor of `analysis`, once.
         seeded: how the numbers in `seeds` follow from the seed.
         holds: whether what was assumed holds, after a replay.
+        held: what the program keeps for its analyses, whether it goes on keeping it or not: the graph may read of it.
     """
 
     graph: Graph
@@ -116,6 +117,7 @@ class _Captured:
     analysis: Analysis
     results: Sequence[Tensor]
     kept_bytes: int
+    held: Sequence[Any]
 
     def replay(self, batch: Sequence[Tensor], seed: int) -> Analysis | None:
         """The analysis of another batch; None where it does not go the same way."""
@@ -252,6 +254,7 @@ def key_of(
             (parameters if isinstance(parameters, str) else tuple(parameters), order.budget, most_bytes),
             tuple((t.data_ptr(), t.requires_grad) for p in program.parameters.values() for t in p.tensors),
             (torch.are_deterministic_algorithms_enabled(), torch.is_autocast_enabled("cuda"), choice.why_off()),
+            torch.get_default_dtype(),
             (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
         )
     except TypeError:  # something of a kind that cannot be told
@@ -312,7 +315,8 @@ def _captured(
 
     analysis, holds, seeded = graph.capture(run)
     results = list({id(t): t for t in _tensors_of(analysis)}.values())
-    return _Captured(graph, batch, seeds, staged, seeded, holds, analysis, results, kept_bytes)
+    held = [*order.program.verdicts.held(), *order.program.derived.values()]
+    return _Captured(graph, batch, seeds, staged, seeded, holds, analysis, results, kept_bytes, held)
 
 
 def _placed(tensor: Tensor, device: torch.device) -> Tensor:
