@@ -5,14 +5,18 @@ all that the host does: keys, places, seeds, answers, copies.
 """
 
 import gc
+import threading
 import weakref
+from collections import UserDict
 
 import pytest
 import torch
 from torch import nn
 
 import curvature_engine as engine
-from curvature_engine import replays, speculation
+import curvature_engine.program as programs
+from curvature_engine import replay_keys, replays, speculation
+from curvature_engine.cuda_graphs import Unread
 
 EXTENSIONS = [
     "grad",
@@ -41,13 +45,13 @@ class Again:
         self._run = self._found = None
 
     def capture(self, run):
-        type(self).captures += 1
+        Again.captures += 1
         run()
         self._run, self._found = run, run()
         return self._found
 
     def replay(self):
-        type(self).replays += 1
+        Again.replays += 1
         (analysis, holds, _), (other, held, _) = self._found, self._run()
         with torch.no_grad():
             for place, tensor in zip(replays._tensors_of(analysis), replays._tensors_of(other), strict=True):
@@ -57,7 +61,7 @@ class Again:
 
 @pytest.fixture
 def graphs(monkeypatch):
-    monkeypatch.setattr(replays, "_DEVICES", {"cpu"})
+    monkeypatch.setattr(replay_keys, "DEVICES", {"cpu"})
     monkeypatch.setattr(replays, "_graph", Again)
     monkeypatch.setattr(Again, "captures", 0)
     monkeypatch.setattr(Again, "replays", 0)
@@ -219,30 +223,55 @@ class Branches(nn.Module):
 
 
 class Refusing(Again):
-    """As CUDA does: no number can be read while a graph is captured."""
+    """As CUDA's: nothing may be read in the run that comes first."""
 
     def capture(self, run):
-        before = torch.Tensor.__bool__
-
-        def refuse(tensor):
-            raise RuntimeError("operation not permitted when stream is capturing")
-
-        torch.Tensor.__bool__ = refuse
-        try:
-            return super().capture(run)
-        finally:
-            torch.Tensor.__bool__ = before
+        with Unread():
+            run()
+        return super().capture(run)
 
 
 def test_who_reads_the_batch_is_not_captured(graphs, monkeypatch, ordinarily):
     monkeypatch.setattr(replays, "_graph", Refusing)
     program = engine.load(torch.jit.script(Branches().double()))
-    for k in range(5):
-        x = torch.randn(3, 4, dtype=torch.float64) + k - 2
-        given = x, torch.tensor([0, 1, 2]), ["grad", "batch_l2"]
-        ordinarily(program, *given)
-        assert same(engine.analyze(program, *given), ordinarily(program, *given))
-    assert graphs.replays == 0
+    for k in range(6):
+        x = torch.randn(3 + k // 3, 4, dtype=torch.float64) + k - 2
+        given = x, torch.randn(len(x), 3, dtype=torch.float64), ["grad", "batch_l2"]
+        ordinarily(program, *given, loss="mse")
+        assert same(engine.analyze(program, *given, loss="mse"), ordinarily(program, *given, loss="mse"))
+    assert (graphs.captures, graphs.replays) == (0, 0)
+    assert len(replays.replays_of(program)._refused) == 1  # of whatever shapes
+
+
+def test_who_reads_nothing_is(graphs, monkeypatch, ordinarily):
+    monkeypatch.setattr(replays, "_graph", Refusing)
+    program = engine.load(torch.jit.script(net()))
+    requests = ["grad", "variance", "batch_l2", "diag_ggn_exact", {"name": "kfac", "options": {"mc_samples": 2}}]
+    given = [(batch(k)[0], torch.randn(6, 5, dtype=torch.float64)) for k in range(3)]
+    for pair in given[:2]:
+        engine.analyze(program, *pair, requests[:1], loss="mse")
+    assert graphs.captures == 1
+    assert same(
+        engine.analyze(program, *given[2], requests[:1], loss="mse"),
+        ordinarily(program, *given[2], requests[:1], loss="mse"),
+    )
+    assert graphs.replays == 1
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda t: t.sum().item(),
+        lambda t: t[t > 0],
+        lambda t: t.nonzero(),
+        lambda t: torch.equal(t, t),
+        lambda t: t.to("meta"),
+        lambda t: torch.empty(3, device="meta").copy_(t),
+    ],
+)
+def test_reading_is_refused_before_a_capture(read):
+    with pytest.raises(speculation.Unspeculative), Unread():
+        read(torch.randn(3))
 
 
 def test_another_answer_counts_for_nothing():
@@ -269,10 +298,11 @@ def test_another_answer_counts_for_nothing():
 def test_progress_comes_to_its_end(graphs):
     program, told = engine.load(torch.jit.script(net())), []
     for k in range(replays.RUNS + 1):
+        ordinary = told[-1][1] if told else None
         told.clear()
-        engine.analyze(program, *batch(k), ["diag_ggn_exact"], progress=lambda done, total: told.append((done, total)))
+        engine.analyze(program, *batch(k), ["diag_hessian"], progress=lambda done, total: told.append((done, total)))
     assert graphs.replays == 1
-    assert told[-1][0] == told[-1][1]
+    assert told == [(ordinary, ordinary)]
 
 
 def test_graphs_go_where_memory_runs_out(graphs, ordinarily):
@@ -281,6 +311,184 @@ def test_graphs_go_where_memory_runs_out(graphs, ordinarily):
     assert replays.drop() >= 1
     assert same(engine.analyze(program, *batch(3), ["grad"]), ordinarily(program, *batch(3), ["grad"]))
     assert graphs.replays == 0
+
+
+class Two(nn.Module):
+    """Takes two inputs, and edits the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, factor: float) -> torch.Tensor:
+        x.mul_(2.0)
+        return self.layer(x + y) * torch.copysign(torch.ones_like(x[:, :1]), factor)
+
+
+def pair(k):
+    generator = torch.Generator().manual_seed(k)
+    return [torch.randn(3, 4, dtype=torch.float64, generator=generator) for _ in range(2)]
+
+
+def wide():
+    return torch.randn(3, 8, dtype=torch.float64)
+
+
+SAME = torch.randn(3, 4, dtype=torch.float64)
+ODD = {
+    "inputs that share memory": lambda: (SAME.clone(),) * 2 + (1.0,),
+    "views": lambda: (wide()[:, ::2], wide()[:, 1::2], 1.0),
+    "minus zero": lambda: (*pair(9), -0.0),
+    "a mapping that is no dict": lambda: UserDict(zip("xy", pair(9), strict=True)) | {"factor": 1.0},
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_batches_that_a_copy_would_change_are_not_replayed(odd, graphs, ordinarily):
+    program = engine.load(torch.jit.script(Two().double()))
+    y, factor = torch.tensor([0, 1, 2]), 0.0 if odd == "minus zero" else 1.0
+    for k in range(3):
+        engine.analyze(program, (*pair(k), factor), y, ["grad"])
+    assert graphs.replays == 1
+    given = ODD[odd]()
+
+    def again():
+        return tuple(given.values()) if isinstance(given, UserDict) else given
+
+    kept = [t.clone() if isinstance(t, torch.Tensor) else t for t in again()]
+    if odd == "inputs that share memory":
+        kept = [kept[0], kept[0], 1.0]
+    if odd == "views":
+        kept = [t.clone().repeat_interleave(2, 1)[:, ::2] for t in kept[:2]] + [1.0]
+    ordinarily(program, tuple(kept), y, ["grad"])
+    found = engine.analyze(program, given, y, ["grad"])
+    assert graphs.replays == 1
+    assert torch.isfinite(found.loss)
+
+
+def test_another_batch_among_the_options_is_not_replayed(graphs, ordinarily):
+    program = engine.load(torch.jit.script(net()))
+    for k in range(4):
+        request = [{"name": "batch_dot", "options": {"against": batch(k + 100)}}]
+        ordinarily(program, *batch(k), request)
+        assert same(engine.analyze(program, *batch(k), request), ordinarily(program, *batch(k), request))
+    assert graphs.captures == 0
+
+
+def test_parameters_that_lie_otherwise_are_another_matter(graphs, ordinarily):
+    program = engine.load(torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double().eval()))
+    x, y = torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2])
+    for _ in range(replays.RUNS):
+        engine.analyze(program, x, y, ["grad"])
+    weight = program.parameters["0.weight"].tensor
+    weight.data = weight.data.t()
+    ordinarily(program, x, y, ["grad"])
+    assert same(engine.analyze(program, x, y, ["grad"]), ordinarily(program, x, y, ["grad"]))
+    assert graphs.replays == 0
+
+
+def test_memory_that_runs_out_in_a_replay_lets_go_of_graphs(graphs, monkeypatch, ordinarily):
+    program = engine.load(torch.jit.script(net()))
+    warmed(program, ["grad"])
+
+    def lacking(self):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Again, "replay", lacking)
+    assert same(engine.analyze(program, *batch(3), ["grad"]), ordinarily(program, *batch(3), ["grad"]))
+    assert not replays.replays_of(program).captured()
+
+
+def test_planning_and_loading_let_go_of_graphs_where_memory_runs_out(graphs, monkeypatch):
+    program = engine.load(torch.jit.script(net()))
+    for make in (lambda: engine.plan(program, *batch(3), ["grad"]), lambda: engine.load(torch.jit.script(net()))):
+        warmed(program, ["grad"])
+        assert replays.replays_of(program).captured()
+        failures = [torch.OutOfMemoryError("CUDA out of memory.")]
+
+        def once(real, failures=failures):
+            def run(*args, **options):
+                if failures:
+                    raise failures.pop()
+                return real(*args, **options)
+
+            return run
+
+        with monkeypatch.context() as patch:
+            patch.setattr(programs, "open_model", once(programs.open_model))
+            patch.setattr(engine.Program, "run", once(engine.Program.run))
+            make()
+        assert not failures
+        assert not replays.replays_of(program).captured()
+
+
+def test_inputs_that_require_gradients_leave_nothing_behind(graphs):
+    program = engine.load(torch.jit.script(net()))
+    warmed(program, ["grad"])
+    (kind,) = replays.replays_of(program).captured()
+    x, y = batch(3)
+    x = (x.requires_grad_() * 2).clone()
+    engine.analyze(program, x, y, ["grad"])
+    assert graphs.replays == 1
+    assert not any(place.requires_grad or place.grad_fn is not None for place in kind.captured.batch)
+
+
+def test_plain_data_is_the_callers_own(graphs, monkeypatch):
+    monkeypatch.setattr(replays, "_graph", Forgetting)
+    program = engine.load(torch.jit.script(net()))
+    request = [{"name": "kfac", "options": {"mc_samples": 2}}]
+    first = [engine.analyze(program, *batch(k), request) for k in range(3)]
+    for analysis in first:
+        analysis.info["loss_options"]["label_smoothing"] = "mine"
+        analysis.groups["kfac"].options["mc_samples"] = "mine"
+        analysis.groups["kfac"].provenance.clear()
+    found = engine.analyze(program, *batch(3), request)
+    assert graphs.replays == 2
+    assert found.info["loss_options"]["label_smoothing"] == 0
+    assert found.groups["kfac"].options["mc_samples"] == 2
+    assert found.groups["kfac"].provenance
+
+
+def test_what_was_not_used_for_longest_goes_first(graphs, monkeypatch):
+    monkeypatch.setattr(replays, "MOST_GRAPHS", 3)
+    program = engine.load(torch.jit.script(net()))
+    replays.drop()
+    for N in (3, 4, 5):
+        for k in range(replays.RUNS):
+            engine.analyze(program, *batch(k, N=N), ["grad"])
+    engine.analyze(program, *batch(9, N=3), ["grad"])
+    assert (len(replays.replays_of(program).captured()), graphs.replays) == (3, 1)
+    for k in range(replays.RUNS):
+        engine.analyze(program, *batch(k, N=6), ["grad"])
+    assert len(replays.replays_of(program).captured()) == 3
+    engine.analyze(program, *batch(9, N=3), ["grad"])
+    assert graphs.replays == 2
+    engine.analyze(program, *batch(9, N=4), ["grad"])
+    assert graphs.replays == 2
+
+
+def test_selections_that_cannot_be_told_are_refused_as_ever(graphs):
+    program = engine.load(torch.jit.script(net()))
+    with pytest.raises(engine.EngineError):
+        engine.analyze(program, *batch(0), ["grad"], parameters=[["0.*"]])
+
+
+def test_dropping_while_another_thread_analyzes(graphs):
+    program, failures = engine.load(torch.jit.script(net())), []
+
+    def analyze():
+        try:
+            for k in range(30):
+                engine.analyze(program, *batch(k, N=3 + k % 3), ["grad"])
+        except BaseException as error:  # noqa: BLE001 - shown by the test
+            failures.append(error)
+
+    threads = [threading.Thread(target=analyze) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        replays.drop()
+    assert not failures
 
 
 def test_a_graph_holds_on_to_what_the_program_may_drop(graphs):
@@ -303,6 +511,9 @@ class Forgetting(Again):
 
     def capture(self, run):
         return run()
+
+    def replay(self):
+        Again.replays += 1
 
 
 def test_graphs_go_with_their_program(graphs, monkeypatch):

@@ -20,7 +20,7 @@ from curvature_engine.closed_form import Relief
 from curvature_engine.errors import DoesNotFit, EngineError, lacks_memory
 from curvature_engine.losses import BoundLoss, LossSpec
 from curvature_engine.orders import Order, Progress
-from curvature_engine.pages import PAGES, with_room
+from curvature_engine.pages import PAGES, drop, with_room
 from curvature_engine.parts import DataSetPart, check_mergeable
 from curvature_engine.passes import BackwardPasses
 from curvature_engine.plans import Plan, size
@@ -29,7 +29,8 @@ from curvature_engine.preparation import Limits, Prepared, Preparer
 from curvature_engine.products import Multiplying, check_precision
 from curvature_engine.program import Inputs, Parameter, load
 from curvature_engine.recovery import Attempt
-from curvature_engine.replays import drop, key_of, replays_of
+from curvature_engine.replay_keys import key_of
+from curvature_engine.replays import replays_of
 from curvature_engine.requests import Request, parse_requests
 from curvature_engine.results import Analysis, Group
 from curvature_engine.rounding_error import RoundingError, rounding_error
@@ -164,6 +165,7 @@ class _Analyzer:
         self.warnings = order.warnings
         self._plan: Plan | None = None
         self._restarts = 0
+        self.columns_done = 0
 
     def run(self, inputs: Inputs, targets: Tensor) -> Analysis:
         """Compute: by a graph of an earlier analysis of the kind, where there is one."""
@@ -193,7 +195,7 @@ class _Analyzer:
             except (EngineError, RuntimeError, MemoryError) as error:
                 if not lacks_memory(error):
                     raise
-                again = PAGES.drop() + drop() > 0 and not dropped
+                again = drop() > 0 and not dropped
             _let_go(self.program.device)  # here the error is gone, and with it all that its traceback held
             if again:  # nothing is to be smaller for what waited between analyses
                 dropped = True
@@ -274,7 +276,7 @@ class _Analyzer:
         if work is not None:
             _leave_room(prepared.plan)
             with self._store(prepared.plan, work, results_dir) as store:
-                work.open(store, len(prepared.division.sizes))
+                self.columns_done = work.open(store, len(prepared.division.sizes))
                 for part in prepared.parts():
                     part.compute()
                 work.fill(groups, store)

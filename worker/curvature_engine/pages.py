@@ -154,9 +154,18 @@ def with_room(make: Callable[[], T]) -> T:
     try:
         return make()
     except (EngineError, RuntimeError, MemoryError) as error:
-        if not lacks_memory(error) or not PAGES.drop():
+        if not lacks_memory(error) or not drop():
             raise
     return make()
+
+
+RESERVES: list[Callable[[], int]] = []
+"""Others that hold memory for later, and let go of it when they are called; each says of how much."""
+
+
+def drop() -> int:
+    """Let go of all memory that waits, here or with others; 0 where there was none."""
+    return PAGES.drop() + sum(reserve() for reserve in RESERVES)
 
 
 def _map(size: int) -> mmap.mmap:

@@ -128,14 +128,15 @@ class BackwardPasses:
         """Every request's accumulator, new."""
         return [self._task(r, store) for r in self._order.requests if r.extension.accumulator is not None]
 
-    def open(self, store: ResultStore, parts: int) -> None:
-        """Get ready to compute `parts` parts into a store."""
+    def open(self, store: ResultStore, parts: int) -> int:
+        """Get ready to compute `parts` parts into a store. How many columns there are in all."""
         self._tasks = self.tasks(store)
         residual = any(t.request.extension.residual is not None for t in self._tasks)
         first = any(t.request.extension.columns == "gradient" for t in self._tasks)
         averaged = any(t.request.extension.columns == "averaged" for t in self._tasks)
         per_part = first + self.columns["exact"] + self.columns["sampled"] + averaged
         self._total = parts * (per_part + (len(self._selected) if residual else 0))
+        return self._total
 
     def compute(self) -> None:
         """Add the current part to every result."""

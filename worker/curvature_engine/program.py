@@ -16,6 +16,7 @@ from curvature_engine.execution import Decision, Run, map_tensors, tensors_in
 from curvature_engine.formats import FrontEnd, Inputs, open_model
 from curvature_engine.layouts import ChannelsLast, LayoutShows, pays, tells
 from curvature_engine.memory_format import channels_last, has_image_layout
+from curvature_engine.pages import with_room
 from curvature_engine.parameters import Parameter
 from curvature_engine.probe import Derived, Verdicts
 from curvature_engine.sample_axes import SampleAxes
@@ -100,6 +101,12 @@ class Program:
                     yield
             finally:
                 self._asked, self._usual, self._parameter_places = False, [], places
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Have nobody exchange the parameters' memory, as long as it lasts."""
+        with self._layout:
+            yield
 
     @contextmanager
     def usual_layout(self) -> Iterator[None]:
@@ -252,7 +259,7 @@ def load(model: Any, *, device: str | torch.device = "cpu", eval: bool = True) -
     if isinstance(model, Program):
         return model
     device = _device(device)
-    return Program(open_model(model, device, eval=eval), device, eval=eval)
+    return with_room(lambda: Program(open_model(model, device, eval=eval), device, eval=eval))
 
 
 def _device(device: Any) -> torch.device:

@@ -6,53 +6,61 @@ once more (`torch.cuda.CUDAGraph`), and from then on replayed: the batch is copi
 results from where it writes them.
 
 A replay is right because nothing that the host decided can be otherwise. What it decides by (requests, shapes, the
-parameters' places, torch's settings) is in the key; what it read of the device is asked again by the graph itself, and
-a replay with another answer counts for nothing (`speculation`); whoever reads in another way cannot be captured at
-all, since CUDA refuses it. The batch's numbers, the parameters' and the seed are in the device's memory.
+parameters' places, torch's settings) is in the key (`replay_keys`); what it read of the device is asked again by the
+graph itself, and a replay with another answer counts for nothing (`speculation`); whoever reads in another way cannot
+be captured at all (`cuda_graphs.Unread`). The batch's numbers, the parameters' and the seed are in the device's memory.
 
 The first job of a kind never pays for it. A graph keeps its memory: of few kinds, within a share of the budget, and
 until memory runs out.
 """
 
+import copy
 import logging
-import os
 import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from curvature_engine import pages
+from curvature_engine.cuda_graphs import CudaGraph
+from curvature_engine.errors import lacks_memory
 from curvature_engine.execution import map_tensors, tensors_in
 from curvature_engine.extensions import KroneckerFactors
 from curvature_engine.formats import Inputs
-from curvature_engine.kernels import choice
-from curvature_engine.losses import LossSpec
 from curvature_engine.orders import Order
 from curvature_engine.program import Program
+from curvature_engine.replay_keys import Key, places_of, told_by
 from curvature_engine.results import Analysis, Group
-from curvature_engine.speculation import MOST_SEEDS, recording, speculates, speculating
+from curvature_engine.speculation import MOST_SEEDS, Unspeculative, recording, speculating
 
 _LOG = logging.getLogger(__name__)
 RUNS = 2
 """How often an analysis is made in the ordinary way before it is captured, its first time included."""
 MOST_SECONDS = 4.0
 """Analyses that take longer are not bound by launches."""
+MOST_GRAPHS = 32
+"""Of all programs of the process."""
 _MOST_KINDS = 256
-_MOST_GRAPHS = 16
+_MOST_MISSES = 3
 _SHARE = 4
-"""All graphs of a program together may keep this part of the budget."""
-_DEVICES = {"cuda"}
+"""All graphs of the process together may keep this part of a budget."""
 
 T = TypeVar("T")
 
 
 class Analyzer(Protocol):
     """How one analysis is made."""
+
+    columns_done: int
+    """How many columns it told of, or would."""
 
     def in_pieces(self, inputs: Inputs, targets: Tensor) -> Analysis:
         """In the ordinary way, with everything that may happen."""
@@ -62,39 +70,13 @@ class Analyzer(Protocol):
 
 
 class Graph(Protocol):
-    """Something that a device does again and again."""
+    """Something that a device does again and again: see `CudaGraph`."""
 
     def capture(self, run: Callable[[], T]) -> T:
         """Take notice of what `run` asks of the device; the tensors it returns have their numbers after a replay."""
 
     def replay(self) -> None:
         """Do it once more."""
-
-
-class CudaGraph:
-    """A CUDA graph on one device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._graph = torch.cuda.CUDAGraph()
-
-    def capture(self, run: Callable[[], T]) -> T:
-        """See `Graph`. It runs once before, as libraries load kernels and take memory when they are first called."""
-        current, stream = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(current)
-        try:
-            with torch.cuda.stream(stream):
-                run()
-            stream.synchronize()
-            # Other threads may go on meanwhile, with what would spoil a capture of the whole process.
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-                return run()
-        finally:
-            torch.cuda.set_stream(current)  # which torch leaves as it is where the end of a capture fails
-
-    def replay(self) -> None:
-        """See `Graph`."""
-        self._graph.replay()
 
 
 @dataclass
@@ -106,6 +88,7 @@ class _Captured:
         seeded: how the numbers in `seeds` follow from the seed.
         holds: whether what was assumed holds, after a replay.
         held: what the program keeps for its analyses, whether it goes on keeping it or not: the graph may read of it.
+        columns: that a caller is told of.
     """
 
     graph: Graph
@@ -118,15 +101,16 @@ class _Captured:
     results: Sequence[Tensor]
     kept_bytes: int
     held: Sequence[Any]
+    columns: int
 
     def replay(self, batch: Sequence[Tensor], seed: int) -> Analysis | None:
         """The analysis of another batch; None where it does not go the same way."""
         for place, tensor in zip(self.batch, batch, strict=True):
-            place.copy_(tensor, non_blocking=True)
+            place.copy_(tensor.detach(), non_blocking=True)
         if self.seeded:
-            count = len(self.seeded)
-            self.staged[:count] = torch.tensor([make(seed) for make in self.seeded])
-            self.seeds[:count].copy_(self.staged[:count], non_blocking=True)
+            number = len(self.seeded)
+            self.staged[:number] = torch.tensor([make(seed) for make in self.seeded])
+            self.seeds[:number].copy_(self.staged[:number], non_blocking=True)
         self.graph.replay()
         fresh = [torch.empty_like(t) for t in self.results]
         torch._foreach_copy_(fresh, list(self.results))
@@ -143,83 +127,96 @@ class _Kind:
     hopeless: bool = False
     captured: _Captured | None = None
     misses: int = 0
+    used: int = 0
 
 
-@dataclass
+_TABLE = threading.RLock()
+"""Held while kinds are looked up, added, or let go, by whichever thread."""
+_CLOCK = count(1)
+
+
+@dataclass(eq=False)
 class Replays:
     """The kinds of analyses that a program has met."""
 
-    _kinds: OrderedDict[Hashable, _Kind] = field(default_factory=OrderedDict)
-    _lock: Any = field(default_factory=threading.Lock)
+    _kinds: OrderedDict[Key, _Kind] = field(default_factory=OrderedDict)
+    _refused: set[Hashable] = field(default_factory=set)
+    """What was asked where a capture was refused: other shapes would be, too."""
+    _turn: Any = field(default_factory=threading.Lock)
 
-    def analysis(self, analyzer: Analyzer, order: Order, key: Hashable, inputs: Inputs, targets: Tensor) -> Analysis:
+    def analysis(self, analyzer: Analyzer, order: Order, key: Key, inputs: Inputs, targets: Tensor) -> Analysis:
         """An analysis by whatever way is the fastest."""
-        if not self._lock.acquire(blocking=False):  # one at a time: a graph has one place for its batch
-            return analyzer.in_pieces(inputs, targets)
+        if not self._turn.acquire(blocking=False):  # one at a time: a graph has one place for its batch
+            with recording():  # not among the answers of an analysis that this one may be part of
+                return analyzer.in_pieces(inputs, targets)
         try:
             kind = self._kind(key)
-            batch = tensors_in([inputs, targets])
-            if kind.captured is not None:
-                with _on(order.program.device):
-                    found = kind.captured.replay(batch, order.seed)
+            captured = kind.captured
+            if captured is not None:
+                found = self._replayed(captured, order, inputs, targets)
                 if found is not None:
-                    _tell(order, found)
+                    kind.used = next(_CLOCK)
+                    if order.progress is not None:
+                        order.progress(captured.columns, captured.columns)
                     return found
                 kind.misses += 1
-                if kind.misses > 3:
+                if kind.misses > _MOST_MISSES:
                     kind.captured, kind.hopeless = None, True
-            return self._ordinary(analyzer, order, kind, inputs, targets)
+            return self._ordinary(analyzer, order, key, kind, inputs, targets)
         finally:
-            self._lock.release()
+            self._turn.release()
 
-    def drop(self) -> int:
-        """Let go of all graphs; how many there were."""
-        kept = [kind for kind in self._kinds.values() if kind.captured is not None]
-        for kind in kept:
-            kind.captured, kind.runs = None, 0
-        return len(kept)
+    def captured(self) -> list[_Kind]:
+        """The kinds that have graphs."""
+        with _TABLE:
+            return [kind for kind in self._kinds.values() if kind.captured is not None]
 
-    def _kind(self, key: Hashable) -> _Kind:
-        kind = self._kinds.setdefault(key, _Kind())
-        self._kinds.move_to_end(key)
-        while len(self._kinds) > _MOST_KINDS:
-            self._kinds.popitem(last=False)
-        return kind
+    def _kind(self, key: Key) -> _Kind:
+        with _TABLE:
+            kind = self._kinds.setdefault(key, _Kind())
+            self._kinds.move_to_end(key)
+            while len(self._kinds) > _MOST_KINDS:
+                self._kinds.popitem(last=False)
+            return kind
 
-    def _ordinary(self, analyzer: Analyzer, order: Order, kind: _Kind, inputs: Inputs, targets: Tensor) -> Analysis:
+    @staticmethod
+    def _replayed(captured: _Captured, order: Order, inputs: Inputs, targets: Tensor) -> Analysis | None:
+        try:
+            with _on(order.program.device), torch.no_grad():
+                return captured.replay(tensors_in([inputs, targets]), order.seed)
+        except (RuntimeError, MemoryError) as error:
+            if not lacks_memory(error):
+                raise
+        drop()
+        return None
+
+    def _ordinary(
+        self, analyzer: Analyzer, order: Order, key: Key, kind: _Kind, inputs: Inputs, targets: Tensor
+    ) -> Analysis:
         begun = time.perf_counter()
         with recording() as answers:
             found = analyzer.in_pieces(inputs, targets)
         kind.runs += 1
-        if kind.runs < RUNS or kind.hopeless or kind.captured is not None:
+        if kind.runs < RUNS or kind.hopeless or kind.captured is not None or key.asked in self._refused:
             return found
-        if not _is_whole(found) or time.perf_counter() - begun > MOST_SECONDS:
+        most = order.budget.total_bytes // _SHARE
+        if not _is_whole(found) or time.perf_counter() - begun > MOST_SECONDS or found.plan.peak_bytes > most:
             kind.hopeless = True
-            return found
-        kept_bytes = found.plan.peak_bytes
-        if not self._make_room(kept_bytes, order.budget.total_bytes // _SHARE):
             return found
         try:
-            with _on(order.program.device):
-                kind.captured = _captured(analyzer, order, answers, inputs, targets, kept_bytes)
+            with _on(order.program.device), order.program.still():
+                if places_of(order.program) != key.places:
+                    return found
+                captured = _captured(analyzer, order, answers, inputs, targets, found.plan.peak_bytes)
         except Exception as error:  # noqa: BLE001 - whatever it was, the ordinary way is there
             _LOG.debug("an analysis cannot be captured: %s: %s", type(error).__name__, error)
-            kind.hopeless = True
+            kind.runs, kind.hopeless = 0, not lacks_memory(error)
+            if _is_refusal(error):
+                self._refused.add(key.asked)
+        else:
+            kind.captured, kind.used = captured, next(_CLOCK)
+            _make_room(most)
         return found
-
-    def _make_room(self, needed: int, most: int) -> bool:
-        """Let go of graphs that were not used for longest, until there is room for one more."""
-        kept = [kind for kind in self._kinds.values() if kind.captured is not None]
-        total = sum(kind.captured.kept_bytes for kind in kept if kind.captured is not None)
-        if needed > most:
-            return False
-        for kind in kept:
-            if total + needed <= most and len(kept) < _MOST_GRAPHS:
-                break
-            if kind.captured is not None:
-                total -= kind.captured.kept_bytes
-                kind.captured, kind.runs = None, 0
-        return True
 
 
 _OF_PROGRAMS: weakref.WeakKeyDictionary[Program, Replays] = weakref.WeakKeyDictionary()
@@ -227,86 +224,64 @@ _OF_PROGRAMS: weakref.WeakKeyDictionary[Program, Replays] = weakref.WeakKeyDicti
 
 def replays_of(program: Program) -> Replays:
     """A program's own."""
-    return _OF_PROGRAMS.setdefault(program, Replays())
+    with _TABLE:
+        return _OF_PROGRAMS.setdefault(program, Replays())
 
 
 def drop() -> int:
     """Let go of all graphs of all programs: memory ran out. How many there were."""
-    return sum(replays.drop() for replays in list(_OF_PROGRAMS.values()))
+    kept = _all()
+    for kind in kept:
+        _let_go(kind)
+    return len(kept)
 
 
-def key_of(
-    order: Order, spec: LossSpec, parameters: Any, most_bytes: int | None, inputs: Inputs, targets: Tensor
-) -> Hashable | None:
-    """All that the host decides an analysis by; None where that is not known, or nothing can be gained."""
-    program = order.program
-    if program.device.type not in _DEVICES or why_off() is not None or speculates():
-        return None
-    if order.verify or order.part is not None or order.is_reordered or program.keeps_training:
-        return None
-    if not spec.is_built_in or not all(_is_built_in(request.extension.accumulator) for request in order.requests):
-        return None
-    try:
-        return (
-            _told([inputs, targets]),
-            tuple((r.label, r.extension.name, _told(r.options)) for r in order.requests),
-            (spec.name, _told(spec.options), spec.output, spec.reduction),
-            (parameters if isinstance(parameters, str) else tuple(parameters), order.budget, most_bytes),
-            tuple((t.data_ptr(), t.requires_grad) for p in program.parameters.values() for t in p.tensors),
-            (torch.are_deterministic_algorithms_enabled(), torch.is_autocast_enabled("cuda"), choice.why_off()),
-            torch.get_default_dtype(),
-            (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
-        )
-    except TypeError:  # something of a kind that cannot be told
-        return None
+pages.RESERVES.append(drop)
 
 
-def why_off() -> str | None:
-    """Why no analysis is captured in this process, or None."""
-    off = os.environ.get("CURVATURE_GRAPHS", "on").lower() in ("off", "0", "no")
-    return "CURVATURE_GRAPHS is off" if off else None
+def _all() -> list[_Kind]:
+    with _TABLE:
+        return [kind for replays in list(_OF_PROGRAMS.values()) for kind in replays.captured()]
 
 
-def _told(value: Any) -> Hashable:
-    """A batch without its numbers, or an option.
-
-    Raises:
-        TypeError: it is neither.
-    """
-    if type(value) is Tensor:
-        if value.layout != torch.strided or value.is_conj() or value.is_neg() or not value.numel():
-            raise TypeError("a tensor of another kind")
-        return value.shape, value.stride(), value.dtype
-    if isinstance(value, Mapping):
-        return tuple((key, _told(v)) for key, v in value.items())
-    if isinstance(value, list | tuple):
-        return type(value), tuple(map(_told, value))
-    if value is None or isinstance(value, bool | int | float | str):
-        return type(value), value
-    raise TypeError(f"{type(value).__name__} in a batch")
+def _let_go(kind: _Kind) -> None:
+    kind.captured, kind.runs = None, 0
 
 
-def _is_built_in(accumulator: Any) -> bool:
-    """Plug-ins may do on the host what they like."""
-    return accumulator is None or accumulator.__module__.startswith("curvature_engine.")
+def _make_room(most_bytes: int) -> None:
+    """Let go of graphs that were not used for longest, until the others may stay."""
+    kept = sorted(_all(), key=lambda kind: kind.used)
+    sizes = [kind.captured.kept_bytes if kind.captured is not None else 0 for kind in kept]
+    while len(kept) > MOST_GRAPHS or (sum(sizes) > most_bytes and len(kept) > 1):
+        _let_go(kept.pop(0))
+        sizes.pop(0)
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that something would have been read."""
+    while error is not None and not isinstance(error, Unspeculative):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _is_whole(found: Analysis) -> bool:
     """Whether an analysis went as planned, in one piece, sample by sample nowhere."""
-    methods = {entry["method"] for group in found.groups.values() for entry in group.provenance.values()}
-    halvings = any(entry["halvings"] for group in found.groups.values() for entry in group.provenance.values())
-    return found.plan.chunks == 1 and not found.plan.streamed and not halvings and "fallback" not in methods
+    entries = [entry for group in found.groups.values() for entry in group.provenance.values()]
+    planned = found.plan.chunks == 1 and not found.plan.streamed and not any(entry["halvings"] for entry in entries)
+    return planned and all(entry["method"] != "fallback" for entry in entries)
 
 
 def _captured(
     analyzer: Analyzer, order: Order, answers: list[bool], inputs: Inputs, targets: Tensor, kept_bytes: int
 ) -> _Captured:
-    device = order.program.device
-    placed_inputs, placed_targets = map_tensors(lambda t: _placed(t, device), (inputs, targets))
+    program = order.program
+    placed_inputs, placed_targets = map_tensors(lambda t: _placed(t, program.device), (inputs, targets))
     batch = tensors_in([placed_inputs, placed_targets])
-    staged = torch.zeros(MOST_SEEDS, dtype=torch.int64, pin_memory=device.type == "cuda")
-    seeds = torch.zeros(MOST_SEEDS, dtype=torch.int64, device=device)
-    graph = _graph(device)
+    if not told_by(batch, tensors_in([inputs, targets])):
+        raise Unspeculative("a batch's copy lies otherwise")
+    staged = torch.zeros(MOST_SEEDS, dtype=torch.int64, pin_memory=program.device.type == "cuda")
+    seeds = torch.zeros(MOST_SEEDS, dtype=torch.int64, device=program.device)
+    graph = _graph(program.device)
 
     def run() -> tuple[Analysis, Tensor, list[Callable[[int], int]]]:
         with speculating(answers, seeds) as speculation:
@@ -315,12 +290,19 @@ def _captured(
 
     analysis, holds, seeded = graph.capture(run)
     results = list({id(t): t for t in _tensors_of(analysis)}.values())
-    held = [*order.program.verdicts.held(), *order.program.derived.values()]
-    return _Captured(graph, batch, seeds, staged, seeded, holds, analysis, results, kept_bytes, held)
+    held = [*program.verdicts.held(), *program.derived.values(), *(t.data for t in _parameters(program))]
+    analysis = _apart(analysis)
+    return _Captured(
+        graph, batch, seeds, staged, seeded, holds, analysis, results, kept_bytes, held, analyzer.columns_done
+    )
+
+
+def _parameters(program: Program) -> Iterator[Tensor]:
+    return (t for p in program.parameters.values() for t in p.tensors)
 
 
 def _placed(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy with the same strides where they are those of a dense tensor."""
+    """A copy, with the same strides if it is dense."""
     return torch.empty_like(tensor, device=device, requires_grad=False).copy_(tensor.detach())
 
 
@@ -328,15 +310,10 @@ def _graph(device: torch.device) -> Graph:
     return CudaGraph(device)
 
 
-def _on(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
-
-
-def _tell(order: Order, found: Analysis) -> None:
-    """Say that all columns are done."""
-    if order.progress is not None:
-        total = max(1, sum(found.plan.columns.values()))
-        order.progress(total, total)
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        yield
 
 
 def _tensors_of(analysis: Analysis) -> list[Tensor]:
@@ -346,6 +323,21 @@ def _tensors_of(analysis: Analysis) -> list[Tensor]:
         for result in group.by_parameter.values():
             found += [t for t in result if t is not None] if isinstance(result, KroneckerFactors) else [result]
     return found
+
+
+def _apart(analysis: Analysis) -> Analysis:
+    """The same tensors, with plain data that is nobody else's."""
+    groups = {
+        label: replace(
+            group,
+            options=copy.deepcopy(group.options),
+            missing=dict(group.missing),
+            provenance=copy.deepcopy(group.provenance),
+            aliases=dict(group.aliases),
+        )
+        for label, group in analysis.groups.items()
+    }
+    return replace(analysis, groups=groups, warnings=list(analysis.warnings), info=copy.deepcopy(dict(analysis.info)))
 
 
 def _with_tensors(analysis: Analysis, fresh: Mapping[int, Tensor], seed: int) -> Analysis:
@@ -359,7 +351,7 @@ def _with_tensors(analysis: Analysis, fresh: Mapping[int, Tensor], seed: int) ->
     def of_group(group: Group) -> Group:
         return replace(
             group,
-            options=dict(group.options),
+            options=copy.deepcopy(group.options),
             tensors={key: fresh[id(tensor)] for key, tensor in group.tensors.items()},
             missing=dict(group.missing),
             provenance={
@@ -375,5 +367,5 @@ def _with_tensors(analysis: Analysis, fresh: Mapping[int, Tensor], seed: int) ->
         loss=fresh[id(analysis.loss)],
         groups={label: of_group(group) for label, group in analysis.groups.items()},
         warnings=list(analysis.warnings),
-        info={**analysis.info, "seed": seed},
+        info={**copy.deepcopy(analysis.info), "seed": seed},
     )
