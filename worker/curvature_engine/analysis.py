@@ -18,6 +18,7 @@ from curvature_engine.batches import take_batch
 from curvature_engine.budget import Budget, check_whole_number
 from curvature_engine.closed_form import Relief
 from curvature_engine.errors import DoesNotFit, EngineError, lacks_memory
+from curvature_engine.grad_mode import with_gradients
 from curvature_engine.losses import BoundLoss, LossSpec
 from curvature_engine.orders import Order, Progress
 from curvature_engine.pages import PAGES, drop, with_room
@@ -40,6 +41,7 @@ from curvature_engine.stores import ResultStore
 from curvature_engine.version import __version__
 
 
+@with_gradients
 def analyze(
     model: Any,
     inputs: Inputs,
@@ -114,6 +116,7 @@ def analyze(
     return _Analyzer(order, spec, parameters, most_bytes, folder).run(inputs, targets)
 
 
+@with_gradients
 def plan(
     model: Any,
     inputs: Inputs,

@@ -30,6 +30,7 @@ def take_batch(
                 param="inputs",
                 remedy="call to_dense() or dequantize()",
             )
+        tensor = tensor.clone() if tensor.is_inference() else tensor  # which no graph may hold
         return tensor.detach().to(device)
 
     inputs, targets = map_tensors(place, inputs), map_tensors(place, targets)

@@ -14,6 +14,7 @@ from curvature_engine.digests import Digest
 from curvature_engine.errors import EngineError, first_line
 from curvature_engine.execution import Decision, Run, map_tensors, tensors_in
 from curvature_engine.formats import FrontEnd, Inputs, open_model
+from curvature_engine.grad_mode import with_gradients
 from curvature_engine.layouts import ChannelsLast, LayoutShows, pays, tells
 from curvature_engine.memory_format import channels_last, has_image_layout
 from curvature_engine.pages import with_room
@@ -243,6 +244,7 @@ def _signature(arguments: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(found)
 
 
+@with_gradients
 def load(model: Any, *, device: str | torch.device = "cpu", eval: bool = True) -> Program:
     """Load a model file, or take a ScriptModule or nn.Module.
 
