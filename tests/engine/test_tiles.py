@@ -6,26 +6,42 @@ from tests.engine.reference import Reference
 from torch import nn
 
 import curvature_engine as engine
-from curvature_engine.tiles import pay, tiles
+from curvature_engine.reductions import Reduction, Spread, SumSquared
+from curvature_engine.tiles import pay, reduce_tiles
 
 EXTENSIONS = ["sum_grad_squared", "variance", "batch_l2", "diag_ggn_exact"]
 
 
-@pytest.mark.parametrize(("a", "b"), [(3, 4), (300, 700), (1, 200_000), (129, 1024)])
+class Kept(Reduction):
+    """What it is shown."""
+
+    def __init__(self):
+        self.shown = []
+
+    def add(self, first, piece, gradients):
+        self.shown += [(first + n, piece, gradient.clone()) for n, gradient in enumerate(gradients)]
+
+    def result(self, assemble):
+        return None
+
+
+@pytest.mark.parametrize(("a", "b"), [(3, 4), (300, 700), (700, 1024), (1, 200_000), (2, 400_000)])
 def test_tiles_are_the_products_rows(a, b):
     left, right = torch.randn(5, 2, a, dtype=torch.float64), torch.randn(5, 2, b, dtype=torch.float64)
-    found, order = {}, []
-    for first, number, tile in tiles(7, [(left, right), (2 * left, right)]):
-        found.setdefault(number, {})[first] = tile.clone()
-        order.append(number)
+    kept, squares, moments = Kept(), SumSquared(), Spread()
+    reduce_tiles(7, [(left, right), (2 * left, right)], [kept, squares, moments])
+    order = [number for _, number, _ in kept.shown]
     assert order == sorted(order), "every tile of all samples comes before the next"
-    per_piece = len(found) // 2
-    whole = left.mT @ right
-    for piece, factor in enumerate((1, 2)):
-        own = [found[piece * per_piece + i] for i in range(per_piece)]
-        rows = [torch.cat([tile[first] for first in sorted(tile)]) for tile in own]
-        torch.testing.assert_close(torch.cat(rows, 1), factor * whole, rtol=1e-12, atol=1e-12)
-    assert {first for tile in found.values() for first in tile} <= set(range(7, 12))
+    assert [sample for sample, _, _ in kept.shown] == [7, 8, 9, 10, 11] * (order[-1] + 1)
+    per_piece = (order[-1] + 1) // 2
+    assert per_piece == {(700, 1024): 3, (2, 400_000): 2}.get((a, b), 1)
+    whole = torch.cat([left.mT @ right, 2 * left.mT @ right], 1)  # one piece below the other
+    found = torch.stack([torch.cat([tile for n, _, tile in kept.shown if n == sample]) for sample in range(7, 12)])
+    torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.cat(squares.pieces), whole.square().sum(0), rtol=1e-12, atol=1e-12)
+    mean, spread = moments.result(torch.cat)
+    torch.testing.assert_close(mean, whole.mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(spread, (whole - whole.mean(0)).square().sum(0), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(

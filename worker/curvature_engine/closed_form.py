@@ -16,7 +16,7 @@ from curvature_engine.prepared_uses import PreparedUse
 from curvature_engine.reductions import Assemble, Moments, Outer, Reduction, SumSquared, UncentredSpread
 from curvature_engine.rules import Rule
 from curvature_engine.tiles import assemble as assemble_tiles
-from curvature_engine.tiles import pay, tiles
+from curvature_engine.tiles import pay, reduce_tiles
 from curvature_engine.unfolded import Unfolded
 from curvature_engine.watched import Derivation, pull_back
 
@@ -195,8 +195,7 @@ class ClosedForm(Contribution):
         while True:
             squares = SumSquared()
             try:
-                for first, piece, gradients in self._pieces():
-                    squares.add(first, piece, gradients)
+                self._show([squares])
                 return squares.pieces, assemble
             except (RuntimeError, MemoryError) as error:
                 self._halve(error)
@@ -242,17 +241,21 @@ class ClosedForm(Contribution):
             yield from ((first, 0, block) for first, block in self._hot_blocks())
             return
         prepared, g, rule = single
-        role = prepared.use.role
         for first in range(0, self._N, self._span):
             block = slice(first, first + self._span)
             saved = tuple(s[block] for s in prepared.saved)
             unfolded = self._unfold(prepared, first)
-            pairs = rule.products(role, saved, g[block], unfolded) if self._tiled else None
-            if pairs is not None:
-                yield from tiles(first, pairs)
-                continue
-            for piece, gradients in enumerate(rule.pieces(role, saved, g[block], unfolded)):
+            for piece, gradients in enumerate(rule.pieces(prepared.use.role, saved, g[block], unfolded)):
                 yield first, piece, gradients
+
+    def _show(self, reductions: Collection[Reduction]) -> None:
+        if not self._tiled:
+            super()._show(reductions)
+            return
+        for first in range(0, self._N, self._span):
+            pairs = self.factors(first)
+            assert pairs is not None  # as `is_product` says
+            reduce_tiles(first, pairs, reductions)
 
     @property
     def N(self) -> int:
@@ -270,7 +273,7 @@ class ClosedForm(Contribution):
         if single is None:
             return None
         prepared, g, rule = single
-        part = slice(first, first + self.block)
+        part = slice(first, first + self._span)
         saved = tuple(s[part] for s in prepared.saved)
         return rule.products(prepared.use.role, saved, g[part], self._unfold(prepared, first))
 

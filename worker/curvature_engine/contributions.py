@@ -137,10 +137,14 @@ class Contribution(ABC):
         return REDUCTIONS[name]()
 
     def _swept(self, reductions: Mapping[str, Reduction]) -> dict[str, Tensor | Moments | None]:
-        for first, piece, gradients in self._pieces():
-            for reduction in reductions.values():
-                reduction.add(first, piece, gradients)
+        self._show(reductions.values())
         return {name: reduction.result(self._assemble) for name, reduction in reductions.items()}
+
+    def _show(self, reductions: Collection[Reduction]) -> None:
+        """Show reductions all gradients."""
+        for first, piece, gradients in self._pieces():
+            for reduction in reductions:
+                reduction.add(first, piece, gradients)
 
     def _pieces(self) -> Iterator[tuple[int, int, Tensor]]:
         """(first sample, number of the piece, [n, *piece]): all of the gradients, block by block."""

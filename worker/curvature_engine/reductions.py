@@ -17,6 +17,8 @@ from curvature_engine import pages
 from curvature_engine.kernels import choice
 
 Assemble = Callable[[list[Tensor]], Tensor]
+Take = Callable[[int, Tensor], None]
+"""Takes a sample's number and a piece of its gradient."""
 
 LEAST_SHARE = 2.0**-5
 """Of the second moment, below which a spread is not taken from the difference: it would lose more than five bits."""
@@ -84,6 +86,10 @@ class Reduction(ABC):
     def add(self, first: int, piece: int, gradients: Tensor) -> None:
         """Take the samples `first` … `first + n`: [n, *piece]; they must not be changed."""
 
+    def taker(self, piece: int, like: Tensor) -> Take:
+        """What takes a piece of one sample after another: `add` for many small ones, each like `like` [*piece]."""
+        return lambda sample, gradient: self.add(sample, piece, gradient[None])
+
     @abstractmethod
     def result(self, assemble: Assemble) -> Tensor | Moments | None:
         """What came of all; None where that would not be exact enough."""
@@ -96,9 +102,20 @@ class SumSquared(Reduction):
         self.pieces: list[Tensor] = []
 
     def add(self, first: int, piece: int, gradients: Tensor) -> None:
+        add_squares(self._sum(piece, gradients[0]), gradients)
+
+    def taker(self, piece: int, like: Tensor) -> Take:
+        total = self._sum(piece, like)
+
+        def take(sample: int, gradient: Tensor) -> None:
+            total.addcmul_(gradient, gradient)
+
+        return take
+
+    def _sum(self, piece: int, like: Tensor) -> Tensor:
         if piece == len(self.pieces):
-            self.pieces.append(pages.zeros(gradients.shape[1:], gradients))
-        add_squares(self.pieces[piece], gradients)
+            self.pieces.append(pages.zeros(like.shape, like))
+        return self.pieces[piece]
 
     def result(self, assemble: Assemble) -> Tensor:
         return assemble(self.pieces)
@@ -170,15 +187,21 @@ class UncentredSpread(Reduction):
         self._n = 0
 
     def add(self, first: int, piece: int, gradients: Tensor) -> None:
+        take = self.taker(piece, gradients[0])
+        for sample, gradient in enumerate(gradients.unbind(), first):
+            take(sample, gradient)
+
+    def taker(self, piece: int, like: Tensor) -> Take:
         if piece == len(self._sums):
-            like = gradients[0]
             self._sums.append((torch.zeros_like(like), torch.zeros_like(like)))
-        if piece == 0:
-            self._n += len(gradients)
         total, squares = self._sums[piece]
-        for row in gradients:
-            total.add_(row)
-            squares.addcmul_(row, row)
+
+        def take(sample: int, gradient: Tensor) -> None:
+            self._n += piece == 0
+            total.add_(gradient)
+            squares.addcmul_(gradient, gradient)
+
+        return take
 
     def result(self, assemble: Assemble) -> Moments | None:
         means, spreads = [], []
@@ -201,7 +224,7 @@ class _Group:
 
     def add_rows(self, gradients: Tensor) -> None:
         shift = self._own = torch.empty_like(self.mean) if self._own is None else self._own
-        for row in gradients:
+        for row in gradients.unbind():
             torch.sub(row, self.mean, out=shift)
             self._shift(shift, 1)
 
@@ -248,7 +271,7 @@ REDUCTIONS: dict[str, type[Reduction]] = {
 def add_squares(total: Tensor, gradients: Tensor) -> None:
     """Total [*p] += Σ_n gradients [n, *p] squared."""
     if _by_rows(total):
-        for row in gradients:
+        for row in gradients.unbind():
             total.addcmul_(row, row)
     else:
         total.add_(squares_of_first(gradients, 1))

@@ -39,6 +39,8 @@ class Geometry:
         """Unfold x [u, c, *space] at `positions` windows per axis: [u, c·k, Π positions]."""
         pads = [p for pair in zip(reversed(self.before), reversed(self.after), strict=True) for p in pair]
         x = F.pad(x, pads) if any(pads) else x
+        if prod(self.kernel) == 1:
+            return self._points(x, positions).flatten(2)
         x = x.contiguous()
         u, c, *_ = x.shape
         step = x.stride()
@@ -51,6 +53,13 @@ class Geometry:
             ),
         )
         return windows.reshape(u, c * prod(self.kernel), prod(positions))
+
+    def _points(self, x: Tensor, positions: Sequence[int]) -> Tensor:
+        """Windows of single places [u, c, *positions]; they lie as x does."""
+        if max(self.stride) > 1:
+            steps = tuple(slice(0, s * (p - 1) + 1, s) for s, p in zip(self.stride, positions, strict=True))
+            return x[:, :, *steps].clone()
+        return x
 
     def wide(self, x: Tensor, positions: Sequence[int]) -> Tensor:
         """Unfold x [u, c, *space] along all axes but the first: [u, padded space₀, Π positions₁…, k₁…·c].

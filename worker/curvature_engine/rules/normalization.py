@@ -13,8 +13,8 @@ from torch import Tensor
 from curvature_engine.precision import accumulation_dtype
 from curvature_engine.rules.base import Match, Rule, gives
 
-_HOT_NUMBERS = 2**17
-"""Of a normalised input: with what it is multiplied by, and the product, they stay in a core's own cache."""
+_HOT_NUMBERS = 2**18
+"""Of a normalised input, which stays in the cores' own caches."""
 
 
 class AffineRule(Rule):
@@ -46,8 +46,7 @@ class AffineRule(Rule):
 class FrozenNormRule(Rule):
     """The affine part of a normalisation with given statistics, one mean and variance a channel.
 
-    What is normalised is as large as the input, so on CPUs it is made of few samples at a time, while they lie in the
-    cache.
+    What is normalised is as large as the input, so on CPUs it is made of few samples at a time.
 
     Args:
         mean: [channels].
@@ -71,14 +70,23 @@ class FrozenNormRule(Rule):
         summed = (1, *range(3, g.dim()))
         if role == "bias":
             return g.sum(summed)
-        x, size = saved[0], len(g)
-        if g.device.type == "cpu":
-            size = max(1, _HOT_NUMBERS // max(1, g[:1].numel()))
-        parts = [
-            (self._normalized(some) * others).sum(summed)
-            for some, others in zip(torch.split(x, size), torch.split(g, size), strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        x = saved[0]
+        if g.device.type != "cpu" or torch.is_grad_enabled():
+            return (self._normalized(x) * g).sum(summed)
+        return self._in_parts(x, g, summed)
+
+    def _in_parts(self, x: Tensor, g: Tensor, summed: tuple[int, ...]) -> Tensor:
+        """Σ x̂ g, few samples at a time in one place, where they stay in the caches."""
+        scale, _ = self._scale_and_shift(x.dtype)
+        size = max(1, _HOT_NUMBERS // max(1, g[:1].numel()))
+        place = torch.empty_like(x[:size])
+        # Written out: a loop over a sample's numbers is several times as fast as one over its channels' alone.
+        mean = torch.empty_like(x[:1]).copy_(self._mean.view(scale.shape))
+        parts = []
+        for some, others in zip(torch.split(x, size), torch.split(g, size), strict=True):
+            centred = torch.sub(some, mean, out=place[: len(some)])
+            parts.append(centred.mul_(others).sum(summed))
+        return torch.cat(parts).mul_(scale.flatten())
 
     def _normalized(self, x: Tensor) -> Tensor:
         """X [..., channels, *space], normalised."""
