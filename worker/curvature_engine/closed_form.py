@@ -183,22 +183,34 @@ class ClosedForm(Contribution):
             return UncentredSpread()
         return super()._reduction(name)
 
-    def squares_in_pieces(self) -> tuple[list[Tensor], Assemble] | None:
-        single = self.single()
-        if single is None or sum(self._expected.values()) > 1:
+    def squares_in_pieces(self) -> tuple[SumSquared, Assemble] | None:
+        single = self._single_for_pieces()
+        if single is None:
             return None
-        prepared, g, rule = single
-        assemble = partial(assemble_tiles, rule, prepared.use.role, self._height)
-        fused = fused_squares(prepared, g, self.block, self._unfold)
-        if fused is not None:
-            return fused, assemble
+        prepared, _, rule = single
         while True:
             squares = SumSquared()
             try:
-                self._show([squares])
-                return squares.pieces, assemble
+                self._add_squares(single, squares)
+                return squares, partial(assemble_tiles, rule, prepared.use.role, self._height)
             except (RuntimeError, MemoryError) as error:
                 self._halve(error)
+
+    def add_squares_to(self, squares: SumSquared) -> bool:
+        single = self._single_for_pieces()
+        if single is not None:
+            self._add_squares(single, squares)
+        return single is not None
+
+    def _single_for_pieces(self) -> tuple[PreparedUse, Tensor, Rule] | None:
+        return None if sum(self._expected.values()) > 1 else self.single()
+
+    def _add_squares(self, single: tuple[PreparedUse, Tensor, Rule], squares: SumSquared) -> None:
+        fused = fused_squares(single[0], single[1], self.block, self._unfold)
+        if fused is None:
+            self._show([squares])
+        else:
+            squares.add_sums(fused)
 
     def _short(self, name: str, *, written: bool = False) -> Tensor | Moments | None:
         single = self.single()
@@ -242,10 +254,9 @@ class ClosedForm(Contribution):
             return
         prepared, g, rule = single
         for first in range(0, self._N, self._span):
-            block = slice(first, first + self._span)
-            saved = tuple(s[block] for s in prepared.saved)
+            saved, some = self._spanned(prepared, g, first)
             unfolded = self._unfold(prepared, first)
-            for piece, gradients in enumerate(rule.pieces(prepared.use.role, saved, g[block], unfolded)):
+            for piece, gradients in enumerate(rule.pieces(prepared.use.role, saved, some, unfolded)):
                 yield first, piece, gradients
 
     def _show(self, reductions: Collection[Reduction]) -> None:
@@ -273,17 +284,24 @@ class ClosedForm(Contribution):
         if single is None:
             return None
         prepared, g, rule = single
-        part = slice(first, first + self._span)
-        saved = tuple(s[part] for s in prepared.saved)
-        return rule.products(prepared.use.role, saved, g[part], self._unfold(prepared, first))
+        saved, some = self._spanned(prepared, g, first)
+        return rule.products(prepared.use.role, saved, some, self._unfold(prepared, first))
+
+    def _spanned(self, prepared: PreparedUse, g: Tensor, first: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Saved inputs and gradients of the samples that are unfolded together."""
+        if self._span >= self._N:
+            return tuple(prepared.saved), g
+        span = slice(first, first + self._span)
+        return tuple(s[span] for s in prepared.saved), g[span]
 
     def _unfold(self, prepared: PreparedUse, first: int) -> Tensor | None:
         """What the rule makes of the inputs of a block of samples, which columns to come may use again."""
-        rule, block = prepared.tap.rule, slice(first, first + self._span)
+        rule = prepared.tap.rule
         assert rule is not None
 
         def make() -> Tensor | None:
-            return rule.unfold(prepared.use.role, tuple(s[block] for s in prepared.saved))
+            span = slice(first, first + self._span)
+            return rule.unfold(prepared.use.role, tuple(s[span] for s in prepared.saved))
 
         if self._unfolded is None:
             return make()

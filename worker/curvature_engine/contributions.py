@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from curvature_engine.precision import accumulation_dtype
-from curvature_engine.reductions import REDUCTIONS, Assemble, Moments, Outer, Reduction
+from curvature_engine.reductions import REDUCTIONS, Assemble, Moments, Outer, Reduction, SumSquared
 from curvature_engine.tape import backward
 
 _ACCUMULATED_BYTES = 8
@@ -62,9 +62,16 @@ class Contribution(ABC):
         """The gradients as outer products, where they are such."""
         return None
 
-    def squares_in_pieces(self) -> tuple[list[Tensor], Assemble] | None:
+    def squares_in_pieces(self) -> tuple[SumSquared, Assemble] | None:
         """Σ_n g_n² in pieces, and what makes one tensor of them; None where it is made in another way, or shared."""
         return None
+
+    def add_squares_to(self, squares: SumSquared) -> bool:
+        """Add Σ_n g_n² to what `squares_in_pieces` of another column gave; False where it would give None.
+
+        What lacks memory raises it: a part may have been added.
+        """
+        return False
 
     def expect(self, reductions: Mapping[str, int]) -> None:
         """Say which reductions (names of methods) will be asked for, and how often.

@@ -6,7 +6,7 @@ over the gradients, so that these are made once and reduced while they lie in th
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -102,20 +102,27 @@ class SumSquared(Reduction):
         self.pieces: list[Tensor] = []
 
     def add(self, first: int, piece: int, gradients: Tensor) -> None:
-        add_squares(self._sum(piece, gradients[0]), gradients)
+        if piece == len(self.pieces):
+            self.pieces.append(pages.zeros(gradients.shape[1:], gradients))
+        add_squares(self.pieces[piece], gradients)
+
+    def add_sums(self, sums: Sequence[Tensor]) -> None:
+        """Take Σ g² of every piece."""
+        for piece, found in enumerate(sums):
+            if piece == len(self.pieces):
+                self.pieces.append(found)
+            else:
+                self.pieces[piece].add_(found)
 
     def taker(self, piece: int, like: Tensor) -> Take:
-        total = self._sum(piece, like)
+        if piece == len(self.pieces):
+            self.pieces.append(pages.zeros(like.shape, like))
+        total = self.pieces[piece]
 
         def take(sample: int, gradient: Tensor) -> None:
             total.addcmul_(gradient, gradient)
 
         return take
-
-    def _sum(self, piece: int, like: Tensor) -> Tensor:
-        if piece == len(self.pieces):
-            self.pieces.append(pages.zeros(like.shape, like))
-        return self.pieces[piece]
 
     def result(self, assemble: Assemble) -> Tensor:
         return assemble(self.pieces)
@@ -278,12 +285,12 @@ def add_squares(total: Tensor, gradients: Tensor) -> None:
 
 
 def _by_rows(like: Tensor) -> bool:
-    return like.device.type == "cpu" and like.numel() >= _BY_ROWS_FROM
+    return like.is_cpu and like.numel() >= _BY_ROWS_FROM
 
 
 def squares_of_first(x: Tensor, axes: int) -> Tensor:
     """Σ over the first axes, of the squares."""
-    if x.device.type == "cpu":
+    if x.is_cpu:
         return x.square().sum(tuple(range(axes)))
     # Squares that are written out take two further passes over memory, and memory is what a GPU waits for here.
     norms: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(axes)))

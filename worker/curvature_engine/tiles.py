@@ -23,7 +23,7 @@ _LEAST_BYTES = 2**20
 
 def pay(like: Tensor) -> bool:
     """Whether a consumed tensor is so large that its gradients are best made in tiles."""
-    return like.device.type == "cpu" and like.numel() * like.element_size() > _LEAST_BYTES
+    return like.is_cpu and like.numel() * like.element_size() > _LEAST_BYTES
 
 
 def reduce_tiles(first: int, pairs: Iterable[tuple[Tensor, Tensor]], reductions: Collection[Reduction]) -> None:

@@ -11,7 +11,7 @@ from curvature_engine.contributions import Contribution
 from curvature_engine.errors import memory_ran_out
 from curvature_engine.extensions.base import Sketch
 from curvature_engine.position_pairs import PositionPairs
-from curvature_engine.reductions import Assemble, Outer
+from curvature_engine.reductions import Assemble, Outer, SumSquared
 from curvature_engine.stacked import Stacked
 from curvature_engine.stacked_squares import fitting, stacked_squares, working_bytes
 
@@ -59,30 +59,29 @@ class SquaredPieces:
     """Σ over columns and samples, by parameter, for those whose gradients are made in pieces."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[list[Tensor], Assemble]] = {}
+        self._sums: dict[str, tuple[SumSquared, Assemble]] = {}
         self._others: set[str] = set()
 
     def take(self, parameter: str, contribution: Contribution) -> bool:
         """Add a column's; False where there is a shorter way to the sum of squares."""
         if parameter in self._others:
             return False
-        shorter = parameter not in self._sums and contribution.is_reduced("sum_squared")
-        found = None if shorter else contribution.squares_in_pieces()
-        if found is None:
-            self._others.add(parameter)
-            return False
-        if parameter not in self._sums:
-            self._sums[parameter] = found
+        if parameter in self._sums:
+            taken = contribution.add_squares_to(self._sums[parameter][0])
         else:
-            for total, piece in zip(self._sums[parameter][0], found[0], strict=True):
-                total.add_(piece)
-        return True
+            found = None if contribution.is_reduced("sum_squared") else contribution.squares_in_pieces()
+            taken = found is not None
+            if found is not None:
+                self._sums[parameter] = found
+        if not taken:
+            self._others.add(parameter)
+        return taken
 
     def release(self) -> dict[str, Tensor]:
         """What there is, [*p] each, which is forgotten."""
         sums, self._sums = self._sums, {}
         self._others.clear()
-        return {parameter: assemble(pieces) for parameter, (pieces, assemble) in sums.items()}
+        return {parameter: assemble(squares.pieces) for parameter, (squares, assemble) in sums.items()}
 
 
 _HELD_BYTES = 2**25
