@@ -77,11 +77,11 @@ class FrozenNormRule(Rule):
 
     def _in_parts(self, x: Tensor, g: Tensor, summed: tuple[int, ...]) -> Tensor:
         """Σ x̂ g, few samples at a time in one place, where they stay in the caches."""
-        scale, _ = self._scale_and_shift(x.dtype)
+        scale, _ = self._scale_and_shift(g.dtype)
         size = max(1, _HOT_NUMBERS // max(1, g[:1].numel()))
-        place = torch.empty_like(x[:size])
+        place = torch.empty_like(x[:size], dtype=g.dtype)
         # Written out: a loop over a sample's numbers is several times as fast as one over its channels' alone.
-        mean = torch.empty_like(x[:1]).copy_(self._mean.view(scale.shape))
+        mean = torch.empty_like(x[:1], dtype=g.dtype).copy_(self._mean.view(scale.shape))
         parts = []
         for some, others in zip(torch.split(x, size), torch.split(g, size), strict=True):
             centred = torch.sub(some, mean, out=place[: len(some)])
