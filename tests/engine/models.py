@@ -298,6 +298,22 @@ CASES = [
     ),
     Case("residual_batchnorm", Residual, images),
     Case(
+        "windows_of_one_place",
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 1, stride=2, padding=1),
+            nn.Tanh(),
+            nn.Conv2d(4, 4, 1, groups=2),
+            nn.Tanh(),
+            nn.ConvTranspose2d(4, 4, 1, stride=2, output_padding=1, groups=2),
+            nn.Tanh(),
+            nn.ConvTranspose2d(4, 2, 1, dilation=2, output_padding=(1, 0)),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(2, 3),
+        ),
+        images,
+    ),
+    Case(
         "convolutions",
         lambda: nn.Sequential(
             nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2),

@@ -56,10 +56,11 @@ class Geometry:
 
     def _points(self, x: Tensor, positions: Sequence[int]) -> Tensor:
         """Windows of single places [u, c, *positions]; they lie as x does."""
-        if max(self.stride) > 1:
-            steps = tuple(slice(0, s * (p - 1) + 1, s) for s, p in zip(self.stride, positions, strict=True))
-            return x[:, :, *steps].clone()
-        return x
+        if tuple(positions) == x.shape[2:]:
+            return x
+        # Of a transposed convolution with output padding, some places are in no window.
+        steps = tuple(slice(0, s * (p - 1) + 1, s) for s, p in zip(self.stride, positions, strict=True))
+        return x[:, :, *steps].clone()
 
     def wide(self, x: Tensor, positions: Sequence[int]) -> Tensor:
         """Unfold x [u, c, *space] along all axes but the first: [u, padded space₀, Π positions₁…, k₁…·c].
