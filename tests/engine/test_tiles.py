@@ -6,6 +6,7 @@ from tests.engine.reference import Reference
 from torch import nn
 
 import curvature_engine as engine
+from curvature_engine import reductions
 from curvature_engine.reductions import Reduction, Spread, SumSquared
 from curvature_engine.tiles import pay, reduce_tiles
 
@@ -91,6 +92,28 @@ def test_memory_that_runs_out_halves_what_is_unfolded(monkeypatch):
     assert max(seen) > 2 >= seen[-1]
     for name, tensor in expected["variance"].items():
         torch.testing.assert_close(found["variance"][name], tensor, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3, 6])
+def test_memory_that_runs_out_between_columns_counts_nothing_twice(monkeypatch, failing):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 9 * 9, 4)).double()
+    inputs, targets = torch.randn(6, 3, 11, 11, dtype=torch.float64), torch.arange(6) % 4
+    program = engine.load(torch.jit.script(net))
+    expected = engine.analyze(program, inputs, targets, ["diag_ggn_exact"])["diag_ggn_exact"]
+    calls, add = [], reductions.add_squares
+
+    def short(total, gradients):
+        calls.append(len(gradients))
+        if len(calls) == failing:
+            raise MemoryError("not enough memory")
+        add(total, gradients)
+
+    monkeypatch.setattr(reductions, "add_squares", short)
+    found = engine.analyze(program, inputs, targets, ["diag_ggn_exact"])["diag_ggn_exact"]
+    assert len(calls) > failing
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
