@@ -94,11 +94,11 @@ def test_memory_that_runs_out_halves_what_is_unfolded(monkeypatch):
         torch.testing.assert_close(found["variance"][name], tensor, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("failing", [1, 2, 3, 6])
+@pytest.mark.parametrize("failing", [2, 5, 9])
 def test_memory_that_runs_out_between_columns_counts_nothing_twice(monkeypatch, failing):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 9 * 9, 4)).double()
-    inputs, targets = torch.randn(6, 3, 11, 11, dtype=torch.float64), torch.arange(6) % 4
+    net = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 9 * 9, 5)).double()
+    inputs, targets = torch.randn(6, 8, 11, 11, dtype=torch.float64), torch.arange(6) % 5
     program = engine.load(torch.jit.script(net))
     expected = engine.analyze(program, inputs, targets, ["diag_ggn_exact"])["diag_ggn_exact"]
     calls, add = [], reductions.add_squares
@@ -111,7 +111,7 @@ def test_memory_that_runs_out_between_columns_counts_nothing_twice(monkeypatch, 
 
     monkeypatch.setattr(reductions, "add_squares", short)
     found = engine.analyze(program, inputs, targets, ["diag_ggn_exact"])["diag_ggn_exact"]
-    assert len(calls) > failing
+    assert len(calls) > 4 * 3, "four columns, each in three pieces, some of which came before what failed"
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=0)
 
