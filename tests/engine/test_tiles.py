@@ -7,6 +7,7 @@ from torch import nn
 
 import curvature_engine as engine
 from curvature_engine import reductions
+from curvature_engine.column_squares import ColumnSquares
 from curvature_engine.reductions import Reduction, Spread, SumSquared
 from curvature_engine.tiles import pay, reduce_tiles
 
@@ -97,7 +98,7 @@ def test_memory_that_runs_out_halves_what_is_unfolded(monkeypatch):
 @pytest.mark.parametrize("failing", [2, 5, 9])
 def test_memory_that_runs_out_between_columns_counts_nothing_twice(monkeypatch, failing):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 9 * 9, 5)).double()
+    net = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.GELU(), nn.Flatten(), nn.Linear(8 * 9 * 9, 5)).double()
     inputs, targets = torch.randn(6, 8, 11, 11, dtype=torch.float64), torch.arange(6) % 5
     program = engine.load(torch.jit.script(net))
     expected = engine.analyze(program, inputs, targets, ["diag_ggn_exact"])["diag_ggn_exact"]
@@ -112,6 +113,29 @@ def test_memory_that_runs_out_between_columns_counts_nothing_twice(monkeypatch, 
     monkeypatch.setattr(reductions, "add_squares", short)
     found = engine.analyze(program, inputs, targets, ["diag_ggn_exact"])["diag_ggn_exact"]
     assert len(calls) > 4 * 3, "four columns, each in three pieces, some of which came before what failed"
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_memory_that_runs_out_amid_several_columns_counts_nothing_twice(monkeypatch, failing):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 9), nn.Flatten()).double()
+    inputs, targets = torch.randn(6, 8, 11, 11, dtype=torch.float64), torch.arange(6) % 5
+    program = engine.load(torch.jit.script(net))
+    expected = engine.analyze(program, inputs, targets, ["diag_ggn_exact"])["diag_ggn_exact"]
+    calls, add = [], ColumnSquares._add_piece
+
+    def short(self, piece, pairs):
+        calls.append(len(pairs))
+        add(self, piece, pairs)
+        if len(calls) == failing:
+            raise MemoryError("not enough memory")
+
+    monkeypatch.setattr(ColumnSquares, "_add_piece", short)
+    found = engine.analyze(program, inputs, targets, ["diag_ggn_exact"])["diag_ggn_exact"]
+    assert len(calls) > failing
+    assert max(calls) == 4
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=0)
 

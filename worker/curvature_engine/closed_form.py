@@ -274,6 +274,11 @@ class ClosedForm(Contribution):
         return self._N
 
     @property
+    def like(self) -> Tensor:
+        """The parameter."""
+        return self._like
+
+    @property
     def numel(self) -> int:
         """Of one sample's gradient."""
         return self._like.numel()

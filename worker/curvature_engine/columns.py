@@ -11,13 +11,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from curvature_engine import streaming
 from curvature_engine.closed_form import ClosedForm
 from curvature_engine.contributions import Absent, Contribution, Fallback, Materialised
-from curvature_engine.heads import Head, Passed, find_head
 from curvature_engine.methods import Methods
 from curvature_engine.orders import Order
 from curvature_engine.precision import accumulation_dtype
 from curvature_engine.program import Parameter
 from curvature_engine.stacked import Stacked
 from curvature_engine.streaming import Arrivals, Stream
+from curvature_engine.stretches import Passed, Stretch, find_stretches
 from curvature_engine.tape import backward
 from curvature_engine.tasks import Part
 from curvature_engine.unfolded import Unfolded
@@ -83,16 +83,20 @@ class Columns:
         return found[len(needed) :]
 
     @cached_property
-    def head(self) -> Head | None:
-        """The program's end, through which several columns can go at once, if that is allowed."""
+    def stretches(self) -> Sequence[Stretch]:
+        """Through which several columns can go at once, from the outputs on, if that is allowed."""
         if "fallback" in self._methods.by_parameter.values():
-            return None
-        return find_head(self._part.outputs, self._part.forward.tape, self._needed)
+            return ()
+        return find_stretches(self._part.outputs, self._part.forward.tape, self._needed)
 
     @property
     def together(self) -> int:
-        """How many columns are best sent back together."""
-        return 1 if self.head is None else self.head.together(self._part.outputs.device)
+        """How many columns are best made and sent back together."""
+        return self.stretches[0].together if self.stretches else 1
+
+    def at_outputs(self, columns: Tensor) -> Passed:
+        """Columns [k, *outputs], about to go back."""
+        return Passed(columns, {}, get_gradient_edge(self._part.outputs), columns)
 
     @property
     def _needed(self) -> list[int]:
@@ -102,47 +106,50 @@ class Columns:
     def _needed_for(self, names: Collection[str]) -> list[int]:
         return sorted({u.tap_index for name in names for u in self._methods.uses[name]})
 
-    def stacked(self, passed: Passed, k: int) -> Iterator[tuple[str, Stacked]]:
-        """What k columns contribute to the parameters in the head alone."""
-        for name, parameter in self._selected.items():
+    def stacked(self, passed: Passed, names: Collection[str]) -> Iterator[tuple[str, Stacked]]:
+        """What several columns contribute to those of some parameters whose taps were all passed."""
+        arranged: dict[int, Tensor] = {}
+        for name in names:
             uses = self._methods.uses[name]
             if not uses or not all(u.tap_index in passed.taps and Stacked.takes(u) for u in uses):
                 continue
-            stacked = [(u, u.arranged_gradients(passed.taps[u.tap_index])) for u in uses]
-            yield name, Stacked(stacked, parameter.tensor, k, self._part.n, self._order.budget.block_bytes)
+            for use in uses:
+                if use.tap_index not in arranged:
+                    arranged[use.tap_index] = use.arranged_gradients(passed.taps[use.tap_index])
+            stacked = [(use, arranged[use.tap_index]) for use in uses]
+            k, n, block_bytes = len(passed.columns), self._part.n, self._order.budget.block_bytes
+            yield name, Stacked(stacked, self._selected[name].tensor, k, n, block_bytes, self._unfolded)
 
-    def take_one_of(self, passed: Passed, column: int, cotangent: Tensor, names: Collection[str], take: Take) -> None:
-        """As `take`, of one of the columns that went through the head together, and for some parameters.
+    def take_one_of(self, passed: Passed, column: int, names: Collection[str], take: Take) -> None:
+        """As `take`, of one of the columns that came some of the way together, and for some parameters.
 
         Under `verify` it is checked for all parameters.
         """
-        known = self._in_head(passed, column, names)
+        known = self._passed_taps(passed, column, names)
         rest = [i for i in self._needed_for(names) if i not in known]
-        end = None if self.head is None else self.head.end
-        if self._streams and rest and end is not None and passed.behind is not None:
-            self._stream(self._way(end, rest), end, passed.behind[column], names, known, take)
+        if self._streams and rest and passed.end is not None:
+            way = self._way(passed.end, rest)
+            self._stream(way, passed.end, passed.behind[column], names, known, take)
             return
-        for name, contribution in self._one_of(passed, column, cotangent, names):
+        for name, contribution in self._one_of(passed, column, names):
             take(name, contribution)
 
-    def _in_head(self, passed: Passed, column: int, names: Collection[str]) -> dict[int, Tensor | None]:
-        """The gradients at the head's taps that some parameters need, of one of the columns."""
+    def _passed_taps(self, passed: Passed, column: int, names: Collection[str]) -> dict[int, Tensor | None]:
+        """The gradients at the taps passed that some parameters need, of one of the columns."""
         taps = self._part.forward.tape.taps
         inside = (i for i in self._needed_for(names) if i in passed.taps)
         return {i: taps[i].shaped([passed.taps[i][column]])[0] for i in inside}
 
-    def _one_of(
-        self, passed: Passed, column: int, cotangent: Tensor, names: Collection[str]
-    ) -> Iterator[tuple[str, Contribution]]:
-        verification = self._verification(cotangent)
+    def _one_of(self, passed: Passed, column: int, names: Collection[str]) -> Iterator[tuple[str, Contribution]]:
+        verification = self._verification(passed.columns[column])
         if verification is not None:
             names = self._selected
-        gradients = self._in_head(passed, column, names)
+        gradients = self._passed_taps(passed, column, names)
         rest = [i for i in self._needed_for(names) if i not in gradients]
-        if self.head is None or self.head.end is None or passed.behind is None:
+        if passed.end is None:
             gradients |= dict.fromkeys(rest)
         elif rest:
-            gradients |= self._part.at_taps(rest, passed.behind[column], self.head.end)
+            gradients |= self._part.at_taps(rest, passed.behind[column], passed.end)
         arranged: dict[int, Tensor] = {}
         for name in names:
             contribution = self.closed(name, self._selected[name], gradients, arranged)

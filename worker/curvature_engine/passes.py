@@ -32,6 +32,7 @@ from curvature_engine.requests import Request
 from curvature_engine.residuals import Residuals, affine, find_bends
 from curvature_engine.results import Group
 from curvature_engine.stores import Layout, ResultStore
+from curvature_engine.stretches import Passed, Stretch
 from curvature_engine.tape import Tape
 from curvature_engine.tasks import Part, Share, Task, chosen_samples
 
@@ -357,32 +358,42 @@ class BackwardPasses:
         size = min(count, self._columns.together)
         for first in range(0, count, size):
             stop = min(count, first + size)
-            if stop - first == 1:
+            if not self._columns.stretches:
                 column = bound.root_column(first) if self._any_root else bound.exact_column(first)
                 self._column(self._part.rows(column), shares)
             else:
                 columns = (bound.root_columns if self._any_root else bound.exact_columns)(first, stop)
-                self._several(self._part.rows_of_several(columns), shares)
+                start = self._columns.at_outputs(self._part.rows_of_several(columns))
+                with torch.no_grad():
+                    self._go_on(start, dict.fromkeys(self._selected, shares), self._columns.stretches)
 
-    def _several(self, columns: Tensor, shares: list[Share]) -> None:
-        head = self._columns.head
-        assert head is not None
-        with torch.no_grad():
-            passed = head.back(columns)
-            left = dict.fromkeys(self._selected, shares)
-            for name, stacked in self._columns.stacked(passed, len(columns)):
-                left[name] = [share for share in shares if not share.take_stacked(name, stacked)]
-            names = [name for name in self._selected if left[name]]
-            expected = {name: _expected(left[name]) for name in names}
+    def _go_on(self, passed: Passed, left: Mapping[str, list[Share]], stretches: Sequence[Stretch]) -> None:
+        """Send columns back through stretches, and have them taken by those who are left: at once where that goes."""
+        if not stretches:
+            self._one_by_one(passed, left)
+            return
+        for some in stretches[0].back(passed):
+            self._go_on(some, self._stacked(some, left), stretches[1:])
 
-            def take(name: str, contribution: Contribution) -> None:
-                contribution.expect(expected.get(name, {}))
-                for share in left[name]:
-                    share.take(name, contribution)
+    def _stacked(self, passed: Passed, left: Mapping[str, list[Share]]) -> dict[str, list[Share]]:
+        """Have several columns taken at once; who is left, by parameter."""
+        rest = dict(left)
+        for name, stacked in self._columns.stacked(passed, list(left)):
+            rest[name] = [share for share in left[name] if not share.take_stacked(name, stacked)]
+        return {name: shares for name, shares in rest.items() if shares}
 
-            for v, column in enumerate(columns):
-                self._columns.take_one_of(passed, v, column, names, take)
-                self._advance()
+    def _one_by_one(self, passed: Passed, left: Mapping[str, list[Share]]) -> None:
+        """Have columns taken one after another."""
+        expected = {name: _expected(shares) for name, shares in left.items()}
+
+        def take(name: str, contribution: Contribution) -> None:
+            contribution.expect(expected.get(name, {}))
+            for share in left.get(name, ()):
+                share.take(name, contribution)
+
+        for column in range(len(passed.columns)):
+            self._columns.take_one_of(passed, column, left, take)
+            self._advance()
 
     def _advance(self) -> None:
         self._done += 1

@@ -109,10 +109,14 @@ class SumSquared(Reduction):
     def add_sums(self, sums: Sequence[Tensor]) -> None:
         """Take Σ g² of every piece."""
         for piece, found in enumerate(sums):
-            if piece == len(self.pieces):
-                self.pieces.append(found)
-            else:
-                self.pieces[piece].add_(found)
+            self.add_to(piece, found)
+
+    def add_to(self, piece: int, found: Tensor) -> None:
+        """Take Σ g² of one piece."""
+        if piece == len(self.pieces):
+            self.pieces.append(found)
+        else:
+            self.pieces[piece].add_(found)
 
     def taker(self, piece: int, like: Tensor) -> Take:
         if piece == len(self.pieces):

@@ -1,5 +1,7 @@
 """The diagonal of the generalized Gauss-Newton matrix, exact and by Monte Carlo."""
 
+from functools import partial
+
 from torch import Tensor
 
 from curvature_engine.contributions import Contribution
@@ -40,14 +42,18 @@ class Diagonal(Accumulator):
 
     def add_stacked(self, parameter: str, stacked: Stacked) -> bool:
         if stacked.needs_inputs:
-            return self._outers.take_stacked(parameter, stacked)
+            if self._outers.take_stacked(parameter, stacked):
+                return True
+            if self._waiting.waits(parameter, partial(stacked.column, 0)):
+                return False
+            return self._pieces.take_stacked(parameter, stacked)
         self._put(parameter, stacked.as_more_samples().sum_squared())
         return True
 
     def stop(self) -> None:
         for parameter, columns in self._waiting.release_all():
             self._put(parameter, squares(columns))
-        for parameter, total in self._pieces.release().items():
+        for parameter, total in self._pieces.release():
             self._put(parameter, total)
         for parameter, outer in self._outers.release().items():
             self._put(parameter, outer.sum())

@@ -1,12 +1,13 @@
 """Squares of individual gradients summed over columns, in the forms in which they come: made whole once, at the end."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from curvature_engine import position_pairs
 from curvature_engine.closed_form import ClosedForm
+from curvature_engine.column_squares import ColumnSquares
 from curvature_engine.contributions import Contribution
 from curvature_engine.errors import memory_ran_out
 from curvature_engine.extensions.base import Sketch
@@ -60,6 +61,7 @@ class SquaredPieces:
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[SumSquared, Assemble]] = {}
+        self._columns: dict[str, ColumnSquares] = {}
         self._others: set[str] = set()
 
     def take(self, parameter: str, contribution: Contribution) -> bool:
@@ -77,11 +79,24 @@ class SquaredPieces:
             self._others.add(parameter)
         return taken
 
-    def release(self) -> dict[str, Tensor]:
-        """What there is, [*p] each, which is forgotten."""
-        sums, self._sums = self._sums, {}
+    def take_stacked(self, parameter: str, stacked: Stacked) -> bool:
+        """Add several columns'; False where they are to come one after another."""
+        if parameter not in self._columns:
+            found = ColumnSquares.of(stacked.column(0))
+            if found is None:
+                return False
+            self._columns[parameter] = found
+        self._columns[parameter].add(stacked.uses[0][1])
+        return True
+
+    def release(self) -> Iterator[tuple[str, Tensor]]:
+        """What there is, parameter by parameter, [*p] each, which is forgotten."""
+        for parameter in list(self._sums):
+            squares, assemble = self._sums.pop(parameter)
+            yield parameter, assemble(squares.pieces)
+        for parameter in list(self._columns):
+            yield parameter, self._columns.pop(parameter).total()
         self._others.clear()
-        return {parameter: assemble(squares.pieces) for parameter, (squares, assemble) in sums.items()}
 
 
 _HELD_BYTES = 2**25
@@ -111,18 +126,23 @@ class WaitingColumns:
 
     def take(self, parameter: str, contribution: Contribution) -> bool:
         """Add a column's; False where it is to be squared by itself."""
-        if self._columns == 1 or not isinstance(contribution, ClosedForm):
-            return False
-        if parameter not in self._most:
-            self._most[parameter] = most = self._fitting(contribution, self._left)
-            self._left -= most * _held_bytes(contribution)
-        if not self._most[parameter]:
+        if not isinstance(contribution, ClosedForm) or not self.waits(parameter, lambda: contribution):
             return False
         waiting = self._waiting.setdefault(parameter, [])
         if waiting and not _are_alike(waiting[0], contribution):
             return False
         waiting.append(contribution)
         return True
+
+    def waits(self, parameter: str, make: Callable[[], ClosedForm]) -> bool:
+        """Whether such a contribution's columns are squared together."""
+        if self._columns == 1:
+            return False
+        if parameter not in self._most:
+            contribution = make()
+            self._most[parameter] = most = self._fitting(contribution, self._left)
+            self._left -= most * _held_bytes(contribution)
+        return self._most[parameter] > 0
 
     def full(self, parameter: str) -> bool:
         """Whether no more of its columns can wait."""

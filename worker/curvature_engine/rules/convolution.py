@@ -145,6 +145,9 @@ class ConvolutionRule(Rule):
         here, patches = self._sides(saved[0].flatten(0, 1), g.flatten(0, 1))
         return self._products(here, patches, T)
 
+    def sum_squared(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor | None:
+        return g.flatten(3).sum((1, 3)).square().sum(0) if role == "bias" else None
+
     def _sides(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """What a gradient is the product of: a tensor [u, a, *space] and patches [u, b·k, L]."""
         # The transposed convolution is the adjoint: input and output gradient change places.

@@ -1,0 +1,88 @@
+"""Squares of one parameter's individual gradients under column after column, on CPUs.
+
+What the columns have in common is kept, above all what the rule made of the inputs. So of a column little is left
+beside the products with it.
+"""
+
+import torch
+from torch import Tensor
+
+from curvature_engine.closed_form import ClosedForm
+from curvature_engine.kernels import choice
+from curvature_engine.prepared_uses import PreparedUse
+from curvature_engine.reductions import SumSquared
+from curvature_engine.rules import Rule
+from curvature_engine.tiles import assemble, pay, reduce_tiles
+
+_NEAR_BYTES = 2**22
+"""Of a piece of all samples' gradients: larger ones are summed over the samples column by column."""
+
+
+class ColumnSquares:
+    """Σ over columns and samples of g², of a parameter whose gradients are products with something of its inputs.
+
+    Args:
+        use: the parameter's only one.
+        inputs: the factor of the inputs, by piece, [N, P, in].
+        like: the parameter.
+    """
+
+    def __init__(self, use: PreparedUse, inputs: list[Tensor], like: Tensor) -> None:
+        assert use.tap.rule is not None
+        self.use = use
+        self._rule: Rule = use.tap.rule
+        self._role, self._inputs, self._like = use.use.role, inputs, like
+        self._turned, self._tiled = self._rule.inputs_first, pay(like)
+        self._sums = SumSquared()
+
+    @classmethod
+    def of(cls, contribution: ClosedForm) -> "ColumnSquares | None":
+        """For contributions like this; None where they are no such products, or not of all samples at a time."""
+        single = contribution.single()
+        if single is None or contribution.block < contribution.N:
+            return None
+        use, g, rule = single
+        if not g.is_cpu or choice.is_for_kernels(g):
+            return None
+        pairs = contribution.factors(0)
+        if pairs is None:
+            return None
+        return cls(use, [pair[0 if rule.inputs_first else 1] for pair in pairs], contribution.like)
+
+    def add(self, g: Tensor) -> None:
+        """Add the squares of some columns, whose gradients of the operator's output are g [k·N, T, …].
+
+        What lacks memory raises it: a part may have been added.
+        """
+        outputs = self._rule.by_position(self._role, g)
+        assert outputs is not None  # as there were factors
+        N = len(self._inputs[0])
+        columns = outputs.view(len(g) // N, N, *outputs.shape[1:]).unbind()
+        if self._tiled:
+            for column in columns:
+                reduce_tiles(0, [self._pair(column, x) for x in self._inputs], [self._sums])
+            return
+        for piece, x in enumerate(self._inputs):
+            self._add_piece(piece, [self._pair(column, x) for column in columns])
+
+    def _pair(self, column: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (x, column) if self._turned else (column, x)
+
+    def _add_piece(self, piece: int, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Add the squares of products of left [N, P, a] and right [N, P, b]."""
+        left, right = pairs[0]
+        product = left.new_empty((len(left), left.shape[2], right.shape[2]))
+        if len(pairs) == 1 or product.nbytes > _NEAR_BYTES:
+            for left, right in pairs:
+                self._sums.add(0, piece, torch.bmm(left.mT, right, out=product))
+            return
+        # By sample, in calls that threads can share: then over the samples, once for all columns.
+        squares = torch.bmm(left.mT, right, out=product).square()
+        for left, right in pairs[1:]:
+            torch.bmm(left.mT, right, out=product)
+            squares.addcmul_(product, product)
+        self._sums.add_to(piece, squares.sum(0))
+
+    def total(self) -> Tensor:
+        """What there is, [*p]."""
+        return assemble(self._rule, self._role, self._like.shape[0], self._sums.pieces)
