@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curvature_engine.rules import patch_norms
 from curvature_engine.rules.base import Match, Rule, gives
 from curvature_engine.rules.patch_moments import choose_form, patch_moment, patch_sums
 
@@ -146,7 +147,13 @@ class ConvolutionRule(Rule):
         return self._products(here, patches, T)
 
     def sum_squared(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor | None:
-        return g.flatten(3).sum((1, 3)).square().sum(0) if role == "bias" else None
+        return self.per_sample(role, saved, g).square().sum(0) if role == "bias" else None
+
+    def squared_norms(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor | None:
+        return self.per_sample(role, saved, g).square().sum(1) if role == "bias" else None
+
+    def is_reduced(self, reduction: str, role: str, saved: Sequence[Tensor], g: Tensor) -> bool:
+        return role == "bias"
 
     def _sides(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """What a gradient is the product of: a tensor [u, a, *space] and patches [u, b·k, L]."""
@@ -253,6 +260,22 @@ class DirectConvolutionRule(ConvolutionRule):
 
     def is_product(self, role: str, g: Tensor) -> bool:
         return role != "bias" and g.shape[1] == 1 and self._geometry.groups == 1
+
+    def squared_norms(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor | None:
+        if role == "bias" or not self.is_reduced("squared_norms", role, saved, g):
+            return super().squared_norms(role, saved, g)
+        return patch_norms.squared_norms(saved[0][:, 0], g[:, 0], self._geometry)
+
+    def is_reduced(self, reduction: str, role: str, saved: Sequence[Tensor], g: Tensor) -> bool:
+        if role == "bias" or reduction != "squared_norms" or not self.is_product(role, g):
+            return super().is_reduced(reduction, role, saved, g)
+        return patch_norms.pay(saved[0][:, 0], g[:, 0], prod(self._geometry.kernel))
+
+    def norms_multiply_adds(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
+        if role == "bias":
+            return g.numel()
+        x, taps = saved[0], prod(self._geometry.kernel)
+        return len(x) * patch_norms.multiply_adds((x.shape[2], g.shape[2]), x.shape[3:], g.shape[3:], taps)
 
     def products(
         self, role: str, saved: Sequence[Tensor], g: Tensor, unfolded: Tensor | None
