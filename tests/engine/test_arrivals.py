@@ -25,9 +25,9 @@ def streamed(monkeypatch):
     """Have all jobs stream, and count the columns that do."""
     found, original = [], columns.Columns._stream
 
-    def counted(self, *arguments):
+    def counted(self, *arguments, **options):
         found.append(1)
-        return original(self, *arguments)
+        return original(self, *arguments, **options)
 
     monkeypatch.setattr(columns.Columns, "_stream", counted)
     monkeypatch.setattr(streaming, "LEAST_BYTES", 0)

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
+import curvature_engine as engine
+from curvature_engine import streaming
 from curvature_engine.rules.normalization import FrozenNormRule
 
 SAMPLES, TIMES, CHANNELS, SPACE = 5, 2, 6, (70, 90)
@@ -35,3 +38,35 @@ def test_parts_can_be_differentiated():
     mean, variance = torch.randn(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
     rule = FrozenNormRule(mean, variance, 1e-5, 1)
     torch.autograd.gradcheck(lambda t: rule.per_sample("weight", (t,), g), (x,))
+
+
+@pytest.mark.parametrize("least", [0, 2**40], ids=["as they arrive", "when all have"])
+@pytest.mark.parametrize("others", [["diag_ggn_mc"], ["variance"], ["batch_grad", "diag_ggn_exact"]], ids="+".join)
+def test_a_gradient_is_the_sum_of_the_samples_own(monkeypatch, others, least):
+    """Which costs less there than autograd's, where individual gradients can be made anyway."""
+    monkeypatch.setattr(streaming, "LEAST_BYTES", least)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)).eval()
+    nn.init.uniform_(net[1].running_mean)
+    inputs, targets = torch.randn(5, 2, 6, 6), torch.arange(5) % 3
+    program = engine.load(torch.jit.script(net))
+    made, per_sample = [], FrozenNormRule.per_sample
+
+    def counted(self, role, saved, g):
+        made.append(role)
+        return per_sample(self, role, saved, g)
+
+    monkeypatch.setattr(FrozenNormRule, "per_sample", counted)
+    before = 0
+    for _ in range(2):  # the first has to ask which row is which sample's
+        before = -len(made)
+        engine.analyze(program, inputs, targets, others)
+        before += len(made)
+    made.clear()
+    found = engine.analyze(program, inputs, targets, ["grad", *others])["grad"]
+    if others == ["diag_ggn_mc"]:
+        assert len(made) == before + 2, "a weight's and a bias's of the loss's gradient beside the column's"
+    for name, parameter in net.named_parameters():
+        (expected,) = torch.autograd.grad(nn.CrossEntropyLoss()(net(inputs), targets), [parameter])
+        torch.testing.assert_close(found[name], expected, rtol=2e-5, atol=1e-6)
+        assert found[name].shape == parameter.shape

@@ -61,26 +61,46 @@ class Columns:
                 take(name, contribution)
             return
         outputs = self._part.outputs
-        self._stream(self._way(get_gradient_edge(outputs), self._needed), outputs, cotangent, self._selected, {}, take)
+        way = self._way(get_gradient_edge(outputs), self._needed)
+        self._stream(way, outputs, cotangent, self._selected, {}, take, once=self._once)
 
-    def take_with_gradient(self, leaves: Sequence[Tensor], take: Take, taken: set[int]) -> list[Tensor | None] | None:
-        """`take` under the loss's gradient, which the same pass brings to `leaves`; None where that does not pay.
+    def take_with_gradient(
+        self, leaves: Sequence[Tensor], names: Collection[str], take: Take, taken: set[int], *, further: bool
+    ) -> list[Tensor | None] | None:
+        """Have some parameters taken under the loss's gradient, which the same pass brings to `leaves`.
 
-        Where gradients lay that may have been kept is added to `taken`.
+        None, and nothing taken, where that does not pay. Where gradients lay that may have been kept is added to
+        `taken`; `further` says whether a column is still to come.
         """
-        if not self._streams or self._methods.at_hand:
+        if not self._streams or self._methods.at_hand or not names:
             return None
         outputs = self._part.outputs
-        way = self._way(get_gradient_edge(outputs), self._needed, leaves)
-        return self._stream(way, outputs, self._gradient(), self._selected, {}, take, taken)
+        way = self._way(get_gradient_edge(outputs), self._needed_for(names), leaves)
+        once = self._once and not further
+        return self._stream(way, outputs, self._gradient(), names, {}, take, taken, once=once)
 
-    def ordinary_gradient(self, leaves: Sequence[Tensor], *, keep: bool) -> list[Tensor | None]:
-        """The loss's gradient in parameters; with `keep` those at the taps, which the same pass meets, are at hand."""
-        taps, needed = self._part.forward.tape.taps, self._needed if keep else []
+    def ordinary_gradient(self, leaves: Sequence[Tensor], names: Collection[str]) -> list[Tensor | None]:
+        """The loss's gradient in leaves; the same pass has those at the taps of some parameters at hand."""
+        taps = self._part.forward.tape.taps
+        needed = [i for i in self._needed_for(names) if i not in self._methods.at_hand]
         found = backward(self._part.outputs, [*(taps[i].edges[0] for i in needed), *leaves], self._gradient())
-        if keep:
-            self._methods.at_hand = {i: taps[i].shaped([g])[0] for i, g in zip(needed, found, strict=False)}
+        self._methods.at_hand |= {i: taps[i].shaped([g])[0] for i, g in zip(needed, found, strict=False)}
         return found[len(needed) :]
+
+    @cached_property
+    def summed(self) -> frozenset[str]:
+        """Parameters whose gradient is best had as the sum of the samples' own."""
+        if self._part.outputs.device.type != "cpu" or self._order.verify:
+            return frozenset()
+        singles = ((name, uses[0]) for name, uses in self._methods.uses.items() if len(uses) == 1)
+        return frozenset(
+            name
+            for name, use in singles
+            if use.tap.rule is not None
+            and use.tap.rule.sums
+            and use.use.watched.index is None
+            and len(self._selected[name].tensors) == 1
+        )
 
     @cached_property
     def stretches(self) -> Sequence[Stretch]:
@@ -104,7 +124,7 @@ class Columns:
         return self._needed_for(self._methods.uses)
 
     def _needed_for(self, names: Collection[str]) -> list[int]:
-        return sorted({u.tap_index for name in names for u in self._methods.uses[name]})
+        return sorted({u.tap_index for name in names for u in self._methods.uses.get(name, ())})
 
     def stacked(self, passed: Passed, names: Collection[str]) -> Iterator[tuple[str, Stacked]]:
         """What several columns contribute to those of some parameters whose taps were all passed."""
@@ -129,7 +149,7 @@ class Columns:
         rest = [i for i in self._needed_for(names) if i not in known]
         if self._streams and rest and passed.end is not None:
             way = self._way(passed.end, rest)
-            self._stream(way, passed.end, passed.behind[column], names, known, take)
+            self._stream(way, passed.end, passed.behind[column], names, known, take, once=self._once)
             return
         for name, contribution in self._one_of(passed, column, names):
             take(name, contribution)
@@ -158,15 +178,19 @@ class Columns:
             yield name, contribution
         self._heed(verification)
 
-    def contributions(self, cotangent: Tensor) -> Iterator[tuple[str, Contribution]]:
-        """Every parameter's contribution under a cotangent."""
-        needed, at_hand = self._needed, self._methods.at_hand
+    def contributions(
+        self, cotangent: Tensor, names: Collection[str] | None = None
+    ) -> Iterator[tuple[str, Contribution]]:
+        """Some parameters' contribution under a cotangent; those of all where none are named."""
+        names = self._selected if names is None else names
+        needed, at_hand = self._needed_for(names), self._methods.at_hand
         at_hand = at_hand if at_hand and cotangent is self._gradient() else {}
         gradients = at_hand if at_hand.keys() >= set(needed) else self._part.at_taps(needed, cotangent)
-        fallbacks = self._fallbacks(cotangent)
+        fallbacks = self._fallbacks(cotangent, names)
         verification = self._verification(cotangent)
         arranged: dict[int, Tensor] = {}
-        for name, parameter in self._selected.items():
+        for name in names:
+            parameter = self._selected[name]
             contribution = fallbacks.get(name) or self.closed(name, parameter, gradients, arranged)
             if verification is not None:
                 verification.check(name, contribution)
@@ -216,6 +240,8 @@ class Columns:
         known: dict[int, Tensor | None],
         take: Take,
         taken: set[int] | None = None,
+        *,
+        once: bool,
     ) -> list[Tensor | None]:
         uses = {name: {u.tap_index for u in self._methods.uses[name]} for name in self._selected if name in names}
 
@@ -225,7 +251,7 @@ class Columns:
         arranged = {u.tap_index: u.arranged for each in self._methods.uses.values() for u in each}
 
         def done(number: int) -> None:
-            if self._once:
+            if once:
                 arranged[number].let_go()
 
         arrivals = Arrivals(uses, ready, done)
@@ -237,7 +263,7 @@ class Columns:
 
         for number, gradient in known.items():
             arrivals.receive(number, gradient)
-        found = way.back(start, cotangent, receive, last=self._once)
+        found = way.back(start, cotangent, receive, last=once)
         for name in (name for name, numbers in uses.items() if not numbers):
             ready(name, {})
         return found
@@ -286,9 +312,9 @@ class Columns:
             verdict.derived.recall(key, lambda: contribution.block)
         return contribution
 
-    def _fallbacks(self, cotangent: Tensor) -> dict[str, Contribution]:
-        """Per-sample gradients of the parameters without closed form: together where they fit the budget."""
-        names = [n for n, method in self._methods.by_parameter.items() if method == "fallback"]
+    def _fallbacks(self, cotangent: Tensor, names: Collection[str]) -> dict[str, Contribution]:
+        """Per-sample gradients of those without closed form: together where they fit the budget."""
+        names = [n for n, method in self._methods.by_parameter.items() if method == "fallback" and n in names]
         if not names:
             return {}
         N, outputs = self._part.n, self._part.outputs

@@ -7,7 +7,7 @@ the whole batch.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TypeVar
 
@@ -304,34 +304,40 @@ class BackwardPasses:
 
     def _first_order(self, shares: list[Share]) -> None:
         """Take the loss's gradient, that of the whole where it is asked for, by one pass together."""
-        if any(r.extension.name == "grad" for r in self._order.requests):
-            leaves = [t for p in self._selected.values() for t in p.tensors]
-            taken = {t.untyped_storage().data_ptr() for t in [self._gradient, *leaves, *self._saved]}
-            gradients = None
+        if not any(r.extension.name == "grad" for r in self._order.requests):
             if shares:
-                with torch.no_grad():
-                    gradients = self._columns.take_with_gradient(leaves, self._taking(shares), taken)
-            if gradients is not None:
-                self._advance()
-                shares = []
-            else:
-                gradients = self._columns.ordinary_gradient(leaves, keep=bool(shares))
-                at_hand = (g for g in self._methods.at_hand.values() if g is not None)
-                taken.update(t.untyped_storage().data_ptr() for t in at_hand)
-            self._add_gradient(gradients, taken)
+                self._column(self._gradient, shares)
+            return
+        sums: dict[str, Tensor] = {}
+        summed = self._columns.summed
+        leaves = [t for name, p in self._selected.items() for t in p.tensors if name not in summed]
+        taken = {t.untyped_storage().data_ptr() for t in [self._gradient, *leaves, *self._saved]}
+        names = self._selected if shares else [name for name in self._selected if name in summed]
+        take = self._taking(shares, summed, sums)
+        with torch.no_grad():
+            gradients = self._columns.take_with_gradient(leaves, names, take, taken, further=not shares)
+            if gradients is None:
+                gradients = self._columns.ordinary_gradient(leaves, names)
+                taken.update(g.untyped_storage().data_ptr() for g in self._methods.at_hand.values() if g is not None)
+                for name, contribution in self._columns.contributions(self._gradient, names):
+                    take(name, contribution)
+        self._add_gradient(gradients, sums, taken)
         if shares:
-            self._column(self._gradient, shares)
+            self._advance()
 
     @property
     def _saved(self) -> Iterator[Tensor]:
         return (t for tap in self._part.forward.tape.taps for t in tap.saved)
 
-    def _add_gradient(self, gradients: Sequence[Tensor | None], taken: set[int]) -> None:
-        """Add what came to the parameters' tensors; `taken` is the memory of others."""
+    def _add_gradient(self, gradients: Sequence[Tensor | None], sums: Mapping[str, Tensor], taken: set[int]) -> None:
+        """Add what came to the other parameters' tensors than those summed; `taken` is the memory of others."""
         place = 0
         for name, parameter in self._selected.items():
-            total = _sum_of(gradients[place : place + len(parameter.tensors)], parameter.tensor, taken)
-            place += len(parameter.tensors)
+            if name in sums:
+                total = sums[name]
+            else:
+                total = _sum_of(gradients[place : place + len(parameter.tensors)], parameter.tensor, taken)
+                place += len(parameter.tensors)
             self._gradients[name] = self._gradients[name] + total if name in self._gradients else total
 
     def _column(self, cotangent: Tensor, shares: list[Share]) -> None:
@@ -340,15 +346,18 @@ class BackwardPasses:
         self._advance()
 
     @staticmethod
-    def _taking(shares: list[Share]) -> Take:
+    def _taking(shares: list[Share], summed: Collection[str] = (), sums: dict[str, Tensor] | None = None) -> Take:
+        """What has shares take contributions; of those summed, the sums over the samples come into `sums`."""
         # One that writes gradients out comes first, so that the others find theirs made.
         shares = sorted(shares, key=lambda share: not share.accumulator.writes)
         expected = _expected(shares)
 
         def take(name: str, contribution: Contribution) -> None:
-            contribution.expect(expected)
+            contribution.expect({**expected, "total": expected["total"] + 1} if name in summed else expected)
             for share in shares:
                 share.take(name, contribution)
+            if sums is not None and name in summed:
+                sums[name] = contribution.total()
 
         return take
 

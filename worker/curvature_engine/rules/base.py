@@ -27,6 +27,7 @@ class Rule(ABC):
         bias_scale: what the operator multiplies its bias by.
         inputs_first: whether the consumed weight is [in, out, …] in place of [out, in, …].
         scatters: whether a sample's gradient is zero but for the elements that it picked.
+        sums: whether the sum of the samples' gradients is cheaper so than by autograd, on CPUs.
         key: all that it follows from, the same for rules that are alike; None where that is not known.
     """
 
@@ -35,6 +36,7 @@ class Rule(ABC):
     bias_scale: float = 1
     inputs_first: bool = False
     scatters: bool = False
+    sums: bool = False
     key: Hashable | None = None
 
     @property

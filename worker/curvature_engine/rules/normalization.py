@@ -55,8 +55,10 @@ class FrozenNormRule(Rule):
         space: how many axes come after the channels.
     """
 
+    row_axes = 1
+    sums = True
+
     def __init__(self, mean: Tensor, variance: Tensor, eps: float, space: int) -> None:
-        self.row_axes = 1
         self._mean, self._variance, self._eps, self._space = mean, variance, eps, space
 
     def rows(self, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
