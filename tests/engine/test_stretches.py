@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import curvature_engine as engine
-from curvature_engine import columns, stretch_steps, stretches
+from curvature_engine import column_squares, columns, stretch_steps, stretches
+from curvature_engine.passes import BackwardPasses
 
 REQUESTS = [
     "diag_ggn_exact",
@@ -323,3 +324,40 @@ def test_images_too_large_for_a_cache_are_left_to_autograd():
         tape.taps += [_tap(image), _tap(outputs)]
         found.append([len(each.taps) for each in stretches.find_stretches(outputs, tape, [0, 1])])
     assert found == [[1, 1], [1]]
+
+
+class Rows(nn.Module):
+    """A product with a weight, [in, out] or the other way about, on several rows of each sample."""
+
+    def __init__(self, turned):
+        super().__init__()
+        self.w, self.last = nn.Parameter(torch.randn(3, 4) if turned else torch.randn(4, 3)), nn.Linear(48, 4)
+        self.turned = turned
+
+    def forward(self, x):
+        rows = x.view(-1, 3)
+        rows = torch.mm(rows, self.w) if self.turned else nn.functional.linear(rows, self.w)
+        return self.last(torch.tanh(rows).view(-1, 48))
+
+
+@pytest.mark.parametrize("kept", [0, 2**30], ids=["nothing kept", "all kept"])
+@pytest.mark.parametrize("name", ["rows", "turned", "padded", "strided"])
+def test_what_columns_share_is_kept_within_its_limit(monkeypatch, name, kept):
+    linear = name in ("rows", "turned")  # whose inputs are there anyway
+    make, shape = (lambda: Rows(name == "turned"), (5, 36)) if linear else (CONVOLUTIONS[name], IMAGES)
+    made = []
+
+    def counted(original):
+        def call(contribution):
+            made.append(original(contribution))
+            return made[-1]
+
+        return call
+
+    monkeypatch.setattr(column_squares.ColumnSquares, "of", counted(column_squares.ColumnSquares.of))
+    monkeypatch.setattr(column_squares.SampleSquares, "of", counted(column_squares.SampleSquares.of))
+    monkeypatch.setattr(BackwardPasses, "kept_bytes", property(lambda self: kept))
+    module, inputs = build(initialised(make, shape), shape)
+    check(module, inputs, torch.jit.trace(module, inputs, check_trace=False), hessian=True)
+    assert made
+    assert all(found is not None for found in made) == (linear or kept > 0)

@@ -1,7 +1,7 @@
 """What an extension takes of matrices averaged over the samples: the way to its layers, and the layers' shares."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class AveragedFactors:
     Args:
         links: the operators on record.
         contributions: by parameter, with the shapes that their parts will have, and no numbers.
-        accumulators: of the requests, to say which parameters have a form.
+        formed: the parameters that some accumulator has a form for.
         verdict: on the batch's path.
 
     Raises:
@@ -38,12 +38,12 @@ class AveragedFactors:
         bound: BoundLoss,
         links: Links,
         contributions: Mapping[str, Contribution],
-        accumulators: Sequence[Accumulator],
+        formed: Collection[str],
         budget: Budget,
         verdict: Verdict,
     ) -> None:
         self._contributions, self._verdict = contributions, verdict
-        self._wanted = _wanted(contributions, accumulators)
+        self._wanted = _wanted(contributions, formed)
         steps: Sequence[Step] = trace_chain(outputs, links, frozenset(self._wanted))
         self._averaging = Averaging(outputs, bound, steps, budget)
 
@@ -70,16 +70,16 @@ class AveragedFactors:
 
 
 def _wanted(
-    contributions: Mapping[str, Contribution], accumulators: Sequence[Accumulator]
+    contributions: Mapping[str, Contribution], formed: Collection[str]
 ) -> dict[EdgeKey, list[tuple[str, PreparedUse]]]:
-    """The parameters that some accumulator has a form for, by the edges of their layers' outputs.
+    """The parameters that have a form, by the edges of their layers' outputs.
 
     Raises:
         EngineError: `unsupported_model` where a parameter is of several layers.
     """
     wanted: dict[EdgeKey, list[tuple[str, PreparedUse]]] = defaultdict(list)
     for name, contribution in contributions.items():
-        if all(a.obstacle(name, contribution) is not None for a in accumulators):
+        if name not in formed:
             continue
         assert isinstance(contribution, ClosedForm)
         uses = [prepared for prepared, _ in contribution.uses]

@@ -1,6 +1,6 @@
 """Gradients by rules, from the inputs of a parameter's operators and the gradients of their outputs."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -310,7 +310,32 @@ class ClosedForm(Contribution):
 
         if self._unfolded is None:
             return make()
-        return self._unfolded.get((prepared.tap_index, prepared.use.role, first, self._span), make)
+        return self._unfolded.get(self._key(prepared, first), make)
+
+    def _key(self, prepared: PreparedUse, first: int) -> Hashable:
+        return prepared.tap_index, prepared.use.role, first, self._span
+
+    def kept_factors(self) -> list[tuple[Tensor, Tensor]] | None:
+        """`factors` of all samples, if what was made of the inputs is kept for columns to come; else None."""
+        single = self.single()
+        if single is None or self.block < self._N or self._unfolded is None:
+            return None
+        pairs = self.factors(0)
+        return list(pairs) if pairs is not None and self._unfolded.keeps(self._key(single[0], 0)) else None
+
+    def kept_windows(self) -> Tensor | None:
+        """The rule's `inputs_by_position` of all samples, if there are such, and if they are kept; else None."""
+        single = self.single()
+        if single is None or self.block < self._N or self._unfolded is None:
+            return None
+        prepared, g, rule = single
+        role, key = prepared.use.role, (prepared.tap_index, prepared.use.role, "windows")
+        if rule.by_position(role, g) is None:
+            return None
+        if not rule.windows_elements(role, prepared.saved):  # what is there anyway
+            return rule.inputs_by_position(role, prepared.saved)
+        found = self._unfolded.get(key, lambda: rule.inputs_by_position(role, prepared.saved))
+        return found if self._unfolded.keeps(key) else None
 
     def _assemble(self, pieces: list[Tensor]) -> Tensor:
         single = self.single()

@@ -1,4 +1,4 @@
-"""Squares of one parameter's individual gradients under column after column, on CPUs.
+"""Squares of one parameter's individual gradients under column after column, on CPUs, summed over samples or not.
 
 What the columns have in common is kept, above all what the rule made of the inputs. So of a column little is left
 beside the products with it.
@@ -37,14 +37,12 @@ class ColumnSquares:
 
     @classmethod
     def of(cls, contribution: ClosedForm) -> "ColumnSquares | None":
-        """For contributions like this; None where they are no such products, or not of all samples at a time."""
+        """For contributions like this; None where they are no such products, or what they share cannot be kept."""
         single = contribution.single()
-        if single is None or contribution.block < contribution.N:
+        if single is None or not contribution.like.is_cpu or choice.is_for_kernels(single[1]):
             return None
-        use, g, rule = single
-        if not g.is_cpu or choice.is_for_kernels(g):
-            return None
-        pairs = contribution.factors(0)
+        use, _, rule = single
+        pairs = contribution.kept_factors()
         if pairs is None:
             return None
         return cls(use, [pair[0 if rule.inputs_first else 1] for pair in pairs], contribution.like)
@@ -86,3 +84,39 @@ class ColumnSquares:
     def total(self) -> Tensor:
         """What there is, [*p]."""
         return assemble(self._rule, self._role, self._like.shape[0], self._sums.pieces)
+
+
+class SampleSquares:
+    """Σ over columns of each sample's g², of such a parameter.
+
+    Args:
+        use: the parameter's only one.
+        inputs: the factor of the inputs, whole, [N, P, in].
+        like: the parameter.
+    """
+
+    def __init__(self, use: PreparedUse, inputs: Tensor, like: Tensor) -> None:
+        assert use.tap.rule is not None
+        self._rule: Rule = use.tap.rule
+        self._role, self._inputs, self._like = use.use.role, inputs, like
+
+    @classmethod
+    def of(cls, contribution: ClosedForm) -> "SampleSquares | None":
+        """For contributions like this; None where they are no such products, or what they share cannot be kept."""
+        single = contribution.single()
+        inputs = contribution.kept_windows() if contribution.like.is_cpu else None
+        return None if single is None or inputs is None else cls(single[0], inputs, contribution.like)
+
+    def squares(self, g: Tensor) -> Tensor:
+        """Those of some columns, whose gradients of the operator's output are g [k·N, T, …]: [N, *p]."""
+        outputs = self._rule.by_position(self._role, g)
+        assert outputs is not None  # as it was of the first
+        x, N = self._inputs, len(self._inputs)
+        total: Tensor | None = None
+        product: Tensor | None = None
+        for column in outputs.view(len(g) // N, N, *outputs.shape[1:]).unbind():
+            left, right = (x, column) if self._rule.inputs_first else (column, x)
+            product = torch.bmm(left.mT, right) if product is None else torch.bmm(left.mT, right, out=product)
+            total = product.square() if total is None else total.addcmul_(product, product)
+        assert total is not None
+        return total.view(N, *self._like.shape)

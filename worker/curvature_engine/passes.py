@@ -211,12 +211,16 @@ class BackwardPasses:
         """What may be kept between columns."""
         if self._is_single:
             return 0
-        needed = sum(
-            p.tap.rule.unfolded_elements(p.use.role, p.saved) * accumulation_dtype(self._part.outputs.dtype).itemsize
-            for uses in self._methods.uses.values()
-            for p in uses
-            if p.tap.rule is not None
+        whole = any(
+            r.extension.accumulator is not None and r.extension.accumulator.keeps_windows for r in self._order.requests
         )
+        needed = 0
+        for prepared in (p for uses in self._methods.uses.values() for p in uses if p.tap.rule is not None):
+            rule, role = prepared.tap.rule, prepared.use.role
+            assert rule is not None
+            elements = rule.unfolded_elements(role, prepared.saved)
+            elements += rule.windows_elements(role, prepared.saved) if whole else 0
+            needed += elements * accumulation_dtype(self._part.outputs.dtype).itemsize
         return min(self._order.budget.block_bytes, needed)
 
     @property
@@ -447,10 +451,15 @@ class BackwardPasses:
             else self.contribution(name)
             for name, parameter in self._selected.items()
         }
-        tasks = [t.accumulator for t in self.tasks(ResultStore()) if t.request.extension.columns == "averaged"]
+
+        def formed() -> frozenset[str]:
+            tasks = [t.accumulator for t in self.tasks(ResultStore()) if t.request.extension.columns == "averaged"]
+            return frozenset(n for n, c in contributions.items() if any(a.obstacle(n, c) is None for a in tasks))
+
         assert self.verdict is not None
+        names = self.recall(("formed", self.kind), formed)
         budget = self._order.budget
-        return AveragedFactors(outputs, self._bound, tape.links, contributions, tasks, budget, self.verdict)
+        return AveragedFactors(outputs, self._bound, tape.links, contributions, names, budget, self.verdict)
 
 
 def _expected(shares: Sequence[Share]) -> Counter[str]:

@@ -26,3 +26,7 @@ class Unfolded:
             self._left -= nbytes
             self._kept[key] = made
         return made
+
+    def keeps(self, key: Hashable) -> bool:
+        """Whether what was made under a key is kept."""
+        return key in self._kept

@@ -160,6 +160,8 @@ class Accumulator(ABC):
     """Which of a contribution's reductions `add` asks for."""
     writes: ClassVar[bool] = False
     """Whether `add` writes all gradients out, so that others may reduce them on the way."""
+    keeps_windows: ClassVar[bool] = False
+    """Whether `add_stacked` keeps inputs unfolded whole for the columns to come."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting

@@ -1,10 +1,12 @@
 """The diagonal of each sample's summand of the generalized Gauss-Newton matrix, exact and by Monte Carlo."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
 from curvature_engine.closed_form import ClosedForm
+from curvature_engine.column_squares import SampleSquares
 from curvature_engine.contributions import Contribution
 from curvature_engine.extensions.base import Accumulator, Extension, KroneckerFactors, Setting, Sketch
 from curvature_engine.extensions.schemas import MC_SAMPLES, SUBSAMPLING
@@ -23,11 +25,14 @@ _BLOCK_NUMBERS = 2**22
 class BatchDiagonal(Accumulator):
     """Σ over columns of the squared back-propagated column, sample by sample."""
 
+    keeps_windows = True
+
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self._sums: dict[str, Slab] = {}
         self._outers = SquaredOuters()
         self._waiting = WaitingColumns(setting.columns, setting.budget_bytes // 4, summed=False)
+        self._products: dict[str, SampleSquares | None] = {}
         self._begun: set[str] = set()
         """Parameters with something in the current part's rows."""
 
@@ -53,13 +58,26 @@ class BatchDiagonal(Accumulator):
 
     def add_stacked(self, parameter: str, stacked: Stacked) -> bool:
         if stacked.needs_inputs:
-            return self._outers.take_stacked(parameter, stacked)
+            return self._outers.take_stacked(parameter, stacked) or self._add_products(parameter, stacked)
         gradients = stacked.as_more_samples().materialised()
         squares = gradients.view(stacked.k, stacked.N, *gradients.shape[1:]).square().sum(0)
         self._add_block(parameter, 0, squares.div_(self.setting.draws))
         return True
 
+    def _add_products(self, parameter: str, stacked: Stacked) -> bool:
+        """Add several columns' squared products with one thing made of the inputs; False where they are no such."""
+        if parameter not in self._products:
+            waits = self._waiting.waits(parameter, partial(stacked.column, 0))
+            self._products[parameter] = None if waits else SampleSquares.of(stacked.column(0))
+        products = self._products[parameter]
+        if products is None:
+            return False
+        squares = products.squares(stacked.uses[0][1])
+        self._add_block(parameter, 0, squares if self.setting.draws == 1 else squares.div_(self.setting.draws))
+        return True
+
     def stop(self) -> None:
+        self._products.clear()
         for parameter, waiting in self._waiting.release_all():
             self._add_squares(parameter, waiting)
         # What waits as outer products goes into the part's rows.

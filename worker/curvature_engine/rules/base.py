@@ -108,6 +108,14 @@ class Rule(ABC):
         """The factor of g in `products`, the same for all pieces, [n, rows, a]; None where there may be none."""
         return None
 
+    def inputs_by_position(self, role: str, saved: Sequence[Tensor]) -> Tensor | None:
+        """With `by_position`, the other factor of the gradients in the consumed tensor's own order, [n, rows, b]."""
+        return None
+
+    def windows_elements(self, role: str, saved: Sequence[Tensor]) -> int:
+        """How many numbers `inputs_by_position` makes."""
+        return 0
+
     def assemble(self, role: str, pieces: list[Tensor]) -> Tensor:
         """Something of every piece, [*piece], as a tensor of the consumed one's shape."""
         (whole,) = pieces

@@ -296,6 +296,14 @@ class DirectConvolutionRule(ConvolutionRule):
     def by_position(self, role: str, g: Tensor) -> Tensor | None:
         return self._left(g) if self.is_product(role, g) else None
 
+    def inputs_by_position(self, role: str, saved: Sequence[Tensor]) -> Tensor | None:
+        return None if role == "bias" else self._geometry.patches(saved[0].flatten(0, 1), self._positions).mT
+
+    def windows_elements(self, role: str, saved: Sequence[Tensor]) -> int:
+        if role == "bias":
+            return 0
+        return prod(saved[0].shape[:3]) * prod(self._geometry.kernel) * prod(self._positions)
+
     @staticmethod
     def _left(g: Tensor) -> Tensor:
         """The gradient by position, [n, L, out]."""

@@ -78,6 +78,9 @@ class LinearRule(Rule):
             return None
         return g
 
+    def inputs_by_position(self, role: str, saved: Sequence[Tensor]) -> Tensor | None:
+        return None if role == "bias" or self._alpha != 1 else saved[0]
+
     def multiply_adds(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
         return g.numel() if role == "bias" else g.numel() * saved[0].shape[-1]
 
