@@ -60,6 +60,7 @@ class FrozenNormRule(Rule):
 
     def __init__(self, mean: Tensor, variance: Tensor, eps: float, space: int) -> None:
         self._mean, self._variance, self._eps, self._space = mean, variance, eps, space
+        self._known: tuple[tuple[torch.dtype, int, int], tuple[Tensor, Tensor]] | None = None
 
     def rows(self, saved: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return (saved[0],) if saved else ()
@@ -76,6 +77,15 @@ class FrozenNormRule(Rule):
         if g.device.type != "cpu" or torch.is_grad_enabled():
             return (self._normalized(x) * g).sum(summed)
         return self._in_parts(x, g, summed)
+
+    def sum_squared(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor | None:
+        return self.per_sample(role, saved, g).square().sum(0) if g.device.type == "cpu" else None
+
+    def squared_norms(self, role: str, saved: Sequence[Tensor], g: Tensor) -> Tensor | None:
+        return self.per_sample(role, saved, g).square().sum(1) if g.device.type == "cpu" else None
+
+    def is_reduced(self, reduction: str, role: str, saved: Sequence[Tensor], g: Tensor) -> bool:
+        return g.device.type == "cpu"
 
     def _in_parts(self, x: Tensor, g: Tensor, summed: tuple[int, ...]) -> Tensor:
         """Σ x̂ g, few samples at a time in one place, where they stay in the caches."""
@@ -96,9 +106,12 @@ class FrozenNormRule(Rule):
         return torch.addcmul(shift, x, scale)
 
     def _scale_and_shift(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        shape = (-1, *[1] * self._space)
-        scale = torch.rsqrt(self._variance.to(dtype) + self._eps)
-        return scale.view(shape), -(self._mean.to(dtype) * scale).view(shape)
+        key = dtype, self._mean._version, self._variance._version
+        if self._known is None or self._known[0] != key:
+            shape = (-1, *[1] * self._space)
+            scale = torch.rsqrt(self._variance.to(dtype) + self._eps)
+            self._known = key, (scale.view(shape), -(self._mean.to(dtype) * scale).view(shape))
+        return self._known[1]
 
 
 @gives(FrozenNormRule)
