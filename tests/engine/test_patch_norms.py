@@ -79,7 +79,14 @@ def test_gradients_whose_parts_cancel_are_made(used):
 
 
 @pytest.mark.parametrize(
-    ("channels", "space", "pays"), [((256, 256), (8, 8), True), ((512, 512), (4, 4), True), ((3, 64), (28, 28), False)]
+    ("channels", "space", "pays"),
+    [
+        ((256, 256), (8, 8), True),
+        ((512, 512), (4, 4), True),
+        ((3, 64), (28, 28), False),
+        ((4096, 4096), (32, 32), True),
+        ((4096, 4096), (64, 64), False),  # cheaper, but for memory
+    ],
 )
 def test_few_positions_of_many_channels_pay(channels, space, pays):
     x, g = (torch.empty(1).expand(2, c, *space) for c in channels)

@@ -29,7 +29,6 @@ class ColumnSquares:
 
     def __init__(self, use: PreparedUse, inputs: list[Tensor], like: Tensor) -> None:
         assert use.tap.rule is not None
-        self.use = use
         self._rule: Rule = use.tap.rule
         self._role, self._inputs, self._like = use.use.role, inputs, like
         self._turned, self._tiled = self._rule.inputs_first, pay(like)

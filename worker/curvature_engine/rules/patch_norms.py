@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _CACHED_BYTES = 2**22
 """Of the correlations of some samples at a time."""
+_MOST_BYTES = 2**23
+"""Of one sample's correlations: plans do not count them."""
 _ADDITION = 30
 """Multiplications and additions of a product that take as long as adding a number to another in a cache."""
 _LEAST_GAIN = 0.8
@@ -46,6 +48,8 @@ def pay(x: Tensor, g: Tensor, taps: int) -> bool:
     if x.device.type != "cpu":
         return False
     inputs, outputs, positions = x.shape[1], g.shape[1], g.shape[2:]
+    if max(prod(x.shape[2:]), prod(positions)) ** 2 * x.element_size() > _MOST_BYTES:
+        return False
     cost = multiply_adds((inputs, outputs), x.shape[2:], positions, taps)
     return cost <= _LEAST_GAIN * prod(positions) * inputs * outputs * taps
 
