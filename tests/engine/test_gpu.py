@@ -92,7 +92,7 @@ def test_a_warm_analysis_waits_for_the_device_where_it_must(name, image_batch, m
 @pytest.mark.parametrize("name", NAMES)
 def test_a_replayed_analysis_waits_once(name, image_batch):
     program = engine.load(torch.jit.script(three_convolutions()), device="cuda")
-    for _ in range(replays.RUNS):
+    for _ in range(replays.RUNS["cuda"]):
         engine.analyze(program, *image_batch, [name])
     (kind,) = replays.replays_of(program)._kinds.values()
     assert kind.captured is not None

@@ -1,7 +1,7 @@
 """Captured analyses: a replay gives what the ordinary way gives, or the ordinary way is taken.
 
-Here a graph is a stand-in that does the captured run once more, on a CPU; `test_gpu` has real ones. What it shows is
-all that the host does: keys, places, seeds, answers, copies.
+With a CPU's graphs, and with a stand-in for a CUDA graph that does the captured run once more; `test_gpu` has real ones.
+What it shows is all that the host does: keys, places, seeds, answers, copies.
 """
 
 import gc
@@ -15,8 +15,11 @@ from torch import nn
 
 import curvature_engine as engine
 import curvature_engine.program as programs
-from curvature_engine import replay_keys, replays, speculation
+from curvature_engine import replays, speculation
+from curvature_engine.cpu_graphs import CpuGraph
 from curvature_engine.cuda_graphs import Unread
+
+RUNS = 2
 
 EXTENSIONS = [
     "grad",
@@ -35,38 +38,75 @@ EXTENSIONS = [
 ]
 
 
-class Again:
-    """A stand-in for a CUDA graph: runs what was captured again, and writes where that wrote."""
+class Counted:
+    """How often a graph was captured and replayed."""
 
     captures = 0
     replays = 0
 
+
+class Again:
+    """A stand-in for a CUDA graph: runs what was captured again, and writes where that wrote."""
+
+    lends = True
+    on_trial = False
+
     def __init__(self, device):
         self._run = self._found = None
+        self._given = ()
 
-    def capture(self, run):
-        Again.captures += 1
+    def capture(self, run, given, results):
+        Counted.captures += 1
         run()
-        self._run, self._found = run, run()
+        self._run, self._given, self._results, self._found = run, given, results, run()
         return self._found
 
-    def replay(self):
-        Again.replays += 1
-        with torch.enable_grad():  # which a graph does not need
-            (analysis, holds, _), (other, held, _) = self._found, self._run()
+    def replay(self, given):
+        Counted.replays += 1
         with torch.no_grad():
-            for place, tensor in zip(replays._tensors_of(analysis), replays._tensors_of(other), strict=True):
+            for place, tensor in zip(self._given, given, strict=True):
+                place.copy_(tensor.detach())
+        with torch.enable_grad():  # which a graph does not need
+            found, other = self._results(self._found), self._results(self._run())
+        with torch.no_grad():
+            for place, tensor in zip(found, other, strict=True):
                 place.copy_(tensor)
-            holds.copy_(held)
+        return found
+
+
+class OnCpu(CpuGraph):
+    """A CPU's, which is believed at once."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.on_trial = False
+
+    def capture(self, run, given, results):
+        found = super().capture(run, given, results)
+        Counted.captures += 1
+        return found
+
+    def replay(self, given):
+        Counted.replays += 1
+        return super().replay(given)
+
+
+KEEPS_MEMORY = pytest.mark.parametrize("kind_of_graph", [Again], indirect=True)
+
+
+@pytest.fixture(params=[Again, OnCpu])
+def kind_of_graph(request):
+    return request.param
 
 
 @pytest.fixture
-def graphs(monkeypatch):
-    monkeypatch.setattr(replay_keys, "DEVICES", {"cpu"})
-    monkeypatch.setattr(replays, "_graph", Again)
-    monkeypatch.setattr(Again, "captures", 0)
-    monkeypatch.setattr(Again, "replays", 0)
-    return Again
+def graphs(monkeypatch, kind_of_graph):
+    monkeypatch.setattr(replays, "RUNS", {"cpu": RUNS})
+    monkeypatch.setattr(replays, "_graph", kind_of_graph)
+    monkeypatch.setattr(Counted, "captures", 0)
+    monkeypatch.setattr(Counted, "replays", 0)
+    yield Counted
+    replays.drop()
 
 
 @pytest.fixture
@@ -108,7 +148,7 @@ def same(found, expected):
     return all(torch.equal(a, b) for a, b in zip(tensors(found), tensors(expected), strict=True))
 
 
-def warmed(program, requests, times=replays.RUNS, **options):
+def warmed(program, requests, times=RUNS, **options):
     for k in range(times):
         engine.analyze(program, *batch(k), requests, **options)
 
@@ -121,7 +161,7 @@ def test_replays_give_what_the_ordinary_way_gives(loss, graphs, ordinarily):
         x, y = batch(k)
         return (x, y) if loss is None else (x, torch.nn.functional.one_hot(y, 5).double())
 
-    for k in range(replays.RUNS):
+    for k in range(RUNS):
         engine.analyze(program, *of(k), EXTENSIONS, loss=loss)
     assert (graphs.captures, graphs.replays) == (1, 0)
     for k, seed in ((10, 0), (11, 5), (12, -(2**40)), (10, 0)):
@@ -132,7 +172,7 @@ def test_replays_give_what_the_ordinary_way_gives(loss, graphs, ordinarily):
 
 def test_the_first_jobs_are_ordinary(graphs):
     program = engine.load(torch.jit.script(net()))
-    warmed(program, ["grad"], times=replays.RUNS - 1)
+    warmed(program, ["grad"], times=RUNS - 1)
     assert graphs.captures == 0
 
 
@@ -226,10 +266,10 @@ class Branches(nn.Module):
 class Refusing(Again):
     """As CUDA's: nothing may be read in the run that comes first."""
 
-    def capture(self, run):
+    def capture(self, run, given, results):
         with Unread():
             run()
-        return super().capture(run)
+        return super().capture(run, given, results)
 
 
 def test_who_reads_the_batch_is_not_captured(graphs, monkeypatch, ordinarily):
@@ -295,7 +335,7 @@ def test_another_answer_counts_for_nothing():
 
 def test_progress_comes_to_its_end(graphs):
     program, told = engine.load(torch.jit.script(net())), []
-    for k in range(replays.RUNS + 1):
+    for k in range(RUNS + 1):
         ordinary = told[-1][1] if told else None
         told.clear()
         engine.analyze(program, *batch(k), ["diag_hessian"], progress=lambda done, total: told.append((done, total)))
@@ -303,6 +343,7 @@ def test_progress_comes_to_its_end(graphs):
     assert told == [(ordinary, ordinary)]
 
 
+@KEEPS_MEMORY
 def test_graphs_go_where_memory_runs_out(graphs, ordinarily):
     program = engine.load(torch.jit.script(net()))
     warmed(program, ["grad"])
@@ -346,6 +387,7 @@ ODD = {
 }
 
 
+@pytest.mark.parametrize("kind_of_graph", [Again], indirect=True)  # a CPU's writes nothing of the caller's
 @pytest.mark.parametrize("odd", ODD)
 def test_batches_that_a_copy_would_change_are_not_replayed(odd, graphs, ordinarily):
     """Made anew for each analysis: whatever the program does to its inputs, it does to these."""
@@ -372,7 +414,7 @@ def test_another_batch_among_the_options_is_not_replayed(graphs, ordinarily):
 def test_parameters_that_lie_otherwise_are_another_matter(graphs, ordinarily):
     program = engine.load(torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double().eval()))
     x, y = torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2])
-    for _ in range(replays.RUNS):
+    for _ in range(RUNS):
         engine.analyze(program, x, y, ["grad"])
     weight = program.parameters["0.weight"].tensor
     weight.data = weight.data.t()
@@ -381,18 +423,19 @@ def test_parameters_that_lie_otherwise_are_another_matter(graphs, ordinarily):
     assert graphs.replays == 0
 
 
-def test_memory_that_runs_out_in_a_replay_lets_go_of_graphs(graphs, monkeypatch, ordinarily):
+def test_memory_that_runs_out_in_a_replay_lets_go_of_graphs(graphs, kind_of_graph, monkeypatch, ordinarily):
     program = engine.load(torch.jit.script(net()))
     warmed(program, ["grad"])
 
-    def lacking(self):
+    def lacking(self, given):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(Again, "replay", lacking)
+    monkeypatch.setattr(kind_of_graph, "replay", lacking)
     assert same(engine.analyze(program, *batch(3), ["grad"]), ordinarily(program, *batch(3), ["grad"]))
     assert not replays.replays_of(program).captured()
 
 
+@KEEPS_MEMORY
 def test_planning_and_loading_let_go_of_graphs_where_memory_runs_out(graphs, monkeypatch):
     program = engine.load(torch.jit.script(net()))
     for make in (lambda: engine.plan(program, *batch(3), ["grad"]), lambda: engine.load(torch.jit.script(net()))):
@@ -422,9 +465,10 @@ def test_inputs_that_require_gradients_leave_nothing_behind(graphs):
     (kind,) = replays.replays_of(program).captured()
     x, y = batch(3)
     x = (x.requires_grad_() * 2).clone()
-    engine.analyze(program, x, y, ["grad"])
+    found = engine.analyze(program, x, y, ["grad"])
     assert graphs.replays == 1
-    assert not any(place.requires_grad or place.grad_fn is not None for place in kind.captured.batch)
+    places = [*tensors(found), *getattr(kind.captured.graph, "_given", ())]
+    assert not any(place.requires_grad or place.grad_fn is not None for place in places)
 
 
 def test_plain_data_is_the_callers_own(graphs, monkeypatch):
@@ -448,11 +492,11 @@ def test_what_was_not_used_for_longest_goes_first(graphs, monkeypatch):
     program = engine.load(torch.jit.script(net()))
     replays.drop()
     for N in (3, 4, 5):
-        for k in range(replays.RUNS):
+        for k in range(RUNS):
             engine.analyze(program, *batch(k, N=N), ["grad"])
     engine.analyze(program, *batch(9, N=3), ["grad"])
     assert (len(replays.replays_of(program).captured()), graphs.replays) == (3, 1)
-    for k in range(replays.RUNS):
+    for k in range(RUNS):
         engine.analyze(program, *batch(k, N=6), ["grad"])
     assert len(replays.replays_of(program).captured()) == 3
     engine.analyze(program, *batch(9, N=3), ["grad"])
@@ -485,6 +529,7 @@ def test_dropping_while_another_thread_analyzes(graphs):
     assert not failures
 
 
+@KEEPS_MEMORY
 def test_a_graph_holds_on_to_what_the_program_may_drop(graphs):
     """It reads tensors of verdicts where these lie."""
     program = engine.load(torch.jit.script(net()))
@@ -503,11 +548,14 @@ def test_a_graph_holds_on_to_what_the_program_may_drop(graphs):
 class Forgetting(Again):
     """As CUDA's, it keeps nothing of Python's."""
 
-    def capture(self, run):
-        return run()
+    def capture(self, run, given, results):
+        found = run()
+        self._results = results(found)
+        return found
 
-    def replay(self):
-        Again.replays += 1
+    def replay(self, given):
+        Counted.replays += 1
+        return self._results
 
 
 def test_graphs_go_with_their_program(graphs, monkeypatch):

@@ -185,6 +185,12 @@ class _Analyzer:
         again._begin(attempt)
         return again._attempt(inputs, targets, attempt.limits)
 
+    def leave_room(self, plan: Plan) -> None:
+        """Have no more memory wait than what is planned leaves."""
+        if self.program.device.type == "cpu":
+            PAGES.allow(self.order.budget.idle_bytes)
+            _leave_room(plan)
+
     def in_pieces(self, inputs: Inputs, targets: Tensor) -> Analysis:
         """Compute, in smaller and smaller pieces where memory runs out."""
         if self.program.device.type == "cpu":

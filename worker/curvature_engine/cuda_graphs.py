@@ -34,6 +34,11 @@ class Unread(TorchDispatchMode):  # type: ignore[no-untyped-call]
         Unspeculative: at such an operator.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; else the first call imports torch's compiler, for seconds."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         masks = func in _BY_MASKS and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         if func in _READING or masks:
@@ -45,20 +50,47 @@ class Unread(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class CudaGraph:
-    """A graph on one device."""
+    """A graph on one device.
+
+    Attributes:
+        lends: whether what a replay returns is written again by the next one.
+        on_trial: whether a replay is to be compared with the function first.
+    """
+
+    lends = True
+    on_trial = False
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._graph = torch.cuda.CUDAGraph()
+        self._given: Sequence[Tensor] = ()
+        self._results: Sequence[Tensor] = ()
 
-    def capture(self, run: Callable[[], T]) -> T:
-        """Take notice of what `run` asks of the device; the tensors it returns have their numbers after a replay.
+    def capture(self, run: Callable[[], T], given: Sequence[Tensor], results: Callable[[T], Sequence[Tensor]]) -> T:
+        """Take notice of what `run` asks of the device.
 
         It runs once before, as libraries load kernels and take memory when they are first called.
+
+        Args:
+            run: what is captured.
+            given: tensors on the device to which others' numbers are copied for a replay.
+            results: the tensors in what `run` returns that a replay makes.
 
         Raises:
             Unspeculative: it would wait for the device.
         """
+        found = self._captured(run)
+        self._given, self._results = given, results(found)
+        return found
+
+    def replay(self, given: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Do it once more with other numbers given; the results may not be there yet."""
+        for place, tensor in zip(self._given, given, strict=True):
+            place.copy_(tensor.detach(), non_blocking=True)
+        self._graph.replay()
+        return self._results
+
+    def _captured(self, run: Callable[[], T]) -> T:
         current, stream = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(current)
         try:
@@ -70,10 +102,6 @@ class CudaGraph:
                 return run()
         finally:
             torch.cuda.set_stream(current)  # which torch leaves as it is where the end of a capture fails
-
-    def replay(self) -> None:
-        """Do it once more."""
-        self._graph.replay()
 
 
 def _devices(values: Sequence[Any]) -> set[str]:

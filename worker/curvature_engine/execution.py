@@ -12,8 +12,9 @@ from curvature_engine.contexts import ScriptContext
 from curvature_engine.errors import EngineError, TooLarge, first_line, memory_ran_out
 from curvature_engine.layouts import ChannelsLast
 from curvature_engine.openings import OPENINGS, Elementary
-from curvature_engine.operators import ROUTERS
+from curvature_engine.operators import HOST_READERS, ROUTERS
 from curvature_engine.sample_axes import SampleAxes
+from curvature_engine.speculation import reads
 from curvature_engine.sums import Sums
 from curvature_engine.tape import Tape, shallow_tensors
 
@@ -292,6 +293,8 @@ class Run:
 
     def _guard(self, call: OperatorCall, arguments: list[Any]) -> None:
         name = call.name.removesuffix("_")
+        if name in HOST_READERS and (name not in _RECURRENT or call.overload._overloadname == "data"):
+            reads(f"aten::{name}")
         if name in _BATCH_NORMS and _uses_the_batch(call, arguments):
             raise EngineError(
                 "training_mode",
@@ -330,6 +333,7 @@ _GUARDED = frozenset(
         *_BATCH_NORMS,
         *_DROPOUTS,
         *_RECURRENT,
+        *HOST_READERS,
         "embedding",
         "embedding_bag",
         "dropout_",

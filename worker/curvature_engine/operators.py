@@ -114,6 +114,13 @@ ROUTERS = _names(
 READINGS = _names("item Int Float Bool IntImplicit FloatImplicit ScalarImplicit is_nonzero equal allclose tolist")
 """Questions about a tensor's values, not its form."""
 
+HOST_READERS = _names(
+    """
+    tensor_split _pack_padded_sequence _pad_packed_sequence lstm gru rnn_tanh rnn_relu
+    """
+)
+"""Operators that may read a tensor on the host where nobody sees it (lengths, places to split at)."""
+
 LAYOUT_QUESTIONS = _names("stride storage_offset is_contiguous")
 """Questions about how a tensor's elements lie in memory."""
 

@@ -8,9 +8,10 @@ count it; and whoever lacks memory drops it first, so that nothing ever fails fo
 """
 
 import mmap
+import threading
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from math import prod
 from typing import TypeVar
 
@@ -117,8 +118,34 @@ def room(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> tuple[Tenso
     Raises:
         MemoryError: if there is no memory.
     """
+    if _TOLD.made is not None:
+        return _TOLD.made(lambda: _flat(dtype, nbytes)[0]).view(shape), False  # another time it may not be clear
+    flat, clear = _flat(dtype, nbytes)
+    return flat.view(shape), clear
+
+
+def _flat(dtype: torch.dtype, nbytes: int) -> tuple[Tensor, bool]:
     view, clear = PAGES.take(nbytes)
-    return torch.frombuffer(view, dtype=dtype).view(shape), clear
+    return torch.frombuffer(view, dtype=dtype), clear
+
+
+class _Told(threading.local):
+    """Who is told of each of this thread's tensors that lie in what waits: it calls the function given."""
+
+    made: Callable[[Callable[[], Tensor]], Tensor] | None = None
+
+
+_TOLD = _Told()
+
+
+@contextmanager
+def told_to(made: Callable[[Callable[[], Tensor]], Tensor]) -> Iterator[None]:
+    """Have `made` called with a function that makes it wherever this thread takes a tensor from here."""
+    before, _TOLD.made = _TOLD.made, made
+    try:
+        yield
+    finally:
+        _TOLD.made = before
 
 
 def vacant(shape: Sequence[int], dtype: torch.dtype, device: torch.device, least_bytes: int) -> tuple[Tensor, bool]:

@@ -31,6 +31,7 @@ from curvature_engine.program import Parameter
 from curvature_engine.requests import Request
 from curvature_engine.residuals import Residuals, affine, find_bends
 from curvature_engine.results import Group
+from curvature_engine.speculation import speculates
 from curvature_engine.stores import Layout, ResultStore
 from curvature_engine.stretches import Passed, Stretch
 from curvature_engine.tape import Tape
@@ -477,7 +478,9 @@ def _sum_of(gradients: Sequence[Tensor | None], like: Tensor, taken: set[int]) -
         if memory.data_ptr() not in taken and memory.nbytes() == found[0].nbytes:
             taken.add(memory.data_ptr())
             whole = found[0]
-            return whole.new_empty(0).set_(memory, 0, whole.shape, whole.stride()) if whole._is_view() else whole
+            if not whole._is_view() or speculates():  # a replay makes views, too
+                return whole
+            return whole.new_empty(0).set_(memory, 0, whole.shape, whole.stride())
     if not found:
         return torch.zeros(like.shape, dtype=dtype, device=like.device)
     total = pages.copied(found[0].to(dtype))

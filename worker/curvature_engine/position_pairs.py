@@ -18,6 +18,7 @@ from curvature_engine.closed_form import ClosedForm
 from curvature_engine.kernels import choice
 from curvature_engine.prepared_uses import PreparedUse
 from curvature_engine.rules import Rule
+from curvature_engine.speculation import answer
 
 LEAST_SHARE = 2.0**-7
 """Of the bound: a tensor whose largest entry is smaller would lose more than seven bits of its scale."""
@@ -91,9 +92,9 @@ class PositionPairs:
         bounds: list[Tensor] = []
         while first < stop:
             first += self._add(first, stop, sums, bounds)
-        largest = max(float(s.max()) for s in sums)
+        largest, bound = (torch.stack([t.max() for t in found]).max() for found in (sums, bounds))
         # Also false of NaN: gradients that are not finite are squared the direct way.
-        if not largest >= LEAST_SHARE * max(float(b.max()) for b in bounds):
+        if not answer(largest >= LEAST_SHARE * bound):
             return None
         return self._rule.assemble(self._prepared.use.role, [s.clamp_(min=0) for s in sums])
 

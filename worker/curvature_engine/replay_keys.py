@@ -14,7 +14,7 @@ from curvature_engine.orders import Order
 from curvature_engine.program import Inputs, Program
 from curvature_engine.speculation import speculates
 
-DEVICES = {"cuda"}
+DEVICES = {"cuda", "cpu"}
 
 
 class Key(NamedTuple):
@@ -57,6 +57,7 @@ def key_of(
             (
                 (parameters if isinstance(parameters, str) else tuple(parameters), order.budget, most_bytes),
                 (torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype(), choice.why_off()),
+                (torch.get_num_threads(), torch.backends.mkldnn.enabled),
                 (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
             ),
         )

@@ -1,14 +1,15 @@
-"""Warm analyses of one kind as one CUDA graph: what took thousands of launches from Python takes one.
+"""Warm analyses of one kind as one graph: what took thousands of steps of Python takes the operators alone.
 
-A small analysis on a GPU is bound by the host: the device waits for the next kernel to be asked for. So an analysis
-that was made before, on inputs of the same shapes and with the same requests, is captured while it goes over a batch
-once more (`torch.cuda.CUDAGraph`), and from then on replayed: the batch is copied to where the graph reads it, and the
-results from where it writes them.
+A small analysis is bound by the host: a GPU waits for the next kernel to be asked for, and on a CPU a third of the time
+goes into asking. So an analysis that was made before, on inputs of the same shapes and with the same requests, is
+captured while it goes over a batch once more, and from then on replayed: on a GPU as a `torch.cuda.CUDAGraph`
+(`cuda_graphs`), on a CPU as one straight function of torch's operators (`cpu_graphs`).
 
 A replay is right because nothing that the host decided can be otherwise. What it decides by (requests, shapes, the
 parameters' places, torch's settings) is in the key (`replay_keys`); what it read of the device is asked again by the
 graph itself, and a replay with another answer counts for nothing (`speculation`); whoever reads in another way cannot
-be captured at all (`cuda_graphs.Unread`). The batch's numbers, the parameters' and the seed are in the device's memory.
+be captured at all. The batch's numbers, the parameters' and the seed are in the device's memory. On a CPU, where a
+number can be read without anybody's notice, the first replay is compared with the ordinary way, bit for bit, as well.
 
 The first job of a kind never pays for it. A graph keeps its memory: of few kinds, within a share of the budget, and
 until memory runs out.
@@ -30,22 +31,25 @@ import torch
 from torch import Tensor
 
 from curvature_engine import pages
+from curvature_engine.cpu_graphs import CpuGraph
 from curvature_engine.cuda_graphs import CudaGraph
 from curvature_engine.errors import lacks_memory
 from curvature_engine.execution import map_tensors, tensors_in
 from curvature_engine.extensions import KroneckerFactors
 from curvature_engine.formats import Inputs
 from curvature_engine.orders import Order
+from curvature_engine.plans import Plan
 from curvature_engine.program import Program
 from curvature_engine.replay_keys import Key, places_of, told_by
 from curvature_engine.results import Analysis, Group
 from curvature_engine.speculation import MOST_SEEDS, Unspeculative, recording, speculating
 
 _LOG = logging.getLogger(__name__)
-RUNS = 2
-"""How often an analysis is made in the ordinary way before it is captured, its first time included."""
-MOST_SECONDS = 4.0
-"""Analyses that take longer are not bound by launches."""
+RUNS = {"cuda": 2, "cpu": 5}
+"""How often an analysis is made in the ordinary way before it is captured, its first time included; on CPUs a capture
+takes as long as a replay saves in ten or twenty times."""
+MOST_SECONDS = {"cuda": 4.0, "cpu": 2.0}
+"""Analyses that take longer are not bound by the host."""
 MOST_GRAPHS = 32
 """Of all programs of the process."""
 _MOST_KINDS = 256
@@ -68,55 +72,56 @@ class Analyzer(Protocol):
     def once(self, inputs: Inputs, targets: Tensor) -> Analysis:
         """As a whole, or else with an error; nobody is told of its progress."""
 
+    def leave_room(self, plan: Plan) -> None:
+        """Have no more memory wait than what is planned leaves."""
+
 
 class Graph(Protocol):
-    """Something that a device does again and again: see `CudaGraph`."""
+    """Something that a device does again and again: see `CudaGraph` and `CpuGraph`."""
 
-    def capture(self, run: Callable[[], T]) -> T:
-        """Take notice of what `run` asks of the device; the tensors it returns have their numbers after a replay."""
+    lends: bool
+    on_trial: bool
 
-    def replay(self) -> None:
-        """Do it once more."""
+    def capture(self, run: Callable[[], T], given: Sequence[Tensor], results: Callable[[T], Sequence[Tensor]]) -> T:
+        """Take notice of what `run` asks of the device."""
+
+    def replay(self, given: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Do it once more with other tensors given: the results."""
 
 
 @dataclass
 class _Captured:
-    """A graph, with where it reads and writes.
+    """A graph, with what its results mean.
 
     Attributes:
-        results: every tensor of `analysis`, once.
-        seeded: how the numbers in `seeds` follow from the seed.
-        holds: whether what was assumed holds, after a replay.
+        seeds: where a replay finds numbers that are made of the seed.
+        seeded: how they follow from it.
+        analysis: one without tensors' numbers: the graph gives each of its tensors, once, in order.
         held: what the program keeps for its analyses, whether it goes on keeping it or not: the graph may read of it.
         columns: that a caller is told of.
     """
 
     graph: Graph
-    batch: Sequence[Tensor]
     seeds: Tensor
-    staged: Tensor
     seeded: Sequence[Callable[[int], int]]
-    holds: Tensor
     analysis: Analysis
-    results: Sequence[Tensor]
     kept_bytes: int
     held: Sequence[Any]
     columns: int
 
     def replay(self, batch: Sequence[Tensor], seed: int) -> Analysis | None:
         """The analysis of another batch; None where it does not go the same way."""
-        for place, tensor in zip(self.batch, batch, strict=True):
-            place.copy_(tensor.detach(), non_blocking=True)
         if self.seeded:
-            number = len(self.seeded)
-            self.staged[:number] = torch.tensor([make(seed) for make in self.seeded])
-            self.seeds[:number].copy_(self.staged[:number], non_blocking=True)
-        self.graph.replay()
-        fresh = [torch.empty_like(t) for t in self.results]
-        torch._foreach_copy_(fresh, list(self.results))
-        if not bool(self.holds):  # which waits; before it nothing here may be written again
+            self.seeds[: len(self.seeded)] = torch.tensor([make(seed) for make in self.seeded])
+        holds, *found = self.graph.replay([*batch, self.seeds])
+        if self.graph.lends:
+            fresh = [torch.empty_like(t) for t in found]
+            torch._foreach_copy_(fresh, found)
+            found = fresh
+        if not bool(holds):  # which waits; before it nothing that is given may be written again
             return None
-        return _with_tensors(self.analysis, dict(zip(map(id, self.results), fresh, strict=True)), seed)
+        places = map(id, _once_each(self.analysis))
+        return _with_tensors(self.analysis, dict(zip(places, found, strict=True)), seed)
 
 
 @dataclass
@@ -152,19 +157,39 @@ class Replays:
         try:
             kind = self._kind(key)
             captured = kind.captured
+            if captured is not None and captured.graph.on_trial:
+                found = self._ordinary(analyzer, order, key, kind, inputs, targets)
+                self._try(analyzer, kind, captured, order, inputs, targets, found)
+                return found
             if captured is not None:
-                found = self._replayed(captured, order, inputs, targets)
-                if found is not None:
-                    kind.used = next(_CLOCK)
+                again = self._replayed(analyzer, kind, captured, order, inputs, targets)
+                if again is not None:
                     if order.progress is not None:
                         order.progress(captured.columns, captured.columns)
-                    return found
-                kind.misses += 1
-                if kind.misses > _MOST_MISSES:
-                    kind.captured, kind.hopeless = None, True
+                    return again
             return self._ordinary(analyzer, order, key, kind, inputs, targets)
         finally:
             self._turn.release()
+
+    def _try(
+        self,
+        analyzer: Analyzer,
+        kind: _Kind,
+        captured: _Captured,
+        order: Order,
+        inputs: Inputs,
+        targets: Tensor,
+        expected: Analysis,
+    ) -> None:
+        """Hold a replay against the ordinary way."""
+        found = self._replayed(analyzer, kind, captured, order, inputs, targets)
+        if found is None:
+            return
+        if _are_same(found, expected):
+            captured.graph.on_trial = False
+            return
+        _LOG.debug("a replay differs from the ordinary way")
+        kind.captured, kind.hopeless = None, True
 
     def captured(self) -> list[_Kind]:
         """The kinds that have graphs."""
@@ -180,14 +205,28 @@ class Replays:
             return kind
 
     @staticmethod
-    def _replayed(captured: _Captured, order: Order, inputs: Inputs, targets: Tensor) -> Analysis | None:
+    def _replayed(
+        analyzer: Analyzer, kind: _Kind, captured: _Captured, order: Order, inputs: Inputs, targets: Tensor
+    ) -> Analysis | None:
+        analyzer.leave_room(captured.analysis.plan)
         try:
             with _on(order.program.device), torch.no_grad():
-                return captured.replay(tensors_in([inputs, targets]), order.seed)
+                found = captured.replay(tensors_in([inputs, targets]), order.seed)
+        except Unspeculative as error:
+            _LOG.debug("a replay failed: %s", error)
+            found = None
         except (RuntimeError, MemoryError) as error:
             if not lacks_memory(error):
                 raise
-        drop()
+            drop()
+            _let_go(kind)
+            return None
+        if found is not None:
+            kind.used = next(_CLOCK)
+            return found
+        kind.misses += 1
+        if kind.misses > _MOST_MISSES:
+            kind.captured, kind.hopeless = None, True
         return None
 
     def _ordinary(
@@ -197,10 +236,10 @@ class Replays:
         with recording() as answers:
             found = analyzer.in_pieces(inputs, targets)
         kind.runs += 1
-        if kind.runs < RUNS or kind.hopeless or kind.captured is not None or key.asked in self._refused:
+        if kind.runs < RUNS[order.program.device.type] or kind.hopeless or kind.captured is not None or key.asked in self._refused:
             return found
         most = order.budget.total_bytes // _SHARE
-        if not _is_whole(found) or time.perf_counter() - begun > MOST_SECONDS or found.plan.peak_bytes > most:
+        if not _is_whole(found) or time.perf_counter() - begun > MOST_SECONDS[order.program.device.type] or found.plan.peak_bytes > most:
             kind.hopeless = True
             return found
         try:
@@ -229,8 +268,8 @@ def replays_of(program: Program) -> Replays:
 
 
 def drop() -> int:
-    """Let go of all graphs of all programs: memory ran out. How many there were."""
-    kept = _all()
+    """Let go of all graphs of all programs that keep memory: it ran out. How many there were."""
+    kept = [kind for kind in _all() if kind.captured is not None and kind.captured.kept_bytes]
     for kind in kept:
         _let_go(kind)
     return len(kept)
@@ -288,12 +327,10 @@ def _captured(
             analysis = analyzer.once(placed_inputs, placed_targets)
             return analysis, speculation.holds(), speculation.seeded
 
-    analysis, holds, seeded = graph.capture(run)
-    results = list({id(t): t for t in _tensors_of(analysis)}.values())
+    analysis, _, seeded = graph.capture(run, [*batch, seeds], lambda found: [found[1], *_once_each(found[0])])
     held = [*program.verdicts.held(), *program.derived.values(), *(t.data for t in _parameters(program))]
-    analysis = _apart(analysis)
     return _Captured(
-        graph, batch, seeds, staged, seeded, holds, analysis, results, kept_bytes, held, analyzer.columns_done
+        graph, staged, seeded, _apart(analysis), kept_bytes if graph.lends else 0, held, analyzer.columns_done
     )
 
 
@@ -307,7 +344,7 @@ def _placed(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _graph(device: torch.device) -> Graph:
-    return CudaGraph(device)
+    return CudaGraph(device) if device.type == "cuda" else CpuGraph(device)
 
 
 @contextmanager
@@ -325,8 +362,25 @@ def _tensors_of(analysis: Analysis) -> list[Tensor]:
     return found
 
 
+def _once_each(analysis: Analysis) -> list[Tensor]:
+    return list({id(t): t for t in _tensors_of(analysis)}.values())
+
+
+def _are_same(found: Analysis, expected: Analysis) -> bool:
+    """Whether two analyses say the same, bit for bit."""
+    for label, group in expected.groups.items():
+        other = found.groups[label]
+        if other.provenance != group.provenance or other.missing != group.missing:
+            return False
+    pairs = zip(_tensors_of(found), _tensors_of(expected), strict=True)
+    told = (found.info, found.warnings) == (expected.info, expected.warnings)
+    return told and all(torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+
+
 def _apart(analysis: Analysis) -> Analysis:
-    """The same tensors, with plain data that is nobody else's."""
+    """The same with plain data that is nobody else's, and tensors without numbers."""
+    blank = {id(tensor): torch.empty(0) for tensor in _once_each(analysis)}
+    analysis = _with_tensors(analysis, blank, analysis.info["seed"])
     groups = {
         label: replace(
             group,

@@ -100,6 +100,16 @@ def speculates() -> bool:
     return _MODE.speculation is not None
 
 
+def reads(what: str) -> None:
+    """Say that a tensor's numbers are about to be read past torch's dispatcher.
+
+    Raises:
+        Unspeculative: this thread's run speculates.
+    """
+    if _MODE.speculation is not None:
+        raise Unspeculative(f"{what} reads a tensor")
+
+
 @contextmanager
 def recording() -> Iterator[list[bool]]:
     """Note this thread's answers, as long as it lasts."""

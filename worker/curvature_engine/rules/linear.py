@@ -10,6 +10,7 @@ from curvature_engine import pages
 from curvature_engine.reductions import LEAST_SHARE, Moments, Outer, product_of_columns, write_outer
 from curvature_engine.rules.base import Match, Rule, gives
 from curvature_engine.rules.gram import Gram, gram_multiply_adds
+from curvature_engine.speculation import answer
 
 _BLOCK_NUMBERS = 2**19
 """Of a result that is made in several steps: what two cores' own caches hold beside its intermediates."""
@@ -185,7 +186,7 @@ def _uncentred(a: Tensor, b: Tensor) -> Moments | None:
         second = torch.mm(a2[:, rows].T, b2)
         centred = torch.addcmul(second, part, part, value=-n, out=spread[rows])
         # What is no number fails, too.
-        if second.numel() and not bool(second.mul_(LEAST_SHARE).sub_(centred).amax() <= 0):
+        if second.numel() and not answer(second.mul_(LEAST_SHARE).sub_(centred).amax() <= 0):
             return None
     return Moments(mean, spread)
 

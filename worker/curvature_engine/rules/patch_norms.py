@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curvature_engine.speculation import answer
+
 if TYPE_CHECKING:
     from curvature_engine.rules.convolution import Geometry
 
@@ -64,7 +66,7 @@ def squared_norms(x: Tensor, g: Tensor, geometry: "Geometry") -> Tensor | None:
         some = slice(first, first + size)
         terms = _of_gradients(g[some]).mul_(_of_windows(x[some], geometry, g.shape[2:]))
         norms, bound = terms.sum(1), torch.linalg.vector_norm(terms, 1, dim=1)
-        if bool((norms < bound * _LEAST_SHARE).any()):
+        if answer((norms < bound * _LEAST_SHARE).any()):
             return None
         found.append(norms)
     return torch.cat(found)

@@ -1,0 +1,334 @@
+"""What a function asks of torch on a CPU, noted down once as one straight function, and done again without the rest.
+
+A small analysis spends a third of its time in what decides which operators to call, and in Python. Noted are the calls
+that reach torch's dispatcher below autograd: its operators, in order, with all that is no tensor as it was. A tensor
+that an operator takes was made by another one, is given anew to each replay, or was there before.
+
+So nothing may be noted of a function that decides by numbers of tensors: whoever reads them is refused, in the
+dispatcher where reads come through it, and at the functions of torch that read past it. Nor may anything that was there
+before be written, since it stays.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, TypeVar
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from curvature_engine import pages
+from curvature_engine.errors import lacks_memory
+from curvature_engine.speculation import Unspeculative
+
+T = TypeVar("T")
+aten = torch.ops.aten
+MOST_STEPS = 20_000
+"""Of one function: what takes more is not bound by Python."""
+_REFUSED = {
+    torch.Tag.data_dependent_output,  # the host reads
+    torch.Tag.dynamic_output_shape,  # shapes that the host would know
+    torch.Tag.nondeterministic_seeded,
+    torch.Tag.inplace_view,  # after which one of two names for a tensor would be wrong
+}
+_SAME = {aten.detach.default, aten.alias.default}
+_VIEWS = {
+    aten.as_strided.default,
+    aten.expand.default,
+    aten.permute.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.squeeze.dim,
+    aten.t.default,
+    aten.transpose.int,
+    aten.unbind.int,
+    aten.unsqueeze.default,
+    aten.view.default,
+}
+"""Those that are left out where nobody takes what they give."""
+_READERS = {"tolist", "numpy", "__array__", "__dlpack__", "__repr__", "__format__"}
+_TAKERS_OF_NUMBERS = {"tensor", "as_tensor", "asarray", "scalar_tensor"}
+
+
+class CpuGraph:
+    """A function's operators, to be done again.
+
+    Attributes:
+        lends: whether what a replay returns is written again by the next one.
+        on_trial: whether nobody has compared a replay with the function yet.
+    """
+
+    lends = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_trial = True
+        self._function: Callable[[list[Tensor]], list[Tensor]]
+
+    def capture(self, run: Callable[[], T], given: Sequence[Tensor], results: Callable[[T], Sequence[Tensor]]) -> T:
+        """Take notice of what `run` asks of torch.
+
+        Args:
+            run: what is noted.
+            given: tensors for which others, of the same shapes and strides, come in a replay.
+            results: the tensors in what `run` returns that a replay is to make.
+
+        Raises:
+            Unspeculative: it reads numbers, or does what cannot be noted.
+        """
+        notes = _Notes(given)
+        with ExitStack() as stack:
+            stack.enter_context(pages.told_to(notes.made))
+            stack.enter_context(_NoReading())
+            stack.enter_context(notes)
+            found = run()
+        self._function = notes.function(results(found))
+        return found
+
+    def replay(self, given: Sequence[Tensor]) -> list[Tensor]:
+        """The results with other tensors given.
+
+        Raises:
+            Unspeculative: an operator failed, and why is the ordinary way's to say.
+        """
+        try:
+            return self._function([t if t.storage_offset() == 0 else t.clone() for t in given])
+        except Exception as error:
+            if lacks_memory(error):
+                raise
+            raise Unspeculative(f"an operator failed: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """In place of a tensor."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One call: `outputs` are slots, or None where nothing new comes."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+    outputs: Any
+    taken: tuple[int, ...]
+
+
+class _NoReading(TorchFunctionMode):
+    """Refuses the functions of torch that read a tensor past the dispatcher."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _READERS or (name in _TAKERS_OF_NUMBERS and _holds_tensors(args)):
+            raise Unspeculative(f"{name} reads a tensor")
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(eq=False)
+class _Notes(TorchDispatchMode):
+    """Notes operators down, in order."""
+
+    given: Sequence[Tensor]
+    _steps: list[_Step] = field(default_factory=list)
+    _there: dict[int, Tensor] = field(default_factory=dict)
+    """By slot: what was there before."""
+    _slots: dict[int, tuple["ref[Tensor]", int]] = field(default_factory=dict)
+    """By a tensor's id, which is nobody else's as long as the tensor lives."""
+    _memory: dict[int, tuple[StorageWeakRef, int, torch.dtype, bool]] = field(default_factory=dict)
+    """By a storage's address: the storage, a slot whose tensor lies in it, and whether it was there before."""
+    _number: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        for tensor in self.given:
+            self._enter(tensor, foreign=True)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; else the first call imports torch's compiler, for seconds."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        _check(func, args)
+        taken: list[int] = []
+        arguments = tuple(self._noted(a, taken) for a in args)
+        named = {name: self._noted(a, taken) for name, a in kwargs.items()}
+        for place in _written(func):
+            target = args[place] if isinstance(place, int) and place < len(args) else kwargs.get(place)
+            self._check_own(func, target)
+        result = func(*args, **kwargs)
+        if func in _SAME:
+            self._slots[id(result)] = ref(result), taken[0]
+        else:
+            # A tensor made of the host's numbers is one that is there; a replay may have its own to write in.
+            function = aten.clone.default if func is aten.lift_fresh.default else func
+            self._add(function, arguments, named, result, taken)
+        return result
+
+    def made(self, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` returns: memory in which anything may stand, which no operator of torch made."""
+        found = make()
+        self._add(make, (), {}, found, [])
+        return found
+
+    def function(self, results: Sequence[Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
+        """All of it as one function from what is given to the results."""
+        wanted: list[int] = []
+        for tensor in results:
+            slot = self._slot(tensor, [])
+            if self._memory[tensor.untyped_storage()._cdata][3]:  # a result is the caller's own
+                self._add(aten.clone.default, (_Slot(slot),), {}, tensor, [slot])
+                slot = self._number - 1
+            wanted.append(slot)
+        return _compiled(_needed(self._steps, wanted), len(self.given), self._there, wanted)
+
+    def _add(
+        self, function: Callable[..., Any], arguments: Any, named: dict[str, Any], result: Any, taken: list[int]
+    ) -> None:
+        if len(self._steps) == MOST_STEPS:
+            raise Unspeculative(f"it takes more than {MOST_STEPS} operators")
+        self._steps.append(_Step(function, arguments, named, self._new(result), tuple(taken)))
+
+    def _noted(self, value: Any, taken: list[int]) -> Any:
+        """A value with slots for tensors."""
+        if isinstance(value, Tensor):
+            return _Slot(self._slot(value, taken))
+        if isinstance(value, list | tuple):
+            return [self._noted(v, taken) for v in value]
+        if isinstance(value, torch.UntypedStorage | torch.Generator):
+            raise Unspeculative("an operator takes what is no tensor and changes")
+        return value
+
+    def _slot(self, tensor: Tensor, taken: list[int]) -> int:
+        """Where a tensor comes from."""
+        found = self._slots.get(id(tensor))
+        slot = found[1] if found is not None and found[0]() is tensor else self._unknown(tensor)
+        taken.append(slot)
+        return slot
+
+    def _unknown(self, tensor: Tensor) -> int:
+        """A slot for what no operator returned: another view of known memory, or what was there before."""
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+            raise Unspeculative(f"a {type(tensor).__name__} of layout {tensor.layout}")
+        known = self._memory.get(tensor.untyped_storage()._cdata)
+        if known is None or known[0].expired():
+            slot = self._enter(tensor, foreign=True)
+            self._there[slot] = tensor.detach()
+            return slot
+        _, slot, dtype, _ = known
+        if dtype != tensor.dtype or tensor.is_conj() or tensor.is_neg():
+            raise Unspeculative("memory is taken for numbers of another kind")
+        place = list(tensor.shape), list(tensor.stride()), tensor.storage_offset()
+        self._add(aten.as_strided.default, (_Slot(slot), *place), {}, tensor, [slot])
+        return self._number - 1
+
+    def _new(self, result: Any) -> Any:
+        """The slots of a result, None for what is no tensor or was known."""
+        if isinstance(result, list | tuple):
+            return [self._new(r) for r in result]
+        if not isinstance(result, Tensor):
+            return None
+        found = self._slots.get(id(result))
+        known = found is not None and found[0]() is result
+        return None if known else _Slot(self._enter(result, foreign=False))
+
+    def _enter(self, tensor: Tensor, *, foreign: bool) -> int:
+        slot, self._number = self._number, self._number + 1
+        self._slots[id(tensor)] = ref(tensor), slot
+        storage = tensor.untyped_storage()
+        known = self._memory.get(storage._cdata)
+        if known is None or known[0].expired():
+            self._memory[storage._cdata] = StorageWeakRef(storage), slot, tensor.dtype, foreign
+        return slot
+
+    def _check_own(self, func: Any, targets: Any) -> None:
+        for target in targets if isinstance(targets, list | tuple) else [targets]:
+            if isinstance(target, Tensor) and self._memory[target.untyped_storage()._cdata][3]:
+                raise Unspeculative(f"{func} writes what was there before")
+
+
+def _check(func: Any, args: Sequence[Any]) -> None:
+    refused = _REFUSED.intersection(func.tags)
+    if func is aten.index.Tensor and not any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
+        return  # whole numbers give shapes that are known
+    if refused or func.namespace not in ("aten", "prims"):
+        raise Unspeculative(f"{func} cannot be noted: {', '.join(str(tag) for tag in refused) or 'it is no operator'}")
+
+
+@cache
+def _written(func: Any) -> tuple[int | str, ...]:
+    """The places, or the names, of the arguments that an operator writes."""
+    arguments = func._schema.arguments
+    written = [(place, a) for place, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    return tuple(a.name if a.kwarg_only else place for place, a in written)
+
+
+def _holds_tensors(values: Any) -> bool:
+    return any(isinstance(v, Tensor) or (isinstance(v, list | tuple) and _holds_tensors(v)) for v in values)
+
+
+def _needed(steps: Sequence[_Step], wanted: Sequence[int]) -> list[_Step]:
+    """Without the views that nobody takes."""
+    needed, kept = set(wanted), []
+    for step in reversed(steps):
+        if step.function not in _VIEWS or any(slot in needed for slot in _slots_in(step.outputs)):
+            needed.update(step.taken)
+            kept.append(step)
+    return kept[::-1]
+
+
+def _compiled(
+    steps: Sequence[_Step], given: int, there: dict[int, Tensor], wanted: Sequence[int]
+) -> Callable[[list[Tensor]], list[Tensor]]:
+    """One function without branches; a tensor goes after the last step that takes it."""
+    names: dict[str, Any] = {f"t{slot}": tensor for slot, tensor in there.items()}
+    stays, seen, ends = {*there, *wanted}, set[int](), []
+    for step in reversed(steps):
+        here = {*step.taken, *_slots_in(step.outputs)} - seen - stays
+        seen |= here
+        ends.append(sorted(here))
+    lines = [f"    {''.join(f't{slot}, ' for slot in range(given))} = given"] if given else []
+    for number, (step, done) in enumerate(zip(steps, reversed(ends), strict=True)):
+        names[f"f{number}"] = step.function
+        called = [_text(a, names) for a in step.arguments]
+        called += [f"{name}={_text(a, names)}" for name, a in step.named.items()]
+        lines.append(f"    {_target(step.outputs)} = f{number}({', '.join(called)})")
+        if done:
+            lines.append(f"    {' = '.join(f't{slot}' for slot in done)} = None")
+    lines.append(f"    return [{', '.join(f't{slot}' for slot in wanted)}]")
+    # Nothing of the text comes from outside: names are numbers, and all else stands for an object in `names`.
+    exec("\n".join(["def replay(given):", *lines]), names)  # noqa: S102
+    found: Callable[[list[Tensor]], list[Tensor]] = torch.no_grad()(names["replay"])
+    return found
+
+
+def _text(value: Any, names: dict[str, Any]) -> str:
+    if isinstance(value, _Slot):
+        return f"t{value.number}"
+    if isinstance(value, list):
+        return f"[{', '.join(_text(v, names) for v in value)}]"
+    if value is None or type(value) in (bool, int):
+        return repr(value)
+    name = f"k{len(names)}"
+    names[name] = value
+    return name
+
+
+def _target(outputs: Any) -> str:
+    if isinstance(outputs, list):
+        return f"({''.join(f'{_target(o)}, ' for o in outputs)})" if outputs else "_"
+    return "_" if outputs is None else f"t{outputs.number}"
+
+
+def _slots_in(outputs: Any) -> list[int]:
+    if isinstance(outputs, list):
+        return [slot for o in outputs for slot in _slots_in(o)]
+    return [] if outputs is None else [outputs.number]
