@@ -77,7 +77,7 @@ def report(outcomes: list[Outcome], seconds: float) -> None:
     print(
         f"{len(outcomes)} nets in {seconds:.0f} s: {len(right) - refused} computed "
         f"({', '.join(f'{n} {way}' for way, n in sorted(ways.items()))}), {refused} refused as expected, "
-        f"{len(outcomes) - len(right)} wrong."
+        f"{len(outcomes) - len(right)} wrong; {sum(o.findings.replayed > 0 for o in right)} by graphs of other batches."
     )
     print("\n| refused because | nets |\n| --- | ---: |")
     for reason, count in Counter(r for o in right for r in set(o.findings.refusals)).most_common():

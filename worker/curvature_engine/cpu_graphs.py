@@ -157,7 +157,7 @@ class _Notes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        _check(func, args)
+        _check(func, args, kwargs)
         taken: list[int] = []
         arguments = tuple(self._noted(a, taken) for a in args)
         named = {name: self._noted(a, taken) for name, a in kwargs.items()}
@@ -167,10 +167,10 @@ class _Notes(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func in _SAME:
             self._slots[id(result)] = ref(result), taken[0]
+        elif func is aten.lift_fresh.default:
+            self._has_numbers(result)
         else:
-            # A tensor made of the host's numbers is one that is there; a replay may have its own to write in.
-            function = aten.clone.default if func is aten.lift_fresh.default else func
-            self._add(function, arguments, named, result, taken)
+            self._add(func, arguments, named, result, taken)
         return result
 
     def made(self, make: Callable[[], Tensor]) -> Tensor:
@@ -179,14 +179,26 @@ class _Notes(TorchDispatchMode):
         self._add(make, (), {}, found, [])
         return found
 
+    def _has_numbers(self, tensor: Tensor) -> None:
+        """Note a tensor that was made of the host's numbers: each replay has its own, which may be written."""
+        there, self._number = self._number, self._number + 1
+        self._there[there] = tensor.clone()
+        self._slots[id(tensor)] = ref(tensor), self._copied(there)
+        storage = _storage(tensor)
+        self._memory[storage._cdata] = StorageWeakRef(storage), self._number - 1, tensor.dtype, False
+
+    def _copied(self, slot: int) -> int:
+        self._steps.append(_Step(aten.clone.default, (_Slot(slot),), {}, _Slot(self._number), (slot,)))
+        self._number += 1
+        return self._number - 1
+
     def function(self, results: Sequence[Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
         """All of it as one function from what is given to the results."""
         wanted: list[int] = []
         for tensor in results:
             slot = self._slot(tensor, [])
-            if self._memory[tensor.untyped_storage()._cdata][3]:  # a result is the caller's own
-                self._add(aten.clone.default, (_Slot(slot),), {}, tensor, [slot])
-                slot = self._number - 1
+            if self._memory[_storage(tensor)._cdata][3]:  # a result is the caller's own
+                slot = self._copied(slot)
             wanted.append(slot)
         return _compiled(_needed(self._steps, wanted), len(self.given), self._there, wanted)
 
@@ -216,9 +228,9 @@ class _Notes(TorchDispatchMode):
 
     def _unknown(self, tensor: Tensor) -> int:
         """A slot for what no operator returned: another view of known memory, or what was there before."""
-        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
-            raise Unspeculative(f"a {type(tensor).__name__} of layout {tensor.layout}")
-        known = self._memory.get(tensor.untyped_storage()._cdata)
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            raise Unspeculative(f"a {type(tensor).__name__}")
+        known = self._memory.get(_storage(tensor)._cdata)
         if known is None or known[0].expired():
             slot = self._enter(tensor, foreign=True)
             self._there[slot] = tensor.detach()
@@ -243,7 +255,7 @@ class _Notes(TorchDispatchMode):
     def _enter(self, tensor: Tensor, *, foreign: bool) -> int:
         slot, self._number = self._number, self._number + 1
         self._slots[id(tensor)] = ref(tensor), slot
-        storage = tensor.untyped_storage()
+        storage = _storage(tensor)
         known = self._memory.get(storage._cdata)
         if known is None or known[0].expired():
             self._memory[storage._cdata] = StorageWeakRef(storage), slot, tensor.dtype, foreign
@@ -251,16 +263,31 @@ class _Notes(TorchDispatchMode):
 
     def _check_own(self, func: Any, targets: Any) -> None:
         for target in targets if isinstance(targets, list | tuple) else [targets]:
-            if isinstance(target, Tensor) and self._memory[target.untyped_storage()._cdata][3]:
+            if isinstance(target, Tensor) and self._memory[_storage(target)._cdata][3]:
                 raise Unspeculative(f"{func} writes what was there before")
 
 
-def _check(func: Any, args: Sequence[Any]) -> None:
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    if tensor.layout != torch.strided:
+        raise Unspeculative(f"a tensor's layout is {tensor.layout}")
+    return tensor.untyped_storage()
+
+
+def _check(func: Any, args: Sequence[Any], named: dict[str, Any]) -> None:
     refused = _REFUSED.intersection(func.tags)
     if func is aten.index.Tensor and not any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
         return  # whole numbers give shapes that are known
+    if refused == {torch.Tag.nondeterministic_seeded} and _drops_nothing(func, args, named):
+        return
     if refused or func.namespace not in ("aten", "prims"):
         raise Unspeculative(f"{func} cannot be noted: {', '.join(str(tag) for tag in refused) or 'it is no operator'}")
+
+
+def _drops_nothing(func: Any, args: Sequence[Any], named: dict[str, Any]) -> bool:
+    """Whether all that an operator could draw is what it drops, and that is nothing: attention's."""
+    places = {a.name: place for place, a in enumerate(func._schema.arguments)}
+    place = places.get("dropout_p")
+    return place is not None and (args[place] if place < len(args) else named.get("dropout_p", 0.0)) == 0.0
 
 
 @cache
@@ -300,12 +327,14 @@ def _compiled(
         names[f"f{number}"] = step.function
         called = [_text(a, names) for a in step.arguments]
         called += [f"{name}={_text(a, names)}" for name, a in step.named.items()]
-        lines.append(f"    {_target(step.outputs)} = f{number}({', '.join(called)})")
-        if done:
-            lines.append(f"    {' = '.join(f't{slot}' for slot in done)} = None")
+        target = _target(step.outputs)
+        lines.append(f"    {f'{target} = ' if target else ''}f{number}({', '.join(called)})")
+        spent = [f"t{slot}" for slot in done] + (["_"] if "_" in target else [])
+        if spent:
+            lines.append(f"    {' = '.join(spent)} = None")
     lines.append(f"    return [{', '.join(f't{slot}' for slot in wanted)}]")
     # Nothing of the text comes from outside: names are numbers, and all else stands for an object in `names`.
-    exec("\n".join(["def replay(given):", *lines]), names)  # noqa: S102
+    exec("\n".join(["def replay(given):", *lines]), names)
     found: Callable[[list[Tensor]], list[Tensor]] = torch.no_grad()(names["replay"])
     return found
 
@@ -323,9 +352,11 @@ def _text(value: Any, names: dict[str, Any]) -> str:
 
 
 def _target(outputs: Any) -> str:
+    """What is assigned to; nothing where nothing new comes."""
     if isinstance(outputs, list):
-        return f"({''.join(f'{_target(o)}, ' for o in outputs)})" if outputs else "_"
-    return "_" if outputs is None else f"t{outputs.number}"
+        targets = [_target(o) or "_" for o in outputs]
+        return f"({''.join(f'{t}, ' for t in targets)})" if any(t != "_" for t in targets) else ""
+    return "" if outputs is None else f"t{outputs.number}"
 
 
 def _slots_in(outputs: Any) -> list[int]:

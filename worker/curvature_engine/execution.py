@@ -14,7 +14,7 @@ from curvature_engine.layouts import ChannelsLast
 from curvature_engine.openings import OPENINGS, Elementary
 from curvature_engine.operators import HOST_READERS, ROUTERS
 from curvature_engine.sample_axes import SampleAxes
-from curvature_engine.speculation import reads
+from curvature_engine.speculation import Unspeculative, reads, speculates
 from curvature_engine.sums import Sums
 from curvature_engine.tape import Tape, shallow_tensors
 
@@ -70,6 +70,7 @@ class Run:
         self._of_batch_attributes: set[tuple[int, str]] = set()
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
         self._storages: dict[int, torch.UntypedStorage] = {}
+        self._wholes: dict[int, Tensor] = {}
         self._entered: list[ScriptContext] = []
         self.samples = SampleAxes()
         """Where the samples are proved to lie, in runs with a graph."""
@@ -115,11 +116,26 @@ class Run:
             return tensor.clone()
         storage = tensor.untyped_storage()
         place = storage.data_ptr()
+        if speculates():
+            return self._copied_by_operators(tensor, place)
         if place not in self._storages:
             self._storages[place] = storage.clone()  # type: ignore[no-untyped-call]
         copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         with torch.no_grad():
             return copy.set_(self._storages[place], tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    def _copied_by_operators(self, tensor: Tensor, place: int) -> Tensor:
+        """The same by what can be captured: the first of those that share memory as such, others as views of it."""
+        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        if place not in self._wholes:
+            if not whole:
+                raise Unspeculative("a part of memory is copied")
+            self._wholes[place] = tensor.clone()
+            return self._wholes[place]
+        if self._wholes[place].dtype != tensor.dtype:
+            raise Unspeculative("memory is copied that holds numbers of several kinds")
+        with torch.no_grad():
+            return self._wholes[place].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def set_attribute(self, owner: Any, name: str, value: Any, *, tainted: bool) -> None:
         """Write an attribute for this run only: the next job finds the module as it was."""

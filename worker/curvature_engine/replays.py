@@ -235,11 +235,12 @@ class Replays:
         begun = time.perf_counter()
         with recording() as answers:
             found = analyzer.in_pieces(inputs, targets)
+        seconds, device = time.perf_counter() - begun, order.program.device.type
         kind.runs += 1
-        if kind.runs < RUNS[order.program.device.type] or kind.hopeless or kind.captured is not None or key.asked in self._refused:
+        if kind.runs < RUNS[device] or kind.hopeless or kind.captured is not None or key.asked in self._refused:
             return found
         most = order.budget.total_bytes // _SHARE
-        if not _is_whole(found) or time.perf_counter() - begun > MOST_SECONDS[order.program.device.type] or found.plan.peak_bytes > most:
+        if not _is_whole(found) or seconds > MOST_SECONDS[device] or found.plan.peak_bytes > most:
             kind.hopeless = True
             return found
         try:
