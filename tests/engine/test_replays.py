@@ -1,6 +1,6 @@
 """Captured analyses: a replay gives what the ordinary way gives, or the ordinary way is taken.
 
-With a CPU's graphs, and with a stand-in for a CUDA graph that does the captured run once more (`test_gpu` has real ones).
+With CPU graphs, and with a stand-in for a CUDA graph that does the captured run once more (`test_gpu` has real ones).
 What it shows is all that the host does: keys, places, seeds, answers, copies.
 """
 
