@@ -1,6 +1,7 @@
 """One cell: one net, one batch, one work; everybody's results compared, then everybody timed."""
 
 import gc
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,11 @@ from benchmarks.bench.timing import Effort, interleave, medians
 from benchmarks.bench.works import Work
 
 UNIT = "unit"
-WARM = 3
-"""Runs of everybody before it is timed on CUDA, beside the one that is compared."""
+WARM = {"cuda": 3, "cpu": 7}
+"""Runs of everybody on CUDA, and of the engine on CPUs, before it is timed, beside the one that is compared: as often
+as the engine takes to capture what comes again and again."""
+WARM_SECONDS = 4.0
+"""On CPUs, where what takes longer is not captured."""
 
 
 @dataclass
@@ -105,17 +109,21 @@ def _compared(case: Case, work: Work, peers: list[str], cell: Cell) -> dict[str,
         except Exception as error:  # noqa: BLE001 - peers refuse with errors of every kind
             cell.unable[peer] = reason(error)
         gc.collect()
-    if case.place.device.type == "cuda":
-        _warm(jobs, mine, cell, case)
+    _warm(jobs, mine, cell, case)
     return jobs
 
 
 def _warm(jobs: dict[str, Job], mine: Results, cell: Cell, case: Case) -> None:
-    """Run everybody as often as the engine takes to capture what comes again and again; what it replays must agree."""
-    for job in jobs.values():
-        for _ in range(WARM):
-            job.run(None)
-            job.release()
+    """Run until what comes again and again is captured; what is replayed must agree."""
+    device = case.place.device.type
+    begun = time.perf_counter()
+    for _ in range(WARM[device]):
+        for who, job in jobs.items():
+            if device == "cuda" or (who == "ours" and time.perf_counter() - begun < WARM_SECONDS):
+                job.run(None)
+                job.release()
+    if device == "cpu" and time.perf_counter() - begun >= WARM_SECONDS:
+        return
     try:
         check(mine, jobs["ours"].read(jobs["ours"].run(None)), case.place.dtype)
     except Differs as error:

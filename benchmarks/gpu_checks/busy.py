@@ -40,7 +40,7 @@ def _gradient(case: Case) -> dict[str, Any]:
 
 def _work(case: Case, name: str) -> dict[str, Any]:
     job = ours(case, WORKS[name])
-    for _ in range(1 + WARM):
+    for _ in range(1 + WARM[case.place.device.type]):
         job.run(None)
     return _of(lambda: job.run(None), case.place)
 

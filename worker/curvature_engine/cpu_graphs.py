@@ -10,7 +10,7 @@ before be written, since it stays.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
@@ -27,6 +27,8 @@ from curvature_engine.errors import lacks_memory
 from curvature_engine.speculation import Unspeculative
 
 T = TypeVar("T")
+_below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
+"""Has operators pass by what is autograd's at once; torch's own, of which it promises nothing."""
 aten = torch.ops.aten
 MOST_STEPS = 20_000
 """Of one function: what takes more is not bound by Python."""
@@ -96,7 +98,8 @@ class CpuGraph:
             Unspeculative: an operator failed, and why is the ordinary way's to say.
         """
         try:
-            return self._function([t if t.storage_offset() == 0 else t.clone() for t in given])
+            with torch.no_grad(), _below_autograd():
+                return self._function([t if t.storage_offset() == 0 else t.clone() for t in given])
         except Exception as error:
             if lacks_memory(error):
                 raise
@@ -185,7 +188,7 @@ class _Notes(TorchDispatchMode):
         self._there[there] = tensor.clone()
         self._slots[id(tensor)] = ref(tensor), self._copied(there)
         storage = _storage(tensor)
-        self._memory[storage._cdata] = StorageWeakRef(storage), self._number - 1, tensor.dtype, False
+        self._memory[storage._cdata] = _weakly(storage), self._number - 1, tensor.dtype, False
 
     def _copied(self, slot: int) -> int:
         self._steps.append(_Step(aten.clone.default, (_Slot(slot),), {}, _Slot(self._number), (slot,)))
@@ -231,7 +234,7 @@ class _Notes(TorchDispatchMode):
         if type(tensor) not in (Tensor, torch.nn.Parameter):
             raise Unspeculative(f"a {type(tensor).__name__}")
         known = self._memory.get(_storage(tensor)._cdata)
-        if known is None or known[0].expired():
+        if known is None or _is_gone(known[0]):
             slot = self._enter(tensor, foreign=True)
             self._there[slot] = tensor.detach()
             return slot
@@ -257,8 +260,8 @@ class _Notes(TorchDispatchMode):
         self._slots[id(tensor)] = ref(tensor), slot
         storage = _storage(tensor)
         known = self._memory.get(storage._cdata)
-        if known is None or known[0].expired():
-            self._memory[storage._cdata] = StorageWeakRef(storage), slot, tensor.dtype, foreign
+        if known is None or _is_gone(known[0]):
+            self._memory[storage._cdata] = _weakly(storage), slot, tensor.dtype, foreign
         return slot
 
     def _check_own(self, func: Any, targets: Any) -> None:
@@ -271,6 +274,14 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
     if tensor.layout != torch.strided:
         raise Unspeculative(f"a tensor's layout is {tensor.layout}")
     return tensor.untyped_storage()
+
+
+def _weakly(storage: torch.UntypedStorage) -> StorageWeakRef:
+    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+
+
+def _is_gone(storage: StorageWeakRef) -> bool:
+    return bool(storage.expired())  # type: ignore[no-untyped-call]
 
 
 def _check(func: Any, args: Sequence[Any], named: dict[str, Any]) -> None:
@@ -335,7 +346,7 @@ def _compiled(
     lines.append(f"    return [{', '.join(f't{slot}' for slot in wanted)}]")
     # Nothing of the text comes from outside: names are numbers, and all else stands for an object in `names`.
     exec("\n".join(["def replay(given):", *lines]), names)
-    found: Callable[[list[Tensor]], list[Tensor]] = torch.no_grad()(names["replay"])
+    found: Callable[[list[Tensor]], list[Tensor]] = names["replay"]
     return found
 
 
