@@ -130,13 +130,19 @@ def into(x):
     return [out, torch.add(x, x, out=torch.zeros_like(x))]
 
 
+def reshaped(x):
+    y = x + 1
+    y.t_().unsqueeze_(0)
+    return [y * 2, y.squeeze_(0).as_strided_((2, 3), (3, 1))]
+
+
 def numbers(x):
     scale = torch.tensor([1.0, 2.0, 3.0, 4.0])
     scale.add_(x[0])
     return [x * scale, torch.tensor(5.0) + x, torch.arange(3), torch.full((2,), float("-inf"))]
 
 
-@pytest.mark.parametrize("function", [views, gone, lists, autograd, into, numbers], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", [views, gone, lists, autograd, into, reshaped, numbers], ids=lambda f: f.__name__)
 def test_other_numbers_go_the_same_way(function):
     graph = capture(function, torch.randn(3, 4))
     for _ in range(3):
@@ -209,7 +215,8 @@ THERE = torch.ones(4)
         lambda x: [THERE.view(2, 2).T.copy_(x[:2, :2])],
         lambda x: [torch.empty(0).set_(x.untyped_storage())],
         lambda x: [(x + 1).resize_(2, 2)],
-        lambda x: [(x + 1).t_()],
+        lambda x: (lambda y: [y.detach(), y.t_()])(x + 1),
+        lambda x: [x.t_()],
         lambda x: [(x + 1).to_sparse().coalesce().to_dense()],
         lambda x: [torch.normal(x, 1.0)],
     ],

@@ -36,8 +36,17 @@ _REFUSED = {
     torch.Tag.data_dependent_output,  # the host reads
     torch.Tag.dynamic_output_shape,  # shapes that the host would know
     torch.Tag.nondeterministic_seeded,
-    torch.Tag.inplace_view,  # after which one of two names for a tensor would be wrong
+    torch.Tag.inplace_view,
 }
+_RESHAPING = {
+    aten.as_strided_.default,
+    aten.squeeze_.default,
+    aten.squeeze_.dim,
+    aten.t_.default,
+    aten.transpose_.default,
+    aten.unsqueeze_.default,
+}
+"""Those that give a tensor another shape in place, and nothing else."""
 _SAME = {aten.detach.default, aten.alias.default}
 _VIEWS = {
     aten.as_strided.default,
@@ -146,6 +155,8 @@ class _Notes(TorchDispatchMode):
     """By a tensor's id, which is nobody else's as long as the tensor lives."""
     _memory: dict[int, tuple[StorageWeakRef, int, torch.dtype, bool]] = field(default_factory=dict)
     """By a storage's address: the storage, a slot whose tensor lies in it, and whether it was there before."""
+    _shared: set[int] = field(default_factory=set)
+    """Slots that stand for several tensors."""
     _number: int = 0
 
     def __post_init__(self) -> None:
@@ -160,16 +171,20 @@ class _Notes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        _check(func, args, kwargs)
+        if func not in _RESHAPING:
+            _check(func, args, kwargs)
         taken: list[int] = []
         arguments = tuple(self._noted(a, taken) for a in args)
         named = {name: self._noted(a, taken) for name, a in kwargs.items()}
         for place in _written(func):
             target = args[place] if isinstance(place, int) and place < len(args) else kwargs.get(place)
             self._check_own(func, target)
+        if func in _RESHAPING and taken[0] in self._shared:
+            raise Unspeculative(f"{func} is for one of two tensors that are one here")
         result = func(*args, **kwargs)
         if func in _SAME:
             self._slots[id(result)] = ref(result), taken[0]
+            self._shared.add(taken[0])
         elif func is aten.lift_fresh.default:
             self._has_numbers(result)
         else:

@@ -125,17 +125,17 @@ class Run:
             return copy.set_(self._storages[place], tensor.storage_offset(), tensor.shape, tensor.stride())
 
     def _copied_by_operators(self, tensor: Tensor, place: int) -> Tensor:
-        """The same by what can be captured: the first of those that share memory as such, others as views of it."""
-        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        """The same by what can be captured: the memory as one tensor, and views of it."""
+        nbytes = tensor.untyped_storage().nbytes()
         if place not in self._wholes:
-            if not whole:
-                raise Unspeculative("a part of memory is copied")
-            self._wholes[place] = tensor.clone()
-            return self._wholes[place]
-        if self._wholes[place].dtype != tensor.dtype:
+            if tensor.is_contiguous() and tensor.nbytes == nbytes:
+                self._wholes[place] = tensor.clone()
+                return self._wholes[place]
+            self._wholes[place] = tensor.as_strided((nbytes // tensor.itemsize,), (1,), 0).clone()
+        whole = self._wholes[place]
+        if whole.dtype != tensor.dtype or whole.nbytes != nbytes:
             raise Unspeculative("memory is copied that holds numbers of several kinds")
-        with torch.no_grad():
-            return self._wholes[place].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def set_attribute(self, owner: Any, name: str, value: Any, *, tainted: bool) -> None:
         """Write an attribute for this run only: the next job finds the module as it was."""
