@@ -1,7 +1,6 @@
 """One cell: one net, one batch, one work; everybody's results compared, then everybody timed."""
 
 import gc
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +15,15 @@ from benchmarks.bench.gradient import unit
 from benchmarks.bench.jobs import Job, Results, reason
 from benchmarks.bench.ours import drawn_labels, ours
 from benchmarks.bench.peers import PEERS
-from benchmarks.bench.timing import Effort, interleave, medians
+from benchmarks.bench.timing import Effort, interleave, medians, seconds_of
 from benchmarks.bench.works import Work
 
 UNIT = "unit"
 WARM = {"cuda": 3, "cpu": 7}
 """Runs of everybody on CUDA, and of the engine on CPUs, before it is timed, beside the one that is compared: as often
 as the engine takes to capture what comes again and again."""
-WARM_SECONDS = 4.0
-"""On CPUs, where what takes longer is not captured."""
+MOST_SECONDS = 3.0
+"""On CPUs, of what is captured, and more: what takes longer is warm."""
 
 
 @dataclass
@@ -116,14 +115,11 @@ def _compared(case: Case, work: Work, peers: list[str], cell: Cell) -> dict[str,
 def _warm(jobs: dict[str, Job], mine: Results, cell: Cell, case: Case) -> None:
     """Run until what comes again and again is captured; what is replayed must agree."""
     device = case.place.device.type
-    begun = time.perf_counter()
-    for _ in range(WARM[device]):
-        for who, job in jobs.items():
-            if device == "cuda" or (who == "ours" and time.perf_counter() - begun < WARM_SECONDS):
-                job.run(None)
-                job.release()
-    if device == "cpu" and time.perf_counter() - begun >= WARM_SECONDS:
-        return
+    for number in range(WARM[device]):
+        for job in jobs.values() if device == "cuda" else [jobs["ours"]]:
+            seconds = seconds_of(job, case.place)
+            if device == "cpu" and number == 0 and seconds > MOST_SECONDS:
+                return
     try:
         check(mine, jobs["ours"].read(jobs["ours"].run(None)), case.place.dtype)
     except Differs as error:

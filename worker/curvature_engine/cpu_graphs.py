@@ -137,10 +137,10 @@ class _NoReading(TorchFunctionMode):
     """Refuses the functions of torch that read a tensor past the dispatcher."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in _READERS or (name in _TAKERS_OF_NUMBERS and _holds_tensors(args)):
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in _READERS or (name in _TAKERS_OF_NUMBERS and _holds_tensors([*args, *kwargs.values()])):
             raise Unspeculative(f"{name} reads a tensor")
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 @dataclass(eq=False)
@@ -176,9 +176,8 @@ class _Notes(TorchDispatchMode):
         taken: list[int] = []
         arguments = tuple(self._noted(a, taken) for a in args)
         named = {name: self._noted(a, taken) for name, a in kwargs.items()}
-        for place in _written(func):
-            target = args[place] if isinstance(place, int) and place < len(args) else kwargs.get(place)
-            self._check_own(func, target)
+        for place, name in _written(func):
+            self._check_own(func, args[place] if place < len(args) else kwargs.get(name))
         if func in _RESHAPING and taken[0] in self._shared:
             raise Unspeculative(f"{func} is for one of two tensors that are one here")
         result = func(*args, **kwargs)
@@ -317,11 +316,10 @@ def _drops_nothing(func: Any, args: Sequence[Any], named: dict[str, Any]) -> boo
 
 
 @cache
-def _written(func: Any) -> tuple[int | str, ...]:
-    """The places, or the names, of the arguments that an operator writes."""
-    arguments = func._schema.arguments
-    written = [(place, a) for place, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
-    return tuple(a.name if a.kwarg_only else place for place, a in written)
+def _written(func: Any) -> list[tuple[int, str]]:
+    """Places and names of the arguments that an operator writes."""
+    arguments = enumerate(func._schema.arguments)
+    return [(place, a.name) for place, a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
 def _holds_tensors(values: Any) -> bool:
