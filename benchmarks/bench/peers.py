@@ -7,6 +7,7 @@ from benchmarks.bench.gradient import gradient
 from benchmarks.bench.jobs import Peer
 from benchmarks.bench.naive import naive
 from benchmarks.bench.opacus import opacus
+from benchmarks.bench.ordinary import ordinary
 
 PEERS: dict[str, Peer] = {
     "backpack": backpack,
@@ -15,6 +16,7 @@ PEERS: dict[str, Peer] = {
     "functional": functional,
     "naive": naive,
     "gradient": gradient,
+    "ordinary": ordinary,
 }
 TITLES = {
     "ours": "ours",
@@ -24,4 +26,5 @@ TITLES = {
     "functional": "torch.func",
     "naive": "loop",
     "gradient": "autograd",
+    "ordinary": "without replays",
 }

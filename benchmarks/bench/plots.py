@@ -10,7 +10,7 @@ from benchmarks.bench.sizes import SWEPT
 
 COLOURS = {
     **{"ours": "#1b6ca8", "backpack": "#d1603d", "opacus": "#8a6fb0", "curvlinops": "#5b8c5a"},
-    **{"functional": "#c9a227", "naive": "#8c8c8c", "gradient": "#444444"},
+    **{"functional": "#c9a227", "naive": "#8c8c8c", "gradient": "#444444", "ordinary": "#b0c4de"},
 }
 NOT_DRAWN = {"outputs", "batch_loss", "grad"}
 

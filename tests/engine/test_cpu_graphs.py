@@ -27,6 +27,8 @@ REQUESTS = [
     "kflr",
 ]
 RUNS = 2
+NEVER = {"embedding", "if_and_loop", "in_place", "masked_rows", "no_rule", "packed_projection"}
+"""Those that read numbers, edit what they are given, or go sample by sample."""
 
 
 @pytest.fixture
@@ -55,20 +57,22 @@ def same(found, expected):
     return bool(pairs) and all(torch.equal(a, b) and a.dtype == b.dtype for a, b in pairs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_replayed_analysis_is_an_ordinary_one(case, dtype, soon, record_property):
+def test_a_replayed_analysis_is_an_ordinary_one(case, soon):
     """Bit for bit, on other batches than it was captured on, with other seeds."""
-    module, inputs = build(case)
+    (module, inputs), dtype = (
+        build(case),
+        torch.float32,
+    )  # in which images lie channels last; random nets are in float64
     targets = targets_for(module(*inputs), "mse").to(dtype)
     module, inputs = module.to(dtype), [x.to(dtype) if x.is_floating_point() else x for x in inputs]
     program = engine.load(torchscript(module, tuple(inputs), case.ways[0]))
     soon(program, tuple(inputs), targets, REQUESTS, loss="mse")  # which leaves a verdict
-    for k in range(6):
+    for k in range(RUNS + 3):
         given = tuple(x.roll(k, 0) for x in inputs), targets.roll(k, 0)
         found = engine.analyze(program, *given, REQUESTS, loss="mse", seed=k)
         assert same(found, soon(program, *given, REQUESTS, loss="mse", seed=k))
-    record_property("replayed", bool(graphs_of(program)))
+    assert bool(graphs_of(program)) == (case.name not in NEVER)
 
 
 @pytest.mark.parametrize("name", [e["name"] for e in engine.catalogue()["extensions"]])
