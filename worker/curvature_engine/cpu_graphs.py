@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvature_engine import pages
+from curvature_engine.dispatch_modes import DispatchMode
 from curvature_engine.errors import lacks_memory
 from curvature_engine.speculation import Unspeculative
 
@@ -144,7 +144,7 @@ class _NoReading(TorchFunctionMode):
 
 
 @dataclass(eq=False)
-class _Notes(TorchDispatchMode):
+class _Notes(DispatchMode):
     """Notes operators down, in order."""
 
     given: Sequence[Tensor]
@@ -163,11 +163,6 @@ class _Notes(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         for tensor in self.given:
             self._enter(tensor, foreign=True)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here; else the first call imports torch's compiler, for seconds."""
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

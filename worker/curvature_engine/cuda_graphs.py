@@ -5,8 +5,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from curvature_engine.dispatch_modes import DispatchMode
 from curvature_engine.speculation import Unspeculative
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ _READING = {
 _BY_MASKS = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
-class Unread(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Unread(DispatchMode):  # type: ignore[no-untyped-call]
     """Refuses what would have the host wait for a device, or send it something, as CUDA does in a capture.
 
     There a refusal spoils the capture, and memory may be lost with it: better that a run before it fails.
@@ -33,11 +33,6 @@ class Unread(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Raises:
         Unspeculative: at such an operator.
     """
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here; else the first call imports torch's compiler, for seconds."""
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         masks = func in _BY_MASKS and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
