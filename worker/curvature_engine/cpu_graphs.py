@@ -1,8 +1,8 @@
 """What a function asks of torch on a CPU, noted down once as one straight function, and done again without the rest.
 
-A small analysis spends a third of its time in what decides which operators to call, and in Python. Noted are the calls
-that reach torch's dispatcher below autograd: its operators, in order, with all that is no tensor as it was. A tensor
-that an operator takes was made by another one, is given anew to each replay, or was there before.
+A small analysis spends up to a third of its time in what decides which operators to call, and in Python. Noted are the
+calls that reach torch's dispatcher below autograd: its operators, in order, with all that is no tensor as it was. A
+tensor that an operator takes was made by another one, is given anew to each replay, or was there before.
 
 So nothing may be noted of a function that decides by numbers of tensors: whoever reads them is refused, in the
 dispatcher where reads come through it, and at the functions of torch that read past it. Nor may anything that was there

@@ -1,8 +1,8 @@
 """Warm analyses of one kind as one graph: what took thousands of steps of Python takes the operators alone.
 
-A small analysis is bound by the host: a GPU waits for the next kernel to be asked for, and on a CPU a third of the time
-goes into asking. So an analysis that was made before, on inputs of the same shapes and with the same requests, is
-captured while it goes over a batch once more, and from then on replayed: on a GPU as a `torch.cuda.CUDAGraph`
+A small analysis is bound by the host: a GPU waits for the next kernel to be asked for, and on a CPU up to a third of
+the time goes into asking. So an analysis that was made before, on inputs of the same shapes and with the same requests,
+is captured while it goes over a batch once more, and from then on replayed: on a GPU as a `torch.cuda.CUDAGraph`
 (`cuda_graphs`), on a CPU as one straight function of torch's operators (`cpu_graphs`).
 
 A replay is right because nothing that the host decided can be otherwise. What it decides by (requests, shapes, the
