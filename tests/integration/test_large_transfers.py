@@ -125,9 +125,10 @@ def test_another_process_sends_only_what_is_missing(api, payload):
     bar = Bar()
     with CuttingProxy(api.address) as proxy, connected(proxy.url) as transport:
         PartedUpload(transport, "models", payload, bar).run()
-        assert proxy.sent_bytes <= len(DATA) - there * PART + SLACK
+        assert proxy.sent_bytes <= len(DATA) - bar.first + SLACK
     assert content(api) == DATA
-    assert bar.first == there * PART
+    # What the API had read of a part when the connection was cut may make it one that has arrived after we asked.
+    assert bar.first >= there * PART and bar.first % PART == 0
     assert bar.shown == len(DATA)
 
 
