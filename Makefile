@@ -44,11 +44,11 @@ demo: env ## Start an embedded server, run the main job on real digits, show the
 	$(BIN)/python examples/demo.py
 
 test: env ## Run all tests
-# The engine's tests start no processes, so that its files share the cores; the others start servers, one after another.
+# Files share the cores. The engine's tests start no processes; the others start servers: two files at a time, each its own.
 ifeq ($(PYTEST_ARGS),)
 	@failed=0; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile tests/engine || failed=1; \
-	$(BIN)/python -m pytest -q --ignore tests/engine || failed=1; \
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/engine || failed=1; \
 	exit $$failed
 else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -77,6 +77,24 @@ def test_what_is_verified_does_not_stream(streamed):
     assert not streamed
 
 
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize(
+    "name", ["cnn", "residual_batchnorm", "tied_embedding", "shared_weight", "no_rule", "weight_norm"]
+)
+def test_what_lets_go_as_it_goes_has_the_numbers_of_all_together(name, streams, streamed, monkeypatch):
+    program, inputs, targets = case(name)
+    together = engine.analyze(program, inputs, targets, REQUESTS, loss="cross_entropy")
+    if not streams:
+        monkeypatch.setattr(streaming, "LEAST_BYTES", 2**60)
+    for alone in REQUESTS:
+        for requests in [[alone]] if alone == "grad" else [[alone], ["grad", alone]]:
+            found = engine.analyze(program, inputs, targets, requests, loss="cross_entropy")
+            for label, group in found.groups.items():
+                for key, value in group.tensors.items():
+                    expected = together.groups[label].tensors[key]
+                    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-13, equal_nan=True)
+
+
 def deep():
     layers = [layer for _ in range(6) for layer in (nn.Linear(8, 8), nn.Tanh())]
     return engine.load(torch.jit.script(nn.Sequential(*layers, nn.Linear(8, 3)))), torch.randn(5, 8)
@@ -111,11 +129,21 @@ def test_inputs_stay_arranged_for_further_columns_alone(extensions, kept, stream
     assert held == [kept]
 
 
+@pytest.mark.parametrize("streams", [True, False])
 @pytest.mark.parametrize(
     ("extensions", "goes"),
-    [(["variance"], True), (["grad", "diag_ggn_mc"], True), (["variance", "diag_ggn_mc"], False)],
+    [
+        (["grad"], True),
+        (["variance"], True),
+        (["grad", "variance"], True),
+        (["grad", "diag_ggn_mc"], True),
+        (["variance", "diag_ggn_mc"], False),
+        (["grad", "variance", "diag_ggn_mc"], False),
+    ],
 )
-def test_the_graph_goes_with_the_last_column(extensions, goes, streamed, monkeypatch):
+def test_the_graph_and_what_was_saved_go_with_the_last_column(extensions, goes, streams, streamed, monkeypatch):
+    seen = []
+
     class Watched(engine.passes.BackwardPasses):
         def compute(self):
             super().compute()
@@ -123,10 +151,17 @@ def test_the_graph_goes_with_the_last_column(extensions, goes, streamed, monkeyp
             leaves = [t for p in self._selected.values() for t in p.tensors]
             with kept:
                 torch.autograd.grad(self._part.outputs.sum(), leaves)
+            taps = self._part.forward.tape.taps
+            assert all(not tap.saved for tap in taps) if goes else all(tap.saved for tap in taps)
+            seen.append(len(taps))
 
     monkeypatch.setattr(engine.preparation, "BackwardPasses", Watched)
+    if not streams:
+        monkeypatch.setattr(streaming, "LEAST_BYTES", 2**60)
     program, x = deep()
     engine.analyze(program, x, torch.randint(0, 3, (5,)), extensions)
+    assert seen == [7]
+    assert bool(streamed) == (streams and extensions != ["grad"])
 
 
 def test_one_column_that_second_derivatives_follow_keeps_its_graph(streamed):

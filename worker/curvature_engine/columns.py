@@ -1,6 +1,7 @@
 """What one column, propagated back through a part, contributes to every parameter."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 
@@ -14,6 +15,7 @@ from curvature_engine.contributions import Absent, Contribution, Fallback, Mater
 from curvature_engine.methods import Methods
 from curvature_engine.orders import Order
 from curvature_engine.precision import accumulation_dtype
+from curvature_engine.prepared_uses import Arranged
 from curvature_engine.program import Parameter
 from curvature_engine.stacked import Stacked
 from curvature_engine.streaming import Arrivals, Stream
@@ -57,8 +59,9 @@ class Columns:
     def take(self, cotangent: Tensor, take: Take) -> None:
         """Have every parameter's contribution under a cotangent taken: where that pays, as its gradients arrive."""
         if not self._streams or (self._methods.at_hand and cotangent is self._gradient()):
-            for name, contribution in self.contributions(cotangent):
+            for name, contribution in self.contributions(cotangent, further=False):
                 take(name, contribution)
+                del contribution  # before the next is made
             return
         outputs = self._part.outputs
         way = self._way(get_gradient_edge(outputs), self._needed)
@@ -79,11 +82,22 @@ class Columns:
         once = self._once and not further
         return self._stream(way, outputs, self._gradient(), names, {}, take, taken, once=once)
 
-    def ordinary_gradient(self, leaves: Sequence[Tensor], names: Collection[str]) -> list[Tensor | None]:
-        """The loss's gradient in leaves; the same pass has those at the taps of some parameters at hand."""
+    def ordinary_gradient(
+        self, leaves: Sequence[Tensor], names: Collection[str], *, further: bool
+    ) -> list[Tensor | None]:
+        """The loss's gradient in leaves; the same pass has those at the taps of some parameters at hand.
+
+        `further` says whether a column is still to come.
+        """
         taps = self._part.forward.tape.taps
         needed = [i for i in self._needed_for(names) if i not in self._methods.at_hand]
-        found = backward(self._part.outputs, [*(taps[i].edges[0] for i in needed), *leaves], self._gradient())
+        targets = [*(taps[i].edges[0] for i in needed), *leaves]
+        last = not further and self._ends
+        found = backward(self._part.outputs, targets, self._gradient(), last=last)
+        if last:
+            for number in range(len(taps)):
+                if number not in needed and number not in self._methods.at_hand:
+                    taps[number].let_go()
         self._methods.at_hand |= {i: taps[i].shaped([g])[0] for i, g in zip(needed, found, strict=False)}
         return found[len(needed) :]
 
@@ -179,23 +193,65 @@ class Columns:
         self._heed(verification)
 
     def contributions(
-        self, cotangent: Tensor, names: Collection[str] | None = None
+        self, cotangent: Tensor, names: Collection[str] | None = None, *, further: bool = True
     ) -> Iterator[tuple[str, Contribution]]:
-        """Some parameters' contribution under a cotangent; those of all where none are named."""
+        """Some parameters' contribution under a cotangent; those of all where none are named.
+
+        `further` says whether a column is still to come. If not, what no other parameter needs is let go of when the
+        next is asked for.
+        """
         names = self._selected if names is None else names
         needed, at_hand = self._needed_for(names), self._methods.at_hand
         at_hand = at_hand if at_hand and cotangent is self._gradient() else {}
-        gradients = at_hand if at_hand.keys() >= set(needed) else self._part.at_taps(needed, cotangent)
         fallbacks = self._fallbacks(cotangent, names)
         verification = self._verification(cotangent)
+        last = not further and self._ends
+        known = at_hand.keys() >= set(needed)
+        gradients = dict(at_hand) if known else self._part.at_taps(needed, cotangent, last=last)
+        if last:
+            self._methods.at_hand = {}
+        del at_hand
         arranged: dict[int, Tensor] = {}
+        users = Counter(number for name in names for number in self._taps_of(name))
         for name in names:
             parameter = self._selected[name]
             contribution = fallbacks.get(name) or self.closed(name, parameter, gradients, arranged)
             if verification is not None:
                 verification.check(name, contribution)
             yield name, contribution
+            del contribution
+            users.subtract(self._taps_of(name))
+            for number in self._taps_of(name) if last else ():
+                if not users[number]:
+                    gradients.pop(number)
+                    arranged.pop(number, None)
+                    self._let_go(number)
         self._heed(verification)
+
+    @property
+    def _ends(self) -> bool:
+        """Whether nobody needs the graph, nor what was saved, after the column if it is the last."""
+        return self._once and not self._order.verify and not self._goes_further_back
+
+    @cached_property
+    def _goes_further_back(self) -> bool:
+        """Whether some gradients take backward passes of their own, over the graph or what parameters are made by."""
+        derived = (isinstance(u.use.watched.index, Derivation) for uses in self._methods.uses.values() for u in uses)
+        return "fallback" in self._methods.by_parameter.values() or any(derived)
+
+    def _taps_of(self, name: str) -> set[int]:
+        """Numbers of the taps that consume a parameter."""
+        return {use.tap_index for use in self._methods.uses.get(name, ())}
+
+    def _let_go(self, number: int) -> None:
+        """Hold a tap's inputs no longer."""
+        self._arranged[number].let_go()
+        self._part.forward.tape.taps[number].let_go()
+
+    @cached_property
+    def _arranged(self) -> Mapping[int, Arranged]:
+        """By tap."""
+        return {use.tap_index: use.arranged for uses in self._methods.uses.values() for use in uses}
 
     @cached_property
     def _streams(self) -> bool:
@@ -203,9 +259,7 @@ class Columns:
         order, taps = self._order, self._part.forward.tape.taps
         if self._part.outputs.device.type != "cpu" or order.verify or order.against:
             return False
-        if "fallback" in self._methods.by_parameter.values():
-            return False
-        if any(isinstance(u.use.watched.index, Derivation) for uses in self._methods.uses.values() for u in uses):
+        if self._goes_further_back:
             return False
         itemsize = self._part.outputs.element_size()
         return sum(math.prod(taps[i].shapes[0]) for i in self._needed) * itemsize >= streaming.LEAST_BYTES
@@ -243,16 +297,14 @@ class Columns:
         *,
         once: bool,
     ) -> list[Tensor | None]:
-        uses = {name: {u.tap_index for u in self._methods.uses[name]} for name in self._selected if name in names}
+        uses = {name: self._taps_of(name) for name in self._selected if name in names}
 
         def ready(name: str, gradients: dict[int, Tensor | None]) -> None:
             take(name, self.closed(name, self._selected[name], gradients, {}))
 
-        arranged = {u.tap_index: u.arranged for each in self._methods.uses.values() for u in each}
-
         def done(number: int) -> None:
             if once:
-                arranged[number].let_go()
+                self._let_go(number)
 
         arrivals = Arrivals(uses, ready, done)
 

@@ -319,12 +319,13 @@ class BackwardPasses:
         taken = {t.untyped_storage().data_ptr() for t in [self._gradient, *leaves, *self._saved]}
         names = self._selected if shares else [name for name in self._selected if name in summed]
         take = self._taking(shares, summed, sums)
+        further = bool(self.columns["exact"] or self.columns["sampled"])
         with torch.no_grad():
-            gradients = self._columns.take_with_gradient(leaves, names, take, taken, further=not shares)
+            gradients = self._columns.take_with_gradient(leaves, names, take, taken, further=further)
             if gradients is None:
-                gradients = self._columns.ordinary_gradient(leaves, names)
+                gradients = self._columns.ordinary_gradient(leaves, names, further=further)
                 taken.update(g.untyped_storage().data_ptr() for g in self._methods.at_hand.values() if g is not None)
-                for name, contribution in self._columns.contributions(self._gradient, names):
+                for name, contribution in self._columns.contributions(self._gradient, names, further=further):
                     take(name, contribution)
         self._add_gradient(gradients, sums, taken)
         if shares:
@@ -334,15 +335,15 @@ class BackwardPasses:
     def _saved(self) -> Iterator[Tensor]:
         return (t for tap in self._part.forward.tape.taps for t in tap.saved)
 
-    def _add_gradient(self, gradients: Sequence[Tensor | None], sums: Mapping[str, Tensor], taken: set[int]) -> None:
+    def _add_gradient(self, gradients: list[Tensor | None], sums: Mapping[str, Tensor], taken: set[int]) -> None:
         """Add what came to the other parameters' tensors than those summed; `taken` is the memory of others."""
-        place = 0
         for name, parameter in self._selected.items():
             if name in sums:
                 total = sums[name]
             else:
-                total = _sum_of(gradients[place : place + len(parameter.tensors)], parameter.tensor, taken)
-                place += len(parameter.tensors)
+                count = len(parameter.tensors)
+                total = _sum_of(gradients[:count], parameter.tensor, taken)
+                del gradients[:count]  # of which a copy may have been made
             self._gradients[name] = self._gradients[name] + total if name in self._gradients else total
 
     def _column(self, cotangent: Tensor, shares: list[Share]) -> None:

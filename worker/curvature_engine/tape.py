@@ -73,6 +73,10 @@ class Tap:
         """Whether the saved inputs are still what the operator saw."""
         return all(t._version == v for t, v in zip(self.saved, self.versions, strict=True))
 
+    def let_go(self) -> None:
+        """Hold the saved inputs no longer: nobody will ask for them again."""
+        self.saved, self.versions = (), ()
+
     def shaped(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients that came to the edges, in the outputs' shapes."""
         return [None if g is None else g.reshape(s) for g, s in zip(gradients, self.shapes, strict=True)]

@@ -45,11 +45,15 @@ class Part:
         return columns[:, self.start : self.stop].to(self.outputs.dtype)
 
     def at_taps(
-        self, numbers: Sequence[int], cotangent: Tensor, start: GradientEdge | None = None
+        self, numbers: Sequence[int], cotangent: Tensor, start: GradientEdge | None = None, *, last: bool = False
     ) -> dict[int, Tensor | None]:
-        """The gradients of some taps' outputs, by the taps' numbers; of a cotangent of the outputs, or at `start`."""
+        """The gradients of some taps' outputs, by the taps' numbers; of a cotangent of the outputs, or at `start`.
+
+        After the `last` ones the graph is gone.
+        """
         taps = [self.forward.tape.taps[i] for i in numbers]
-        found = backward(self.outputs if start is None else start, [tap.edges[0] for tap in taps], cotangent)
+        edges = [tap.edges[0] for tap in taps]
+        found = backward(self.outputs if start is None else start, edges, cotangent, last=last)
         return {i: tap.shaped([g])[0] for i, tap, g in zip(numbers, taps, found, strict=True)}
 
 
