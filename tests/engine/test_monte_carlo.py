@@ -5,6 +5,7 @@ import torch
 from tests.engine.models import CASES, build, targets_for, torchscript
 
 import curvature_engine as engine
+from curvature_engine import columns
 
 DRAWS = 2000
 BATCHES = 100
@@ -74,6 +75,38 @@ def test_sampled_quantities_share_their_draws():
         torch.testing.assert_close(result["batch_diag_ggn_mc"][parameter].sum(0), diagonal, rtol=1e-12, atol=1e-14)
         squares = result["sqrt_ggn_mc"][parameter].square().sum((0, 1))
         torch.testing.assert_close(squares, diagonal, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("through", ["stretches", "autograd"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "residual_batchnorm"])
+def test_requests_with_other_numbers_of_draws_have_their_own(name, through, monkeypatch):
+    if through == "autograd":
+        monkeypatch.setattr(columns, "find_stretches", lambda *_: [])
+    script, inputs, targets = setup(name, "cross_entropy")
+    program = engine.load(script)
+    numbers = {"diag_ggn_mc": 1, "kfac": 2, "sqrt_ggn_mc": 5, "batch_diag_ggn_mc": 7}
+    requests = [mc(name, M) for name, M in numbers.items()]
+    together = engine.analyze(program, inputs, targets, ["variance", *requests])
+    drawn = engine.analyze(program, inputs, targets, [mc("sqrt_ggn_mc", 1, "root"), mc("sqrt_ggn_mc", 7)])
+    for parameter, root in drawn["sqrt_ggn_mc"].items():
+        root = root * 7**0.5  # [V, N, *p], of single draws
+        of_five = root[:5] / 5**0.5
+        assert_close(drawn["root"][parameter], root[:1])
+        assert_close(together["diag_ggn_mc"][parameter], root[0].square().sum(0))
+        assert_close(together["sqrt_ggn_mc"][parameter], of_five)
+        assert_close(together["batch_diag_ggn_mc"][parameter], root.square().sum(0) / 7)
+    for request in requests:
+        label = request["label"]
+        for parameter, expected in engine.analyze(program, inputs, targets, [request])[label].items():
+            found = together[label][parameter]
+            if label == "kfac":
+                assert_close(found.B, expected.B)
+            else:
+                assert_close(found, expected)
+
+
+def assert_close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)
 
 
 def check_mean(batches, expected):

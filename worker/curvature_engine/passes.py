@@ -6,9 +6,8 @@ the whole batch.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import TypeVar
 
 import torch
@@ -33,11 +32,15 @@ from curvature_engine.residuals import Residuals, affine, find_bends
 from curvature_engine.results import Group
 from curvature_engine.speculation import speculates
 from curvature_engine.stores import Layout, ResultStore
-from curvature_engine.stretches import Passed, Stretch
+from curvature_engine.sweeps import expected_of, send
 from curvature_engine.tape import Tape
 from curvature_engine.tasks import Part, Share, Task, chosen_samples
 
 T = TypeVar("T")
+One = Callable[[int], Tensor]
+"""Makes a column of the whole batch, [N, …], by its number."""
+Several = Callable[[int, int], Tensor]
+"""Makes several, [k, N, …], from a number on and up to another."""
 
 
 class BackwardPasses:
@@ -149,10 +152,8 @@ class BackwardPasses:
         self._first_order(first)
         self._methods.at_hand = {}
         if exact:
-            self._sweep(exact)
-        for m in range(self.columns["sampled"] if sampled else 0):
-            column = self._part.rows(self._bound.sampled_column(self._order.seed, m))
-            self._column(column, [s for s in sampled if m < s.accumulator.setting.draws])
+            self._sweep(exact, range(self.columns["exact"]), *self._exact)
+        self._draws(sampled)
         self._residuals([s for s in exact if s.request.extension.residual is not None])
         if self._averaged is not None:
             self._averaged.add_to([s.accumulator for s in shares if s.columns == "averaged"])
@@ -356,7 +357,7 @@ class BackwardPasses:
         """What has shares take contributions; of those summed, the sums over the samples come into `sums`."""
         # One that writes gradients out comes first, so that the others find theirs made.
         shares = sorted(shares, key=lambda share: not share.accumulator.writes)
-        expected = _expected(shares)
+        expected = expected_of(shares)
 
         def take(name: str, contribution: Contribution) -> None:
             contribution.expect({**expected, "total": expected["total"] + 1} if name in summed else expected)
@@ -367,48 +368,34 @@ class BackwardPasses:
 
         return take
 
-    def _sweep(self, shares: list[Share]) -> None:
-        """Take exact columns, several at once where that is faster."""
-        count, bound = self.columns["exact"], self._bound
-        size = min(count, self._columns.together)
-        for first in range(0, count, size):
-            stop = min(count, first + size)
-            if not self._columns.stretches:
-                column = bound.root_column(first) if self._any_root else bound.exact_column(first)
-                self._column(self._part.rows(column), shares)
+    @property
+    def _exact(self) -> tuple[One, Several]:
+        """What makes exact columns."""
+        bound = self._bound
+        return (bound.root_column, bound.root_columns) if self._any_root else (bound.exact_column, bound.exact_columns)
+
+    def _draws(self, shares: list[Share]) -> None:
+        """Take sampled columns: those for the same requests together."""
+        seed, bound, first = self._order.seed, self._bound, 0
+        one, several = partial(bound.sampled_column, seed), partial(bound.sampled_columns, seed)
+        for stop in sorted({share.accumulator.setting.draws for share in shares}):
+            takers = [share for share in shares if share.accumulator.setting.draws >= stop]
+            if stop - first == 1:
+                self._column(self._part.rows(one(first)), takers)
             else:
-                columns = (bound.root_columns if self._any_root else bound.exact_columns)(first, stop)
-                start = self._columns.at_outputs(self._part.rows_of_several(columns))
+                self._sweep(takers, range(first, stop), one, several)
+            first = stop
+
+    def _sweep(self, shares: list[Share], numbers: range, one: One, several: Several) -> None:
+        """Take columns of some numbers, several at once where that is faster."""
+        size = min(len(numbers), self._columns.together)
+        for first in numbers[::size]:
+            if not self._columns.stretches:
+                self._column(self._part.rows(one(first)), shares)
+            else:
+                columns = several(first, min(numbers.stop, first + size))
                 with torch.no_grad():
-                    self._go_on(start, dict.fromkeys(self._selected, shares), self._columns.stretches)
-
-    def _go_on(self, passed: Passed, left: Mapping[str, list[Share]], stretches: Sequence[Stretch]) -> None:
-        """Send columns back through stretches, and have them taken by those who are left: at once where that goes."""
-        if not stretches:
-            self._one_by_one(passed, left)
-            return
-        for some in stretches[0].back(passed):
-            self._go_on(some, self._stacked(some, left), stretches[1:])
-
-    def _stacked(self, passed: Passed, left: Mapping[str, list[Share]]) -> dict[str, list[Share]]:
-        """Have several columns taken at once; who is left, by parameter."""
-        rest = dict(left)
-        for name, stacked in self._columns.stacked(passed, list(left)):
-            rest[name] = [share for share in left[name] if not share.take_stacked(name, stacked)]
-        return {name: shares for name, shares in rest.items() if shares}
-
-    def _one_by_one(self, passed: Passed, left: Mapping[str, list[Share]]) -> None:
-        """Have columns taken one after another."""
-        expected = {name: _expected(shares) for name, shares in left.items()}
-
-        def take(name: str, contribution: Contribution) -> None:
-            contribution.expect(expected.get(name, {}))
-            for share in left.get(name, ()):
-                share.take(name, contribution)
-
-        for column in range(len(passed.columns)):
-            self._columns.take_one_of(passed, column, left, take)
-            self._advance()
+                    send(self._part.rows_of_several(columns), self._columns, self._selected, shares, self._advance)
 
     def _advance(self) -> None:
         self._done += 1
@@ -462,11 +449,6 @@ class BackwardPasses:
         names = self.recall(("formed", self.kind), formed)
         budget = self._order.budget
         return AveragedFactors(outputs, self._bound, tape.links, contributions, names, budget, self.verdict)
-
-
-def _expected(shares: Sequence[Share]) -> Counter[str]:
-    """Which reductions will be asked for, and how often."""
-    return Counter(name for s in shares if s.samples is None for name in s.accumulator.reductions)
 
 
 def _sum_of(gradients: Sequence[Tensor | None], like: Tensor, taken: set[int]) -> Tensor:

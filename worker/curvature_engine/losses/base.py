@@ -85,6 +85,10 @@ class BoundLoss(ABC):
     def sampled_column(self, seed: int, draw: int) -> Tensor:
         """A random column with E s sᵀ = H_n (with 1/√Z, without 1/√M), [N, …] like the outputs."""
 
+    def sampled_columns(self, seed: int, first: int, stop: int) -> Tensor:
+        """Columns `first` … `stop` of `sampled_column`, [k, N, …]."""
+        return torch.stack([self.sampled_column(seed, draw) for draw in range(first, stop)])
+
     def check_second_order(self, asked: Sequence[str]) -> None:
         """Refuse quantities that need columns where there are none.
 
