@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import curvature_engine as engine
-from curvature_engine import closed_form
+from curvature_engine import closed_form, reductions
 from curvature_engine.contributions import Fallback
 from curvature_engine.reductions import write_outer
 from curvature_engine.rules.convolution import ConvolutionRule
@@ -130,8 +130,10 @@ def test_scaled_gradients_of_the_fallback():
     assert plain.scaled(2.5).shape == (3, 2)
 
 
+@pytest.mark.parametrize("past_caches", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_outer_products_are_single_multiplications(dtype):
+def test_outer_products_are_single_multiplications(dtype, past_caches, monkeypatch):
+    monkeypatch.setattr(reductions, "_stores_past_caches", lambda: past_caches)
     left, right = torch.randn(5, 7, dtype=dtype), torch.randn(5, 9, dtype=dtype)
     for a, b in [(left, right), (left[::2], right[::2]), (left[:, ::3], right.flip(1)), (left[:1], right[:1])]:
         out = torch.full((len(a), a.shape[1], b.shape[1]), float("nan"), dtype=dtype)
