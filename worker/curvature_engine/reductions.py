@@ -84,8 +84,9 @@ def _stores_past_caches() -> bool:
 
     So MKL does on Intel's CPUs; on AMD's it takes other ways, and mul half to two thirds of its time.
     """
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    return torch.backends.mkl.is_available() and not str(known.get("cpu_name", "")).startswith("AMD")
+    tell = getattr(torch.cpu, "get_capabilities", None)  # older versions do not
+    maker = "" if tell is None else str(tell().get("cpu_name", ""))
+    return bool(torch._C.has_mkl) and not maker.startswith("AMD")
 
 
 class Reduction(ABC):
