@@ -95,9 +95,9 @@ class Columns:
         last = not further and self._ends
         found = backward(self._part.outputs, targets, self._gradient(), last=last)
         if last:
-            for number in range(len(taps)):
+            for number, tap in enumerate(taps):
                 if number not in needed and number not in self._methods.at_hand:
-                    taps[number].let_go()
+                    tap.let_go()
         self._methods.at_hand |= {i: taps[i].shaped([g])[0] for i, g in zip(needed, found, strict=False)}
         return found[len(needed) :]
 

@@ -84,7 +84,7 @@ def _stores_past_caches() -> bool:
 
     So MKL does on Intel's CPUs; on AMD's it takes other ways, and mul half to two thirds of its time.
     """
-    tell = getattr(torch.cpu, "get_capabilities", None)  # older versions do not
+    tell = getattr(torch.cpu, "get_capabilities", None)  # newer versions of torch have it
     maker = "" if tell is None else str(tell().get("cpu_name", ""))
     return bool(torch._C.has_mkl) and not maker.startswith("AMD")
 
