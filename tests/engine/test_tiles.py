@@ -6,7 +6,7 @@ from tests.engine.reference import Reference
 from torch import nn
 
 import curvature_engine as engine
-from curvature_engine import reductions
+from curvature_engine import reductions, tiles
 from curvature_engine.column_squares import ColumnSquares
 from curvature_engine.reductions import Reduction, Spread, SumSquared
 from curvature_engine.tiles import pay, reduce_tiles
@@ -27,7 +27,7 @@ class Kept(Reduction):
         return None
 
 
-@pytest.mark.parametrize(("a", "b"), [(3, 4), (300, 700), (700, 1024), (1, 200_000), (2, 400_000)])
+@pytest.mark.parametrize(("a", "b"), [(3, 4), (300, 700), (700, 300), (1400, 1024), (1, 200_000), (2, 800_000)])
 def test_tiles_are_the_products_rows(a, b):
     left, right = torch.randn(5, 2, a, dtype=torch.float64), torch.randn(5, 2, b, dtype=torch.float64)
     kept, squares, moments = Kept(), SumSquared(), Spread()
@@ -36,7 +36,7 @@ def test_tiles_are_the_products_rows(a, b):
     assert order == sorted(order), "every tile of all samples comes before the next"
     assert [sample for sample, _, _ in kept.shown] == [7, 8, 9, 10, 11] * (order[-1] + 1)
     per_piece = (order[-1] + 1) // 2
-    assert per_piece == {(700, 1024): 3, (2, 400_000): 2}.get((a, b), 1)
+    assert per_piece == {(1400, 1024): 3, (2, 800_000): 2}.get((a, b), 1)
     whole = torch.cat([left.mT @ right, 2 * left.mT @ right], 1)  # one piece below the other
     found = torch.stack([torch.cat([tile for n, _, tile in kept.shown if n == sample]) for sample in range(7, 12)])
     torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
@@ -46,6 +46,7 @@ def test_tiles_are_the_products_rows(a, b):
     torch.testing.assert_close(spread, (whole - whole.mean(0)).square().sum(0), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("tile_bytes", [2**17, 2**22])
 @pytest.mark.parametrize(
     "convolution",
     [
@@ -56,7 +57,8 @@ def test_tiles_are_the_products_rows(a, b):
     ],
     ids=["rows of the kernel", "strided", "one by one", "1-d"],
 )
-def test_large_convolutions(convolution):
+def test_large_convolutions(monkeypatch, convolution, tile_bytes):
+    monkeypatch.setattr(tiles, "_TILE_BYTES", tile_bytes)
     torch.manual_seed(0)
     space = (9,) if isinstance(convolution, nn.Conv1d) else (4, 5)
     net = nn.Sequential(convolution, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)).double()

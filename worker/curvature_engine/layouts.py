@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvature_engine import pages
 from curvature_engine.calls import OperatorCall
 from curvature_engine.memory_format import channels_last, has_image_layout
 
@@ -132,7 +133,8 @@ def _with_weight_in_order(x: Tensor, arguments: Sequence[Any]) -> Sequence[Any]:
     weight = arguments[1]
     if weight.dim() != _IMAGE_AXES or weight.numel() < _LARGE or weight.is_contiguous(memory_format=LAST):
         return arguments
-    return [x, weight.contiguous(memory_format=LAST), *arguments[2:]]
+    lying = pages.fresh((weight.shape[0], *weight.shape[2:], weight.shape[1]), weight).movedim(-1, 1)
+    return [x, lying.copy_(weight), *arguments[2:]]
 
 
 @cache

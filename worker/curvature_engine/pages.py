@@ -165,10 +165,21 @@ def blank(shape: Sequence[int], like: Tensor) -> Tensor:
     return vacant(shape, like.dtype, like.device, LEAST_FRESH_BYTES)[0]
 
 
+def fresh(shape: Sequence[int], like: Tensor) -> Tensor:
+    """As `blank`, for what is not made and let go of many times in an analysis: what is merely large waits, too."""
+    return vacant(shape, like.dtype, like.device, LEAST_BYTES)[0]
+
+
 def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
     """As `blank`, and zero."""
     found, clear = vacant(shape, like.dtype, like.device, LEAST_FRESH_BYTES)
     return found if clear else found.zero_()
+
+
+def zeros_like(like: Tensor) -> Tensor:
+    """`zeros` of another's shape; those of a matrix that is stored by columns are, too."""
+    by_columns = like.dim() == 2 and like.stride(0) == 1 < like.shape[0]
+    return zeros(like.mT.shape, like).mT if by_columns else zeros(like.shape, like)
 
 
 def copied(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from curvature_engine.chain_steps import Step
 from curvature_engine.errors import EngineError, memory_ran_out
+from curvature_engine.matrix_products import product_of_columns
 from curvature_engine.precision import accumulation_dtype
 from curvature_engine.sample_layouts import Layout
 
@@ -108,10 +109,10 @@ def average_diagonal(passage: Passage, B: Tensor, N: int) -> Tensor:
     d = d.to(B.dtype)
     if len(B) <= _ROWS:
         return (d.T @ (d / N)).mul_(B)
-    result = torch.empty_like(B)
+    result, scaled = torch.empty_like(B), d / N
     for first in range(0, len(B), _ROWS):
         rows = slice(first, first + _ROWS)
-        torch.addmm(result[rows], d[:, rows].T, d, beta=0, alpha=1 / N, out=result[rows]).mul_(B[rows])
+        product_of_columns(d[:, rows], scaled, result[rows]).mul_(B[rows])
     return result
 
 

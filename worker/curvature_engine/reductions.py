@@ -15,6 +15,7 @@ from torch import Tensor
 
 from curvature_engine import pages
 from curvature_engine.kernels import choice
+from curvature_engine.matrix_products import product_of_columns
 
 Assemble = Callable[[list[Tensor]], Tensor]
 Take = Callable[[int, Tensor], None]
@@ -62,11 +63,6 @@ class Outer(NamedTuple):
         """Some samples' products, [n, *p]."""
         left, right = (self.kept, self.column) if self.turned else (self.column, self.kept)
         return left[first:stop, :, None] * right[first:stop, None]
-
-
-def product_of_columns(left: Tensor, right: Tensor) -> Tensor:
-    """Σ_n l rᵀ, [n, a] and [n, b] → [a, b]."""
-    return torch.mm(left.T, right, out=pages.blank((left.shape[1], right.shape[1]), left))
 
 
 def write_outer(left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -130,7 +126,7 @@ class SumSquared(Reduction):
 
     def taker(self, piece: int, like: Tensor) -> Take:
         if piece == len(self.pieces):
-            self.pieces.append(pages.zeros(like.shape, like))
+            self.pieces.append(pages.zeros_like(like))
         total = self.pieces[piece]
 
         def take(sample: int, gradient: Tensor) -> None:
@@ -149,7 +145,16 @@ class SquaredNorms(Reduction):
         self._norms: dict[int, Tensor] = {}
 
     def add(self, first: int, piece: int, gradients: Tensor) -> None:
-        norms = squared_norms(gradients)
+        self._add(first, squared_norms(gradients))
+
+    def taker(self, piece: int, like: Tensor) -> Take:
+        def take(sample: int, gradient: Tensor) -> None:
+            norm: Tensor = torch.linalg.vector_norm(gradient)
+            self._add(sample, norm.square_()[None])
+
+        return take
+
+    def _add(self, first: int, norms: Tensor) -> None:
         self._norms[first] = self._norms[first] + norms if first in self._norms else norms
 
     def result(self, assemble: Assemble) -> Tensor:
@@ -168,6 +173,16 @@ class Total(Reduction):
             self._sums.append(part)
         else:
             self._sums[piece].add_(part)
+
+    def taker(self, piece: int, like: Tensor) -> Take:
+        if piece == len(self._sums):
+            self._sums.append(pages.zeros_like(like))
+        total = self._sums[piece]
+
+        def take(sample: int, gradient: Tensor) -> None:
+            total.add_(gradient)
+
+        return take
 
     def result(self, assemble: Assemble) -> Tensor:
         return assemble(self._sums)

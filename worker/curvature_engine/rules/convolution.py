@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curvature_engine import pages
 from curvature_engine.rules import patch_norms
 from curvature_engine.rules.base import Match, Rule, gives
 from curvature_engine.rules.patch_moments import choose_form, patch_moment, patch_sums
@@ -313,10 +314,14 @@ class DirectConvolutionRule(ConvolutionRule):
         kernel = self._geometry.kernel
         if len(pieces) == 1:
             return pieces[0] if role == "bias" else pieces[0].reshape(len(pieces[0]), -1, *kernel)
-        whole = torch.stack(pieces, 1)  # [out, k₀, k₁…·c], or [out, k₀, c·k₁…]
-        if whole.device.type in _CACHING:
-            return whole.view(len(whole), *kernel, -1).movedim(-1, 1).contiguous()
-        return whole.view(len(whole), kernel[0], -1, *kernel[1:]).transpose(1, 2).contiguous()
+        if pieces[0].device.type not in _CACHING:
+            whole = torch.stack(pieces, 1)  # [out, k₀, c·k₁…]
+            return whole.view(len(whole), kernel[0], -1, *kernel[1:]).transpose(1, 2).contiguous()
+        out, channels = len(pieces[0]), pieces[0].shape[1] // prod(kernel[1:])
+        result = pages.fresh((out, channels, *kernel), pieces[0])
+        for place, piece in enumerate(pieces):  # [out, k₁…·c]
+            result[:, :, place].copy_(piece.view(out, *kernel[1:], channels).movedim(-1, 1))
+        return result
 
     def working_elements(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
         return max(g.numel(), self.unfolded_elements(role, saved))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from curvature_engine import pages
+from curvature_engine.matrix_products import product_of_columns
 
 _BLOCKS = 4
 _NARROWEST = 64
@@ -20,7 +21,7 @@ def add_product(left: Tensor, right: Tensor, total: Tensor | None = None) -> Ten
         total = pages.blank((len(left), left.shape[2], right.shape[2]), left)
         if len(left) != 1:
             return torch.bmm(left.mT, right, out=total)
-        torch.mm(left[0].T, right[0], out=total[0])
+        product_of_columns(left[0], right[0], out=total[0])
     elif len(left) != 1:
         total.baddbmm_(left.mT, right)
     else:
@@ -29,7 +30,7 @@ def add_product(left: Tensor, right: Tensor, total: Tensor | None = None) -> Ten
 
 
 class Gram:
-    """Σ x xᵀ of many rows, which may come in blocks; only the upper triangle of its blocks is multiplied out.
+    """Σ x xᵀ of many rows, which may come in blocks; only the lower triangle of its blocks is multiplied out.
 
     Args:
         rows: how many will come.
@@ -54,15 +55,15 @@ class Gram:
             self._total[0].addmm_(x[0].T, x[0], beta=beta, alpha=self._factor)
             return
         for i in range(0, x.shape[2], self._step):
-            left, right = x[0, :, i : i + self._step].T, x[0, :, i:]
-            self._total[0, i : i + self._step, i:].addmm_(left, right, beta=beta, alpha=self._factor)
+            left, right = x[0, :, i:].T, x[0, :, i : i + self._step]
+            self._total[0, i:, i : i + self._step].addmm_(left, right, beta=beta, alpha=self._factor)
 
     def finish(self) -> Tensor:
         """The sum, [groups, width, width]."""
         if self._empty:
             return self._total.zero_()
         for i in range(self._step, self._total.shape[1], self._step):
-            self._total[:, i : i + self._step, :i] = self._total[:, :i, i : i + self._step].mT
+            self._total[:, :i, i : i + self._step] = self._total[:, i : i + self._step, :i].mT
         return self._total
 
 

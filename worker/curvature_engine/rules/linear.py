@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from curvature_engine import pages
-from curvature_engine.reductions import LEAST_SHARE, Moments, Outer, product_of_columns, write_outer
+from curvature_engine.matrix_products import product_of_columns
+from curvature_engine.reductions import LEAST_SHARE, Moments, Outer, write_outer
 from curvature_engine.rules.base import Match, Rule, gives
 from curvature_engine.rules.gram import Gram, gram_multiply_adds
 from curvature_engine.speculation import answer
@@ -179,11 +180,11 @@ def _uncentred(a: Tensor, b: Tensor) -> Moments | None:
     n, shape = len(a), (a.shape[1], b.shape[1])
     mean, spread = pages.blank(shape, a), pages.blank(shape, a)
     scaled, a2, b2 = a / n, a.square(), b.square()
-    height = max(1, _BLOCK_NUMBERS // max(1, shape[1]))
+    height = 1 << max(1, _BLOCK_NUMBERS // max(1, shape[1])).bit_length() - 1
     for first in range(0, shape[0], height):
         rows = slice(first, first + height)
-        part = torch.mm(scaled[:, rows].T, b, out=mean[rows])
-        second = torch.mm(a2[:, rows].T, b2)
+        part = product_of_columns(scaled[:, rows], b, out=mean[rows])
+        second = product_of_columns(a2[:, rows], b2)
         centred = torch.addcmul(second, part, part, value=-n, out=spread[rows])
         # What is no number fails, too.
         if second.numel() and not answer(second.mul_(LEAST_SHARE).sub_(centred).amax() <= 0):
