@@ -65,12 +65,27 @@ def test_large_convolutions(monkeypatch, convolution, tile_bytes):
     inputs, targets = torch.randn(6, convolution.in_channels, *space, dtype=torch.float64), torch.arange(6) % 3
     net(inputs)
     assert pay(convolution.weight)
+    compare(net, inputs, targets)
+
+
+@pytest.mark.parametrize("sizes", [(900, 200), (200, 900), (450, 450)])
+def test_large_layers_shared_by_positions(monkeypatch, sizes):
+    monkeypatch.setattr(tiles, "_TILE_BYTES", 2**19)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(*sizes), nn.Tanh(), nn.Flatten(), nn.Linear(3 * sizes[1], 3)).double()
+    assert pay(net[0].weight)
+    compare(net, torch.randn(6, 3, sizes[0], dtype=torch.float64), torch.arange(6) % 3)
+
+
+def compare(net, inputs, targets):
+    """Each of the quantities, with brute force; results lie in order, however they were made."""
     analysis = engine.analyze(torch.jit.script(net), inputs, targets, EXTENSIONS, verify=True)
     reference = Reference(net, (inputs,), targets, "cross_entropy", "mean")
     for name in EXTENSIONS:
         for parameter, expected in reference.expected(name).items():
             error = (analysis[name][parameter] - expected).abs().max() / expected.abs().max()
             assert error < 1e-10, (name, parameter)
+            assert analysis[name][parameter].is_contiguous(), (name, parameter)
 
 
 def test_memory_that_runs_out_halves_what_is_unfolded(monkeypatch):

@@ -68,17 +68,18 @@ class ColumnSquares:
     def _add_piece(self, piece: int, pairs: list[tuple[Tensor, Tensor]]) -> None:
         """Add the squares of products of left [N, P, a] and right [N, P, b]."""
         left, right = pairs[0]
-        product = left.new_empty((len(left), left.shape[2], right.shape[2]))
+        # Transposed: MKL takes up to a third less for that, where b is small.
+        product = left.new_empty((len(left), right.shape[2], left.shape[2]))
         if len(pairs) == 1 or product.nbytes > _NEAR_BYTES:
             for left, right in pairs:
-                self._sums.add(0, piece, torch.bmm(left.mT, right, out=product))
+                self._sums.add(0, piece, torch.bmm(right.mT, left, out=product).mT)
             return
         # By sample, in calls that threads can share: then over the samples, once for all columns.
-        squares = torch.bmm(left.mT, right, out=product).square()
+        squares = torch.bmm(right.mT, left, out=product).square()
         for left, right in pairs[1:]:
-            torch.bmm(left.mT, right, out=product)
+            torch.bmm(right.mT, left, out=product)
             squares.addcmul_(product, product)
-        self._sums.add_to(piece, squares.sum(0))
+        self._sums.add_to(piece, squares.sum(0).mT)
 
     def total(self) -> Tensor:
         """What there is, [*p]."""

@@ -12,16 +12,17 @@ _PARTS = 2
 
 
 def product_of_columns(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """Σ_n l rᵀ, [n, a] and [n, b] → [a, b]; written to `out`, which is contiguous, where one is given.
+    """Σ_n l rᵀ, [n, a] and [n, b] → [a, b]; written to `out`, by rows or by columns, where one is given.
 
     MKL has threads share a product of few long rows badly: two cores of AMD's take up to four times as long for it as
-    for its transpose (512 x 1152 from 32 samples). So parts of its rows are made side by side there.
+    for the same by columns (512 x 1536 from 16 samples). So parts of the rows are made side by side there.
     """
     a, b = left.shape[1], right.shape[1]
-    result = pages.blank((a, b), left) if out is None else out
-    parts = _PARTS * torch.get_num_threads() if result.is_cpu else 1
-    if parts == _PARTS or b <= 2 * a or a * b < _LEAST_NUMBERS or a % parts:
+    result = pages.lasting((a, b), left) if out is None else out
+    threads = torch.get_num_threads() if result.is_cpu and b > 2 * a and a * b >= _LEAST_NUMBERS else 1
+    parts = _PARTS * threads
+    if threads == 1 or a % parts or not result.is_contiguous():
         return torch.mm(left.T, right, out=result)
     rows = left.T.view(parts, a // parts, len(left))
-    torch.bmm(rows, right.expand(parts, -1, -1), out=result.view(parts, -1, b))
+    torch.bmm(rows, right.expand(parts, -1, -1), out=result.view(parts, a // parts, b))
     return result

@@ -165,8 +165,8 @@ def blank(shape: Sequence[int], like: Tensor) -> Tensor:
     return vacant(shape, like.dtype, like.device, LEAST_FRESH_BYTES)[0]
 
 
-def fresh(shape: Sequence[int], like: Tensor) -> Tensor:
-    """As `blank`, for what is not made and let go of many times in an analysis: what is merely large waits, too."""
+def lasting(shape: Sequence[int], like: Tensor) -> Tensor:
+    """As `blank`, for what lasts as long as an analysis, or longer: what is merely large lies in what waits, too."""
     return vacant(shape, like.dtype, like.device, LEAST_BYTES)[0]
 
 
@@ -177,7 +177,9 @@ def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def zeros_like(like: Tensor) -> Tensor:
-    """`zeros` of another's shape; those of a matrix that is stored by columns are, too."""
+    """`zeros` of another's shape, which lie in its order; very large ones do if they are matrices."""
+    if not like.is_cpu or like.nbytes < LEAST_FRESH_BYTES:
+        return torch.zeros_like(like)
     by_columns = like.dim() == 2 and like.stride(0) == 1 < like.shape[0]
     return zeros(like.mT.shape, like).mT if by_columns else zeros(like.shape, like)
 

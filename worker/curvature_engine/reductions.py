@@ -109,7 +109,7 @@ class SumSquared(Reduction):
 
     def add(self, first: int, piece: int, gradients: Tensor) -> None:
         if piece == len(self.pieces):
-            self.pieces.append(pages.zeros(gradients.shape[1:], gradients))
+            self.pieces.append(pages.zeros_like(gradients[0]))
         add_squares(self.pieces[piece], gradients)
 
     def add_sums(self, sums: Sequence[Tensor]) -> None:
@@ -331,5 +331,5 @@ def squared_norms(gradients: Tensor) -> Tensor:
     if gradients.dim() == 1:
         return gradients.square()
     # One pass over memory, where squaring first takes two.
-    norms: Tensor = torch.linalg.vector_norm(gradients.flatten(1), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(gradients, dim=tuple(range(1, gradients.dim())))
     return norms.square_()

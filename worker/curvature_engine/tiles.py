@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from curvature_engine import pages
+from curvature_engine.matrix_products import product_of_columns
 from curvature_engine.reductions import Reduction
 from curvature_engine.rules import Rule
 
@@ -38,13 +39,13 @@ def reduce_tiles(first: int, pairs: Iterable[tuple[Tensor, Tensor]], reductions:
     for left, right in pairs:
         a, b = left.shape[2], right.shape[2]
         rows = _rows(a, b * right.element_size())
-        buffer, others = _buffer(rows, b, right), right.unbind()
+        buffer, others = _buffer(rows, a, b, right), right.unbind()
         for top in range(0, a, rows):
-            part = left[:, :, top : top + rows].mT
-            tile = buffer[: part.shape[1]]
+            part = left[:, :, top : top + rows]
+            tile = buffer[: part.shape[2]]
             takers = [reduction.taker(number, tile) for reduction in reductions]
             for sample, (some, other) in enumerate(zip(part.unbind(), others, strict=True), first):
-                torch.mm(some, other, out=tile)
+                product_of_columns(some, other, tile)
                 for take in takers:
                     take(sample, tile)
             number += 1
@@ -72,13 +73,11 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts, out=pages.blank((rows, *parts[0].shape[1:]), parts[0]))
 
 
-def _buffer(rows: int, width: int, like: Tensor) -> Tensor:
-    """For a tile [rows, width], whose longer side is the outer one in memory.
-
-    MKL shares a product among threads by rows and columns, badly where rows are few and long: 512 x 1536 from 16
-    positions takes two cores of AMD's four times as long as its transpose does.
-    """
-    return like.new_empty((width, rows)).mT if rows < width else like.new_empty((rows, width))
+def _buffer(rows: int, a: int, b: int, like: Tensor) -> Tensor:
+    """For tiles [rows, b] of [a, b]: by columns where these are longer, unless the sum would take much room to turn."""
+    if rows >= b or a * b * like.element_size() >= pages.LEAST_FRESH_BYTES:
+        return like.new_empty((rows, b))
+    return like.new_empty((b, rows)).mT
 
 
 def _rows(a: int, row_bytes: int) -> int:

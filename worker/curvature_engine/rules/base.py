@@ -119,7 +119,7 @@ class Rule(ABC):
     def assemble(self, role: str, pieces: list[Tensor]) -> Tensor:
         """Something of every piece, [*piece], as a tensor of the consumed one's shape."""
         (whole,) = pieces
-        return whole
+        return whole.contiguous()
 
     def working_elements(self, role: str, saved: Sequence[Tensor], g: Tensor) -> int:
         """How many numbers `pieces` holds beside the gradients, at most: from shapes alone."""

@@ -251,6 +251,11 @@ class DirectConvolutionRule(ConvolutionRule):
             yield self.per_sample(role, saved, g)
             return
         n, T = g.shape[:2]
+        pairs = self.products(role, saved, g, unfolded) if unfolded.device.type in _CACHING else None
+        if pairs is not None:
+            for left, right in pairs:  # by columns: MKL takes up to a third less for that
+                yield torch.bmm(right.mT, left).mT
+            return
         if not self._slides(saved[0]):
             yield self._products(g.flatten(0, 1), unfolded, T)
             return
@@ -313,12 +318,12 @@ class DirectConvolutionRule(ConvolutionRule):
     def assemble(self, role: str, pieces: list[Tensor]) -> Tensor:
         kernel = self._geometry.kernel
         if len(pieces) == 1:
-            return pieces[0] if role == "bias" else pieces[0].reshape(len(pieces[0]), -1, *kernel)
+            return pieces[0] if role == "bias" else pieces[0].reshape(len(pieces[0]), -1, *kernel).contiguous()
         if pieces[0].device.type not in _CACHING:
             whole = torch.stack(pieces, 1)  # [out, k₀, c·k₁…]
             return whole.view(len(whole), kernel[0], -1, *kernel[1:]).transpose(1, 2).contiguous()
         out, channels = len(pieces[0]), pieces[0].shape[1] // prod(kernel[1:])
-        result = pages.fresh((out, channels, *kernel), pieces[0])
+        result = pages.lasting((out, channels, *kernel), pieces[0])
         for place, piece in enumerate(pieces):  # [out, k₁…·c]
             result[:, :, place].copy_(piece.view(out, *kernel[1:], channels).movedim(-1, 1))
         return result
