@@ -232,7 +232,6 @@ def test_results_in_used_memory_are_the_same_bits(monkeypatch, requests, budget_
     options = {"parameters": "all", "budget_bytes": budget_bytes}
     expected = engine.analyze(program, x, targets, requests, **options)
     monkeypatch.setattr(pages, "LEAST_BYTES", 1)
-    monkeypatch.setattr(pages, "LEAST_FRESH_BYTES", 1)
     monkeypatch.setattr(engine.analysis, "_leave_room", lambda plan: None)
     monkeypatch.setattr(engine.budget.Budget, "idle_bytes", 512 * MIB)
     engine.analyze(program, x, targets, requests, **options)

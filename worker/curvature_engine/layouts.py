@@ -133,7 +133,7 @@ def _with_weight_in_order(x: Tensor, arguments: Sequence[Any]) -> Sequence[Any]:
     weight = arguments[1]
     if weight.dim() != _IMAGE_AXES or weight.numel() < _LARGE or weight.is_contiguous(memory_format=LAST):
         return arguments
-    lying = pages.lasting((weight.shape[0], *weight.shape[2:], weight.shape[1]), weight).movedim(-1, 1)
+    lying = pages.blank((weight.shape[0], *weight.shape[2:], weight.shape[1]), weight).movedim(-1, 1)
     # Detached, it is no view for autograd, which would write gradients into the whole's zeros.
     return [x, lying.detach().copy_(weight), *arguments[2:]]
 

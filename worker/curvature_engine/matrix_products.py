@@ -18,7 +18,7 @@ def product_of_columns(left: Tensor, right: Tensor, out: Tensor | None = None) -
     for the same by columns (512 x 1536 from 16 samples). So parts of the rows are made side by side there.
     """
     a, b = left.shape[1], right.shape[1]
-    result = pages.lasting((a, b), left) if out is None else out
+    result = pages.blank((a, b), left) if out is None else out
     threads = torch.get_num_threads() if result.is_cpu and b > 2 * a and a * b >= _LEAST_NUMBERS else 1
     parts = _PARTS * threads
     if threads == 1 or a % parts or not result.is_contiguous():

@@ -22,9 +22,6 @@ from curvature_engine.errors import EngineError, lacks_memory
 
 LEAST_BYTES = 2**22
 """Smaller results come from the allocator."""
-LEAST_FRESH_BYTES = 2**25
-"""From here on the allocator gives memory back at once (glibc maps each such piece); below, it keeps what is freed
-and hands it out again, warmer than what waits here."""
 _HUGE_PAGE = 2**21
 _EXCESS = 4
 """A mapping serves a result that leaves at most one part in so many of it unused."""
@@ -148,37 +145,32 @@ def told_to(made: Callable[[Callable[[], Tensor]], Tensor]) -> Iterator[None]:
         _TOLD.made = before
 
 
-def vacant(shape: Sequence[int], dtype: torch.dtype, device: torch.device, least_bytes: int) -> tuple[Tensor, bool]:
-    """A tensor to be filled, and whether it is zero; one of `least_bytes` in main memory lies in what waits.
+def vacant(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:
+    """A tensor to be filled, and whether it is zero; a large one in main memory lies in what waits.
 
     Raises:
         MemoryError: if there is no memory.
     """
     nbytes = prod(shape) * dtype.itemsize
-    if device.type != "cpu" or nbytes < least_bytes or not hasattr(mmap, "MAP_PRIVATE"):
+    if device.type != "cpu" or nbytes < LEAST_BYTES or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.empty(tuple(shape), dtype=dtype, device=device), False
     return room(tuple(shape), dtype, nbytes)
 
 
 def blank(shape: Sequence[int], like: Tensor) -> Tensor:
-    """A tensor of another's dtype and device, in which anything may stand; a very large one lies in what waits."""
-    return vacant(shape, like.dtype, like.device, LEAST_FRESH_BYTES)[0]
-
-
-def lasting(shape: Sequence[int], like: Tensor) -> Tensor:
-    """As `blank`, for what lasts as long as an analysis, or longer: what is merely large lies in what waits, too."""
-    return vacant(shape, like.dtype, like.device, LEAST_BYTES)[0]
+    """A tensor of another's dtype and device, in which anything may stand; a large one lies in what waits."""
+    return vacant(shape, like.dtype, like.device)[0]
 
 
 def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
     """As `blank`, and zero."""
-    found, clear = vacant(shape, like.dtype, like.device, LEAST_FRESH_BYTES)
+    found, clear = vacant(shape, like.dtype, like.device)
     return found if clear else found.zero_()
 
 
 def zeros_like(like: Tensor) -> Tensor:
-    """`zeros` of another's shape, which lie in its order; very large ones do if they are matrices."""
-    if not like.is_cpu or like.nbytes < LEAST_FRESH_BYTES:
+    """`zeros` of another's shape, which lie in its order; large ones do if they are matrices."""
+    if not like.is_cpu or like.nbytes < LEAST_BYTES:
         return torch.zeros_like(like)
     by_columns = like.dim() == 2 and like.stride(0) == 1 < like.shape[0]
     return zeros(like.mT.shape, like).mT if by_columns else zeros(like.shape, like)

@@ -69,7 +69,7 @@ class MemorySlab(Slab):
     """A tensor on the device."""
 
     def __init__(self, shape: Sequence[int], leading: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._whole, clear = pages.vacant(shape, dtype, device, pages.LEAST_BYTES)
+        self._whole, clear = pages.vacant(shape, dtype, device)
         self._rows = self._whole.view(prod(shape[:leading]), *shape[leading:])
         self._stale = bytearray() if clear else bytearray(b"\1") * len(self._rows)
         """Which rows hold what somebody else left there; empty if none ever did."""

@@ -20,6 +20,8 @@ _TILE_BYTES = 2**22
 squares takes the same time within a tenth (32 samples, 512 x 1536 from 16 positions)."""
 _LEAST_BYTES = 2**20
 """Of a parameter: what is smaller stays in the cache as it is."""
+_TURNED_BYTES = 2**25
+"""Of a piece from which sums of it are not held twice, by columns and as they are returned."""
 
 
 def pay(like: Tensor) -> bool:
@@ -75,7 +77,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def _buffer(rows: int, a: int, b: int, like: Tensor) -> Tensor:
     """For tiles [rows, b] of [a, b]: by columns where these are longer, unless the sum would take much room to turn."""
-    if rows >= b or a * b * like.element_size() >= pages.LEAST_FRESH_BYTES:
+    if rows >= b or a * b * like.element_size() >= _TURNED_BYTES:
         return like.new_empty((rows, b))
     return like.new_empty((b, rows)).mT
 

@@ -323,7 +323,7 @@ class DirectConvolutionRule(ConvolutionRule):
             whole = torch.stack(pieces, 1)  # [out, k₀, c·k₁…]
             return whole.view(len(whole), kernel[0], -1, *kernel[1:]).transpose(1, 2).contiguous()
         out, channels = len(pieces[0]), pieces[0].shape[1] // prod(kernel[1:])
-        result = pages.lasting((out, channels, *kernel), pieces[0])
+        result = pages.blank((out, channels, *kernel), pieces[0])
         for place, piece in enumerate(pieces):  # [out, k₁…·c]
             result[:, :, place].copy_(piece.view(out, *kernel[1:], channels).movedim(-1, 1))
         return result

@@ -178,7 +178,7 @@ def _uncentred(a: Tensor, b: Tensor) -> Moments | None:
     A few rows of the result at a time, which stay in the cache while they are made.
     """
     n, shape = len(a), (a.shape[1], b.shape[1])
-    mean, spread = pages.lasting(shape, a), pages.lasting(shape, a)
+    mean, spread = pages.blank(shape, a), pages.blank(shape, a)
     scaled, a2, b2 = a / n, a.square(), b.square()
     height = 1 << max(1, _BLOCK_NUMBERS // max(1, shape[1])).bit_length() - 1
     for first in range(0, shape[0], height):
