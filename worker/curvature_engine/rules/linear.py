@@ -180,7 +180,7 @@ def _uncentred(a: Tensor, b: Tensor) -> Moments | None:
     n, shape = len(a), (a.shape[1], b.shape[1])
     mean, spread = pages.blank(shape, a), pages.blank(shape, a)
     scaled, a2, b2 = a / n, a.square(), b.square()
-    height = 1 << max(1, _BLOCK_NUMBERS // max(1, shape[1])).bit_length() - 1
+    height = 1 << (max(1, _BLOCK_NUMBERS // max(1, shape[1])).bit_length() - 1)  # so that parts of it are alike
     for first in range(0, shape[0], height):
         rows = slice(first, first + height)
         part = product_of_columns(scaled[:, rows], b, out=mean[rows])
