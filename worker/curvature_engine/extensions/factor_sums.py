@@ -59,7 +59,7 @@ def cost_of_inputs(uses: Sequence[PreparedUse], budget_bytes: int, *, averaged: 
         assert one is not None
         groups, _, width = one.shape
         n, numbers = len(uses[0].saved[0]), sum(s.numel() for p in uses for s in p.saved)
-        return gram_multiply_adds(groups, width, n) + numbers, 2 * n * one.nbytes
+        return gram_multiply_adds(groups, width, n, one.device) + numbers, 2 * n * one.nbytes
     costs = [_rule(p).input_moment_cost(p.saved, budget_bytes) for p in uses]
     return sum(products for products, _ in costs), max(working for _, working in costs)
 

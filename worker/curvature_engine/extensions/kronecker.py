@@ -183,7 +183,7 @@ class Kronecker(Accumulator):
         groups, out = found[0].shape[0], found[0].shape[3]
         places = sum(o.shape[2] for o in found) if self._approximation == "expand" else 1
         shapes = [(groups, out, out) if groups > 1 else (out, out)]
-        cost = gram_multiply_adds(groups, out, n * places)
+        cost = gram_multiply_adds(groups, out, n * places, found[0].device)
         held = n * sum(o.nbytes for o in found)
         if contribution.uses[0][0].use.role == "weight":
             width = prod(contribution.shape) // max(1, groups * out)

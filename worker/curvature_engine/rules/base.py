@@ -183,7 +183,7 @@ class Rule(ABC):
             return 0, 0
         n = len(saved[0])
         held = max(x.nbytes, min(budget_bytes, n * x.nbytes)) + x.shape[0] * x.shape[3] ** 2 * x.element_size()
-        return gram_multiply_adds(x.shape[0], x.shape[3], n * x.shape[2]), held
+        return gram_multiply_adds(x.shape[0], x.shape[3], n * x.shape[2], x.device), held
 
     def input_sums(self, saved: Sequence[Tensor], budget_bytes: int) -> Tensor | None:
         """Σ x of `factor_inputs` over each sample's positions, `[groups, n, in]`."""

@@ -8,8 +8,11 @@ from curvature_engine.matrix_products import product_of_columns
 
 _BLOCKS = 4
 _NARROWEST = 64
-_FEWEST_ROWS = 1024
-"""Below, filling in the mirror image costs as much as it saves."""
+_FEWEST_ROWS = {"cpu": 128, "cuda": 1024}
+_FEWEST_MULTIPLY_ADDS = 2**26
+"""Below, several small products take longer than one."""
+_WIDEST = 32
+"""In rows: to fill in the mirror image of what is wider costs as much as it saves."""
 
 
 def add_product(left: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor:
@@ -40,7 +43,7 @@ class Gram:
 
     def __init__(self, groups: int, width: int, rows: int, like: Tensor, factor: float = 1) -> None:
         self._factor = factor
-        self._step = max(_NARROWEST, -(-width // _BLOCKS)) if _halved(groups, width, rows) else width
+        self._step = max(_NARROWEST, -(-width // _BLOCKS)) if _halved(groups, width, rows, like.device) else width
         self._total = pages.blank((groups, width, width), like)
         self._empty = True
 
@@ -70,7 +73,7 @@ class Gram:
 def add_gram(rows: Tensor, total: Tensor | None = None) -> Tensor:
     """Σ x xᵀ over rows, [groups, rows, d] → [groups, d, d]; added to `total` where one is given."""
     groups, n, width = rows.shape
-    if not _halved(groups, width, n):
+    if not _halved(groups, width, n, rows.device):
         return add_product(rows, rows, total)
     gram = Gram(groups, width, n, rows)
     gram.add(rows)
@@ -78,11 +81,13 @@ def add_gram(rows: Tensor, total: Tensor | None = None) -> Tensor:
     return found if total is None else total.add_(found)
 
 
-def _halved(groups: int, width: int, rows: int) -> bool:
-    return groups == 1 and rows >= _FEWEST_ROWS and width >= 2 * _NARROWEST
+def _halved(groups: int, width: int, rows: int, device: torch.device) -> bool:
+    if groups != 1 or rows < _FEWEST_ROWS.get(device.type, _FEWEST_ROWS["cuda"]):
+        return False
+    return rows * width**2 >= _FEWEST_MULTIPLY_ADDS and 2 * _NARROWEST <= width <= _WIDEST * rows
 
 
-def gram_multiply_adds(groups: int, width: int, rows: int) -> int:
+def gram_multiply_adds(groups: int, width: int, rows: int, device: torch.device) -> int:
     """How many multiplications and additions `Gram` takes."""
-    blocks = -(-width // max(_NARROWEST, -(-width // _BLOCKS))) if _halved(groups, width, rows) else 1
+    blocks = -(-width // max(_NARROWEST, -(-width // _BLOCKS))) if _halved(groups, width, rows, device) else 1
     return groups * rows * width * width * (blocks + 1) // (2 * blocks)

@@ -151,7 +151,7 @@ class LinearRule(Rule):
 
     def input_moment_cost(self, saved: Sequence[Tensor], budget_bytes: int) -> tuple[int, int]:
         n, T, width = saved[0].shape
-        return gram_multiply_adds(1, width, n * T), 0
+        return gram_multiply_adds(1, width, n * T, saved[0].device), 0
 
     def input_sums(self, saved: Sequence[Tensor], budget_bytes: int) -> Tensor | None:
         return self._scaled(_sum_of_rows(saved[0]), self._alpha)[None] if saved else None

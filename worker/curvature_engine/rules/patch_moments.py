@@ -23,21 +23,47 @@ if TYPE_CHECKING:
 _BLOCK_BYTES = 2 * 2**20
 """Of patches: they stay in a core's cache."""
 _BLOCK_ROWS = 1024
-_PER_NUMBER = 32
-"""Multiplications and additions in the time that one number takes to be written and read again."""
-_PER_NEW_NUMBER = 96
-"""The same in memory of the result's size: some of it is new to the process."""
-_PER_LARGE_NUMBER = 240
-_LARGE_BYTES = 32 * 2**20
-"""From here on memory is always new: the allocator gives it back at once."""
-_PER_CALL = {"cpu": 2**20, "cuda": 2**28}
-_WEIGHT_GRADIENT_SPEED = {torch.float32: 0.75}
-"""Beside a product of matrices; of other dtypes 0.3."""
+_WEIGHT_GRADIENT_SPEED = {torch.float32: 1}
+"""Of large images, beside a product of matrices; of other dtypes 0.3."""
+_EDGE = 4
+"""Positions along an axis that cost a weight gradient as much again: it is slow where images are small."""
+_CALLS_OF_PATCHES = 8
+_LARGE_BYTES = 16 * 2**20
 _LANES = 16
+_OVERHEAD, _UNEVEN_OVERHEAD = 8, 45
+"""In columns: MKL takes 8 % of the rate of wide matrices for 9 columns, 17 for 15, 65 for 16, 36 for 27, 62 for 75."""
 _TILE = 64
 _KERNEL_SLOWNESS = 3
 """Of a product in the kernel beside a library's: 1.9 to 3.1 in float32 on an H200, 1.5 to 5.1 in TF32. So it serves
 where patches take too much memory to be written, and hardly elsewhere."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What else takes time, in multiplications and additions.
+
+    Attributes:
+        number: to be written and read again.
+        result_number: of sums and results, which do not stay in a core's cache.
+        large_result_number: of those that stay in no cache.
+        call: of an operator.
+    """
+
+    number: int
+    result_number: int
+    large_result_number: int
+    call: int
+
+    @classmethod
+    def on(cls, device: torch.device) -> "Costs":
+        return _COSTS.get(device.type, _COSTS["cuda"])
+
+    def of_result(self, numbers: int, nbytes: int) -> int:
+        """Of so many numbers, of sums that take `nbytes` each."""
+        return numbers * (self.result_number if nbytes < _LARGE_BYTES else self.large_result_number)
+
+
+_COSTS = {"cpu": Costs(4, 32, 64, 2**21), "cuda": Costs(32, 96, 240, 2**28)}
 
 
 @dataclass(frozen=True)
@@ -114,50 +140,51 @@ def candidates(x: Tensor, geometry: "Geometry", positions: tuple[int, ...]) -> l
 
 
 def _shift_form(x: Tensor, shifts: Shifts, budget_bytes: int) -> Form:
-    n, element = len(x), x.element_size()
+    n, element, costs = len(x), x.element_size(), Costs.on(x.device)
     block = min(n, shifts.block(element, budget_bytes))
     channels = shifts.channels // shifts.groups
-    filled = _filled(channels) * _WEIGHT_GRADIENT_SPEED.get(x.dtype, 0.3) if shifts.whole else _filled(shifts.width)
+    if shifts.whole:
+        speed = _WEIGHT_GRADIENT_SPEED.get(x.dtype, 0.3) * _filled(channels) * shifts.P / (shifts.P + _EDGE)
+    else:
+        speed = _speed(shifts.width)
     result = shifts.groups * (channels * prod(shifts.kernel)) ** 2
     blocks = -(-n // block)
     traffic = n * shifts.per_sample + 2 * blocks * shifts.written
     products = n * shifts.multiply_adds
     weight = (
-        int(products / filled)
-        + _PER_NUMBER * traffic
-        + _per_new_number(result * element) * (shifts.written + 2 * result)
+        int(products / speed) + costs.number * traffic + costs.of_result(shifts.written + 2 * result, result * element)
     )
     calls = blocks * shifts.calls + shifts.k**2
     return Form(
         shifts,
         products,
-        weight + calls * _per_call(x),
+        weight + calls * costs.call,
         (block * shifts.per_sample + shifts.written + result) * element,
     )
 
 
 def _patch_form(x: Tensor, geometry: "Geometry", positions: tuple[int, ...], budget_bytes: int) -> Form:
-    n, element, groups = len(x), x.element_size(), geometry.groups
+    n, element, groups, costs = len(x), x.element_size(), geometry.groups, Costs.on(x.device)
     width = x.shape[1] // groups * prod(geometry.kernel)
     rows = n * prod(positions)
     block = _patch_block(x, geometry, positions, budget_bytes)
-    products = gram_multiply_adds(groups, width, rows)
+    products = gram_multiply_adds(groups, width, rows, x.device)
     blocks = -(-n // block)
     result = groups * width * width
     results = 1 + _is_channels_last(rows, width)
     traffic = rows * groups * width + 2 * blocks * result
     weight = (
-        int(products / _filled(width)) + _PER_NUMBER * traffic + _per_new_number(result * element) * results * result
+        int(products / _speed(width)) + costs.number * traffic + costs.of_result(results * result, result * element)
     )
     working = block * prod(positions) * groups * width + (results - 1) * result
-    return Form(None, products, weight + blocks * 4 * _per_call(x), working * element)
+    return Form(None, products, weight + blocks * _CALLS_OF_PATCHES * costs.call, working * element)
 
 
 def _fused_form(x: Tensor, geometry: "Geometry", rows: int, width: int) -> Form:
     tiles = -(-width // _TILE)
     products = geometry.groups * rows * tiles * (tiles + 1) // 2 * _TILE**2
     working = max(geometry.groups * width**2, 2**25) * x.element_size()
-    return Form(None, products, _KERNEL_SLOWNESS * products + 2 * _per_call(x), working, fused=True)
+    return Form(None, products, _KERNEL_SLOWNESS * products + 2 * Costs.on(x.device).call, working, fused=True)
 
 
 def from_places(x: Tensor, geometry: "Geometry", positions: tuple[int, ...]) -> Tensor:
@@ -235,14 +262,11 @@ def _patch_block(x: Tensor, geometry: "Geometry", positions: tuple[int, ...], bu
     return max(1, min(most, budget_bytes) // (row_bytes * max(1, prod(positions))))
 
 
-def _filled(width: int) -> float:
-    """What share of a product of narrow matrices is of use."""
-    return width / (-(-width // _LANES) * _LANES)
+def _speed(width: int) -> float:
+    """Of a product [width, rows] x [rows, width], beside one of wide matrices."""
+    return width / (width + (_OVERHEAD if width % _LANES == 0 else _UNEVEN_OVERHEAD))
 
 
-def _per_new_number(nbytes: int) -> int:
-    return _PER_NEW_NUMBER if nbytes < _LARGE_BYTES else _PER_LARGE_NUMBER
-
-
-def _per_call(x: Tensor) -> int:
-    return _PER_CALL.get(x.device.type, _PER_CALL["cuda"])
+def _filled(channels: int) -> float:
+    """What share of a weight gradient's lanes is of use."""
+    return channels / (-(-channels // _LANES) * _LANES)

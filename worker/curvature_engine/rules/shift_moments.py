@@ -113,9 +113,9 @@ class Shifts:
 
     @property
     def calls(self) -> int:
-        """How many products there are, of one block of samples."""
+        """How many products there are, of one block of samples; a weight gradient copies both its factors, too."""
         ends = sum(len(list(self.ends(d))) for d in range(self.k))
-        return self.k + ends + (1 + len(list(self.rows_at_ends())) if self.whole else 0)
+        return self.k + ends + (3 * (1 + len(list(self.rows_at_ends()))) if self.whole else 0)
 
     @property
     def written(self) -> int:
