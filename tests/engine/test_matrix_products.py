@@ -6,7 +6,7 @@ import torch
 from curvature_engine.matrix_products import product_of_columns
 
 
-@pytest.fixture(params=[1, 2, 3])
+@pytest.fixture(params=[1, 2, 3, 6])
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
