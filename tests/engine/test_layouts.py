@@ -177,6 +177,26 @@ def test_batch_norm_in_training_mode_is_still_refused(every_format):
     assert every_format
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_group_norms_parameters_alone_have_gradients(frozen, first):
+    """Torch's own backward ends the process where the gradient of images channels last is not asked for."""
+    torch.manual_seed(0)
+    norm = [nn.GroupNorm(2, 4), nn.Tanh()] if first else [nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.Tanh()]
+    module = nn.Sequential(*norm, nn.Flatten(), nn.Linear(120, 3)).eval()
+    module[0].requires_grad_(first or not frozen)
+    selected = [name for name, _ in module.named_parameters() if first or not name.startswith("0.")]
+    x, y = torch.randn(3, 4, 6, 5).contiguous(memory_format=torch.channels_last), torch.tensor([0, 1, 2])
+    for options in ({}, {"channels_last": True}):
+        program = engine.load(torch.jit.script(module))
+        result = engine.analyze(program, x, y, ["grad"], parameters=selected, **options)
+        loss = nn.functional.cross_entropy(module(x.contiguous()), y)
+        parameters = dict(module.named_parameters())
+        expected = torch.autograd.grad(loss, [parameters[name] for name in selected])
+        for name, gradient in zip(selected, expected, strict=True):
+            torch.testing.assert_close(result["grad"][name], gradient, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("mean", [0.0, 1e3])
 def test_a_batch_norm_of_large_inputs_in_float32(mean):
     """Few samples are normalised at a time; what is far from zero keeps its digits.

@@ -24,6 +24,7 @@ Decision = bool | int
 _BATCH_NORMS = dict.fromkeys(
     ("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional"), 5
 )
+_GROUP_NORMS = frozenset(("group_norm", "native_group_norm"))
 _DROPOUTS = {"dropout": 2, "feature_dropout": 2, "alpha_dropout": 2, "feature_alpha_dropout": 2}
 _RECURRENT = {"lstm": (5, 6), "gru": (5, 6), "rnn_tanh": (5, 6), "rnn_relu": (5, 6)}
 
@@ -340,6 +341,9 @@ class Run:
                 param=f"aten::{name}",
                 remedy="use an embedding without scale_grad_by_freq",
             )
+        if name in _GROUP_NORMS and arguments[0].is_cpu:
+            # Its backward ends the process where images lie channels last and their own gradient is not asked for.
+            arguments[0] = arguments[0].contiguous()
         if name == "embedding" and len(arguments) > 4:
             arguments[4] = False  # sparse=True changes only the layout of a gradient that is never asked for
 
@@ -347,6 +351,7 @@ class Run:
 _GUARDED = frozenset(
     [
         *_BATCH_NORMS,
+        *_GROUP_NORMS,
         *_DROPOUTS,
         *_RECURRENT,
         *HOST_READERS,

@@ -68,9 +68,6 @@ class Program:
         self.parameters, self.aliases, self.buffers = front.parameters, front.aliases, front.buffers
         self.was_training = front.was_training
         self.keeps_training = front.was_training and not eval
-        self._parameter_places = frozenset(
-            t.untyped_storage().data_ptr() for p in self.parameters.values() for t in p.tensors if t.numel()
-        )
         self.verdicts, self.derived, self.met = Verdicts(), Derived(), Derived()
         self._channels_last = pays(device, front.operators(), asks_layout=front.asks_layout)
         self._asked = False
@@ -94,14 +91,13 @@ class Program:
             raise _layout_shows("the model asks how its tensors lie in memory")
         with self._layout:
             images = {id(t): t for p in self.parameters.values() for t in p.tensors if has_image_layout(t)}
-            self._usual, places = [(t, t.data) for t in images.values()], self._parameter_places
+            self._usual = [(t, t.data) for t in images.values()]
             self._asked = True
             try:
                 with _holding([(t, channels_last(data)) for t, data in self._usual]):
-                    self._parameter_places = places | {t.untyped_storage().data_ptr() for t in images.values()}
                     yield
             finally:
-                self._asked, self._usual, self._parameter_places = False, [], places
+                self._asked, self._usual = False, []
 
     @contextmanager
     def still(self) -> Iterator[None]:
@@ -118,6 +114,11 @@ class Program:
                 yield
         finally:
             self._asked = asked
+
+    def _parameter_places(self) -> frozenset[int]:
+        """Where parameters lie now, and within `channels_last` where they usually do."""
+        tensors = [*(t for p in self.parameters.values() for t in p.tensors), *(data for _, data in self._usual)]
+        return frozenset(t.untyped_storage().data_ptr() for t in tensors if t.numel())
 
     @property
     def format(self) -> str:
@@ -171,7 +172,7 @@ class Program:
             self.device,
             tape,
             edits=self.front.edits_tensors or self.keeps_training,
-            parameter_places=self._parameter_places,
+            parameter_places=self._parameter_places(),
             allow_dropout=self.keeps_training,
             limit_bytes=limits[0],
             most_rounds=limits[1],
