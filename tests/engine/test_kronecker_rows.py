@@ -185,3 +185,29 @@ def test_a_weight_used_in_both_directions_has_no_kronecker_form(back):
         else:
             assert found[approximation] is None
             assert "tied across layers of different kinds" in missing[approximation]["l.weight"]
+
+
+class Rectified(nn.Module):
+    """A layer whose rows are all silent where its inputs are negative."""
+
+    def __init__(self):
+        super().__init__()
+        self.l, self.out = nn.Linear(3, 2), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.l(x.flatten(0, 1))).unflatten(0, x.shape[:2]).sum(1))
+
+
+def test_silent_rows_of_one_batch_do_not_take_factors_from_the_next():
+    module = Rectified().double().eval()
+    nn.init.ones_(module.l.weight)
+    program = engine.load(torch.jit.script(module))
+    silent, targets = -10 * torch.ones(3, 4, 3, dtype=torch.float64), torch.tensor([0, 1, 0])
+    request = [{"name": "kflr", "options": {"approximation": "reduce"}}]
+    first = engine.analyze(program, silent, targets, request)
+    assert "no gradient reaches some rows" in first.groups["kflr"].missing["l.weight"]
+    then = engine.analyze(program, -silent, targets, request)
+    alone = engine.analyze(torch.jit.script(module), -silent, targets, request)
+    torch.testing.assert_close(then["kflr"]["l.weight"].A, alone["kflr"]["l.weight"].A)
+    again = engine.analyze(program, silent, targets, request)
+    torch.testing.assert_close(again["kflr"]["l.weight"].A, alone["kflr"]["l.weight"].A)

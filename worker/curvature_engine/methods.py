@@ -136,6 +136,7 @@ class Methods:
         verdicts, forward, outputs = self._order.program.verdicts, part.forward, part.outputs
         path = self.path(part)
         verdict = None if forward.routed_by_data or self._order.verify else verdicts.get(path)
+        verdict = verdict if verdict is not None and self._says_enough(verdict) else None
         found = THIS_JOB if path in self._order.judged else KEPT_VERDICT
         with exactly(outputs.device):
             confirmed = verdict is not None and self._confirm(part, gradient, verdict)
@@ -165,6 +166,12 @@ class Methods:
         # The same as without `verify`: later plans go by it.
         probed = None if of_few is None or strides != of_few.strides else of_few.probed
         return replace(verdict, strides=strides, probed=probed)
+
+    def _says_enough(self, verdict: Verdict) -> bool:
+        """Whether a new verdict could not say more: rows that no gradient reached count in Kronecker factors, too."""
+        if all(request.extension.kind != "factors" for request in self._order.requests):
+            return True
+        return all(tap.attribution is None or tap.attribution.determined for tap in verdict.taps)
 
     def path(self, part: Part) -> Hashable:
         """What a verdict on a part holds for."""
