@@ -22,7 +22,7 @@ UNIT = "unit"
 WARM = {"cuda": 3, "cpu": 7}
 """Runs of everybody on CUDA, and of the engine on CPUs, before it is timed, beside the one that is compared: as often
 as the engine takes to capture what comes again and again."""
-MOST_SECONDS = 3.0
+MOST_SECONDS = 1.0
 """On CPUs, of what is captured, and more: what takes longer is warm."""
 
 

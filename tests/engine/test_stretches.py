@@ -348,8 +348,8 @@ def test_what_columns_share_is_kept_within_its_limit(monkeypatch, name, kept):
     made = []
 
     def counted(original):
-        def call(contribution):
-            made.append(original(contribution))
+        def call(contribution, **limit):
+            made.append(original(contribution, **limit))
             return made[-1]
 
         return call

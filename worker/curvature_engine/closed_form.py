@@ -323,8 +323,11 @@ class ClosedForm(Contribution):
         pairs = self.factors(0)
         return list(pairs) if pairs is not None and self._unfolded.keeps(self._key(single[0], 0)) else None
 
-    def kept_windows(self) -> Tensor | None:
-        """The rule's `inputs_by_position` of all samples, if there are such, and if they are kept; else None."""
+    def kept_windows(self, most_bytes: int | None = None) -> Tensor | None:
+        """The rule's `inputs_by_position` of all samples, if there are such, and if they are kept; else None.
+
+        None, too, where they would take more than `most_bytes`.
+        """
         single = self.single()
         if single is None or self.block < self._N or self._unfolded is None:
             return None
@@ -332,10 +335,13 @@ class ClosedForm(Contribution):
         role, key = prepared.use.role, (prepared.tap_index, prepared.use.role, "windows")
         if rule.by_position(role, g) is None:
             return None
-        if not rule.windows_elements(role, prepared.saved):  # what is there anyway
+        elements = rule.windows_elements(role, prepared.saved)
+        if not elements:  # what is there anyway
             return rule.inputs_by_position(role, prepared.saved)
-        found = self._unfolded.get(key, lambda: rule.inputs_by_position(role, prepared.saved))
-        return found if self._unfolded.keeps(key) else None
+        nbytes = elements * g.element_size()
+        if not self._unfolded.has_room(key, nbytes) or (most_bytes is not None and nbytes > most_bytes):
+            return None
+        return self._unfolded.get(key, lambda: rule.inputs_by_position(role, prepared.saved))
 
     def _assemble(self, pieces: list[Tensor]) -> Tensor:
         single = self.single()

@@ -4,6 +4,8 @@ What the columns have in common is kept, above all what the rule made of the inp
 beside the products with it.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from curvature_engine.tiles import assemble, pay, reduce_tiles
 
 _NEAR_BYTES = 2**22
 """Of a piece of all samples' gradients: larger ones are summed over the samples column by column."""
+_HOT_BYTES = 2**20
+"""Of gradients that are squared while they lie in a core's cache."""
 
 
 class ColumnSquares:
@@ -99,24 +103,48 @@ class SampleSquares:
         assert use.tap.rule is not None
         self._rule: Rule = use.tap.rule
         self._role, self._inputs, self._like = use.use.role, inputs, like
+        self._product: Tensor | None = None
 
     @classmethod
-    def of(cls, contribution: ClosedForm) -> "SampleSquares | None":
-        """For contributions like this; None where they are no such products, or what they share cannot be kept."""
+    def of(cls, contribution: ClosedForm, *, most_bytes: int | None = None) -> "SampleSquares | None":
+        """For contributions like this; None where they are no such products, or what they share cannot be kept.
+
+        None, too, where it would take more than `most_bytes`.
+        """
         single = contribution.single()
-        inputs = contribution.kept_windows() if contribution.like.is_cpu else None
+        inputs = contribution.kept_windows(most_bytes) if contribution.like.is_cpu else None
         return None if single is None or inputs is None else cls(single[0], inputs, contribution.like)
 
     def squares(self, g: Tensor) -> Tensor:
         """Those of some columns, whose gradients of the operator's output are g [k·N, T, …]: [N, *p]."""
         outputs = self._rule.by_position(self._role, g)
         assert outputs is not None  # as it was of the first
-        x, N = self._inputs, len(self._inputs)
+        N = len(self._inputs)
         total: Tensor | None = None
-        product: Tensor | None = None
         for column in outputs.view(len(g) // N, N, *outputs.shape[1:]).unbind():
-            left, right = (x, column) if self._rule.inputs_first else (column, x)
-            product = torch.bmm(left.mT, right) if product is None else torch.bmm(left.mT, right, out=product)
+            product = self._multiply(column, 0)
             total = product.square() if total is None else total.addcmul_(product, product)
         assert total is not None
         return total.view(N, *self._like.shape)
+
+    def gradients(self, g: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(first sample, gradients [n, *p], which the next overwrite) of one column, block by block.
+
+        Its gradients of the operator's output are g [N, T, …].
+        """
+        outputs = self._rule.by_position(self._role, g)
+        assert outputs is not None
+        # As many for every thread: they share samples.
+        size = torch.get_num_threads() * max(1, _HOT_BYTES // max(1, self._like.numel() * g.element_size()))
+        for first in range(0, len(g), size):
+            product = self._multiply(outputs[first : first + size], first)
+            yield first, product.view(len(product), *self._like.shape)
+
+    def _multiply(self, column: Tensor, first: int) -> Tensor:
+        """Of outputs' gradients by position, [n, P, out], of the samples from `first` on."""
+        inputs = self._inputs[first : first + len(column)]
+        left, right = (inputs, column) if self._rule.inputs_first else (column, inputs)
+        if self._product is None:
+            self._product = torch.bmm(left.mT, right)
+            return self._product
+        return torch.bmm(left.mT, right, out=self._product[: len(column)])

@@ -240,7 +240,8 @@ class Run:
             result: Any = self._opened(call, arguments) if call.name in OPENINGS else None
             opened = result is not None
             if not opened:
-                result = call.invoke(arguments) if self.layout is None else self.layout.invoke(call, arguments)
+                given = _channels_first(arguments) if call.name in _GROUP_NORMS else arguments
+                result = call.invoke(given) if self.layout is None else self.layout.invoke(call, given)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
             raise _rejection(call, error) from error
         if not opened:
@@ -341,17 +342,22 @@ class Run:
                 param=f"aten::{name}",
                 remedy="use an embedding without scale_grad_by_freq",
             )
-        if name in _GROUP_NORMS and arguments[0].is_cpu:
-            # Its backward ends the process where images lie channels last and their own gradient is not asked for.
-            arguments[0] = arguments[0].contiguous()
         if name == "embedding" and len(arguments) > 4:
             arguments[4] = False  # sparse=True changes only the layout of a gradient that is never asked for
+
+
+def _channels_first(arguments: list[Any]) -> list[Any]:
+    """What group normalisation is given on CPUs.
+
+    Its backward ends the process where images lie channels last and their own gradient is not asked for.
+    """
+    source, *others = arguments
+    return [source.contiguous(), *others] if source.is_cpu else arguments
 
 
 _GUARDED = frozenset(
     [
         *_BATCH_NORMS,
-        *_GROUP_NORMS,
         *_DROPOUTS,
         *_RECURRENT,
         *HOST_READERS,

@@ -48,7 +48,7 @@ _LOG = logging.getLogger(__name__)
 RUNS = {"cuda": 2, "cpu": 5}
 """How often an analysis is made in the ordinary way before it is captured, its first time included; on CPUs a capture
 takes as long as a replay saves in ten or twenty times."""
-MOST_SECONDS = {"cuda": 4.0, "cpu": 2.0}
+MOST_SECONDS = {"cuda": 4.0, "cpu": 1.0}
 """Analyses that take longer are not bound by the host."""
 MOST_GRAPHS = 32
 """Of all programs of the process."""

@@ -30,3 +30,7 @@ class Unfolded:
     def keeps(self, key: Hashable) -> bool:
         """Whether what was made under a key is kept."""
         return key in self._kept
+
+    def has_room(self, key: Hashable, nbytes: int) -> bool:
+        """Whether what takes so many bytes is kept under a key, or would be."""
+        return key in self._kept or nbytes <= self._left

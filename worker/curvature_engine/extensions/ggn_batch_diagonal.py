@@ -1,6 +1,6 @@
 """The diagonal of each sample's summand of the generalized Gauss-Newton matrix, exact and by Monte Carlo."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -20,6 +20,8 @@ from curvature_engine.stores import Slab
 
 _BLOCK_NUMBERS = 2**22
 """Of products that are made before they are added."""
+_NEAR_BYTES = 2**23
+"""Of inputs unfolded whole: a few samples' at a time are unfolded anew sooner than more are read again."""
 
 
 class BatchDiagonal(Accumulator):
@@ -33,6 +35,9 @@ class BatchDiagonal(Accumulator):
         self._outers = SquaredOuters()
         self._waiting = WaitingColumns(setting.columns, setting.budget_bytes // 4, summed=False)
         self._products: dict[str, SampleSquares | None] = {}
+        """Of columns that come several at a time."""
+        self._single: dict[str, SampleSquares | None] = {}
+        """Of those that come one by one."""
         self._begun: set[str] = set()
         """Parameters with something in the current part's rows."""
 
@@ -47,14 +52,8 @@ class BatchDiagonal(Accumulator):
             if self._waiting.full(parameter):
                 self._add_squares(parameter, self._waiting.release(parameter))
             return
-        for first, block in contribution.blocks():
-
-            def change(sums: Tensor, block: Tensor = block) -> None:
-                block = block.to(sums.device)
-                sums.addcmul_(block, block, value=1 / self.setting.draws)
-
-            self._slab(parameter).update(self.rows[first : first + len(block)], change)
-        self._begun.add(parameter)
+        for first, block in self._blocks(parameter, contribution):
+            self._add_gradients(parameter, first, block)
 
     def add_stacked(self, parameter: str, stacked: Stacked) -> bool:
         if stacked.needs_inputs:
@@ -76,8 +75,18 @@ class BatchDiagonal(Accumulator):
         self._add_block(parameter, 0, squares if self.setting.draws == 1 else squares.div_(self.setting.draws))
         return True
 
+    def _blocks(self, parameter: str, contribution: Contribution) -> Iterator[tuple[int, Tensor]]:
+        """(first sample, a column's gradients [n, *p], which may be overwritten by the next), block by block."""
+        if not isinstance(contribution, ClosedForm):
+            return contribution.blocks()
+        if parameter not in self._single:
+            self._single[parameter] = SampleSquares.of(contribution, most_bytes=_NEAR_BYTES)
+        products = self._single[parameter]
+        return contribution.blocks() if products is None else products.gradients(contribution.uses[0][1])
+
     def stop(self) -> None:
         self._products.clear()
+        self._single.clear()
         for parameter, waiting in self._waiting.release_all():
             self._add_squares(parameter, waiting)
         # What waits as outer products goes into the part's rows.
@@ -117,6 +126,16 @@ class BatchDiagonal(Accumulator):
                 self._add_block(parameter, first, block)
             else:
                 place[first : first + len(block)] = block
+        self._begun.add(parameter)
+
+    def _add_gradients(self, parameter: str, first: int, block: Tensor) -> None:
+        """Add the squares of a column's gradients to the rows of the part's samples from `first` on."""
+
+        def change(sums: Tensor) -> None:
+            moved = block.to(sums.device)
+            sums.addcmul_(moved, moved, value=1 / self.setting.draws)
+
+        self._slab(parameter).update(self.rows[first : first + len(block)], change)
         self._begun.add(parameter)
 
     def _add_block(self, parameter: str, first: int, block: Tensor) -> None:
