@@ -423,30 +423,6 @@ def test_parameters_that_lie_otherwise_are_another_matter(graphs, ordinarily):
     assert graphs.replays == 0
 
 
-class EditedAndMixed(nn.Module):
-    """Edits a tensor of its own, and mixes samples."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
-
-    def forward(self, x):
-        x = self.a(x)
-        x.tanh_()
-        return self.b(x + 0.1 * x.mean(0, keepdim=True))
-
-
-def test_parameters_that_were_moved_are_still_parameters():
-    torch.manual_seed(0)
-    x, y = torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0])
-    program = engine.load(torch.jit.script(EditedAndMixed().double().eval()))
-    for parameter in program.parameters.values():
-        parameter.tensor.data = parameter.tensor.data.clone()
-    with pytest.raises(engine.EngineError) as error:
-        engine.analyze(program, x, y, ["batch_grad"])
-    assert error.value.code == "coupled_samples"
-
-
 def test_memory_that_runs_out_in_a_replay_lets_go_of_graphs(graphs, kind_of_graph, monkeypatch, ordinarily):
     program = engine.load(torch.jit.script(net()))
     warmed(program, ["grad"])
